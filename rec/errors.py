@@ -1,0 +1,20 @@
+"""A user's mistake is one sentence; a programming mistake keeps its traceback."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Bad input from a user: the message is one sentence that says what is wrong, where, and how to mend it."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command's `main` and exits: 0, 1 with `error: <sentence>` on stderr for a user's mistake, 130 on Ctrl-C."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:  # no such file, no permission, disk full: the operating system's own sentence
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
