@@ -1,0 +1,59 @@
+# `make help` lists the targets. Each sets up what it needs in .venv first, once, and again only when the
+# requirements change. To choose the interpreter: make PYTHON=python3.12 quickstart
+
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
+    $$python -c '$(SUPPORTED)' 2> /dev/null && echo $$python && exit; done; echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint serve clean
+MAKEFLAGS += --no-print-directory
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+install: $(VENV)/.runtime ## set up .venv with what rec runs on
+
+quickstart: $(VENV)/.runtime ## make data, train both stages on it, print recommendations
+	$(BIN)/python -m rec.data_prep.dummy --output-dir data/dummy
+	$(BIN)/python -m rec.train --stage all --config config/dummy/dummy_small.yaml
+
+test: $(VENV)/.dev ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy rec tests bench
+
+serve: $(VENV)/.runtime ## answer HTTP requests with the newest bundles
+	$(BIN)/python -m rec.serve
+
+clean: ## remove caches; keeps .venv, data, checkpoints and savedmodels
+	rm -rf .pytest_cache .mypy_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are written last, so that an interrupted installation is taken up again.
+
+$(VENV)/.created:
+	@$(PYTHON) -c '$(SUPPORTED)' 2> /dev/null || { \
+	    echo 'error: rec needs Python 3.11, 3.12 or 3.13, and "$(PYTHON)" is none of them: install one,' \
+	        'or name it as in make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
+	    echo 'error: "$(PYTHON)" comes without the venv module: install it with' \
+	        'apt install python3-venv (or python3.11-venv, for python3.11), then run make again' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.runtime: requirements.txt | $(VENV)/.created
+	@echo 'installing requirements.txt into $(VENV) (2.5 GB, a minute or two)' >&2
+	@$(PIP) install --requirement requirements.txt
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
+	@echo 'installing requirements-dev.txt into $(VENV)' >&2
+	@$(PIP) install --requirement requirements-dev.txt
+	@touch $@

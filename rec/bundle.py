@@ -1,0 +1,207 @@
+"""What a bundle computes: tf.Modules whose functions become the signatures of the SavedModels.
+
+- Strings are looked up here and nowhere else: ids become rows at the entrance, rows become ids at the exit.
+- Known users' histories and features are inside, so a request needs no feature store.
+- `RetrievalModule` and `RankingModule` wrap the trained models; `RecommenderModule` (in recommender.py) composes two
+  loaded bundles through their functions only.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from rec.features import FIRST_ITEM, FIRST_USER, PAD, UNKNOWN_USER, Vocabulary
+from rec.pipeline import Corpus, Sequences
+from rec.ranking.model import RankingModel, score_candidates
+from rec.retrieval.index import ExactIndex, ScannIndex
+from rec.retrieval.model import LOWEST, RetrievalModel, best_unseen
+
+IDS = tf.TensorSpec([None], tf.string)
+LISTS = tf.TensorSpec([None, None], tf.string)
+TIMES = tf.TensorSpec([None], tf.int64)
+
+
+class Lookup(tf.Module):
+    """Ids <-> rows, and the stored history of every known user."""
+
+    def __init__(self, corpus: Corpus, history: Sequences, max_seen: int, assets: Path) -> None:
+        """`assets` is a directory for the vocabulary files, which tf.saved_model.save copies into the bundle."""
+        super().__init__(name="lookup")
+        self.users = _table(corpus.users, assets / "users.txt", UNKNOWN_USER)
+        self.items = _table(corpus.items, assets / "items.txt", PAD)
+        ids = np.concatenate([np.full(FIRST_ITEM, "", object), corpus.items.ids])
+        self._item_ids = tf.Variable(tf.constant(ids.tolist(), tf.string), trainable=False, name="item_ids")
+        lengths = np.minimum(history.lengths, max_seen)
+        kept = np.arange(len(history.items)) >= (history.offsets[1:] - lengths)[history.users]
+        stored = history.select(kept)
+        self._offsets = tf.Variable(stored.offsets, trainable=False, name="history_offsets")
+        # One item more than there is, so that gathering for a user without a history stays in bounds.
+        self._history = tf.Variable(np.append(stored.items, PAD).astype(np.int32), trainable=False, name="history")
+
+    def user_rows(self, user_id: tf.Tensor) -> tf.Tensor:
+        """[B] string -> [B] int32; "" and unknown ids are UNKNOWN_USER."""
+        return tf.cast(self.users.lookup(user_id), tf.int32)
+
+    def item_rows(self, item_id: tf.Tensor) -> tf.Tensor:
+        """string [...] -> int32 [...]; "" and unknown ids are PAD."""
+        return tf.cast(self.items.lookup(item_id), tf.int32)
+
+    def item_ids(self, rows: tf.Tensor) -> tf.Tensor:
+        """int32 [...] -> string [...]; PAD is ""."""
+        return tf.gather(self._item_ids, rows)
+
+    def stored(self, user: tf.Tensor) -> tf.Tensor:
+        """[B] user rows -> [B, S] item rows, oldest first, PAD behind; S is the longest of the batch."""
+        begin, end = tf.gather(self._offsets, user), tf.gather(self._offsets, user + 1)
+        at = begin[:, None] + tf.range(tf.reduce_max(end - begin, axis=0))
+        inside = at < end[:, None]
+        return tf.where(inside, tf.gather(self._history, tf.where(inside, at, 0)), PAD)
+
+
+def _table(vocabulary: Vocabulary, path: Path, unknown: int) -> tf.lookup.StaticHashTable:
+    path.write_text("".join(f"{word}\n" for word in vocabulary.ids), encoding="utf-8", newline="\n")
+    initializer = tf.lookup.TextFileInitializer(
+        str(path), tf.string, tf.lookup.TextFileIndex.WHOLE_LINE, tf.int64, tf.lookup.TextFileIndex.LINE_NUMBER
+    )
+    table = tf.lookup.StaticHashTable(initializer, default_value=-1)
+    return _Shifted(table, vocabulary.first, unknown)
+
+
+class _Shifted(tf.Module):
+    """A table whose line j is row `first + j`."""
+
+    def __init__(self, table: tf.lookup.StaticHashTable, first: int, unknown: int) -> None:
+        super().__init__()
+        self._table, self._first, self._unknown = table, first, unknown
+
+    def lookup(self, ids: tf.Tensor) -> tf.Tensor:
+        found = self._table.lookup(ids)
+        return tf.where(found < 0, tf.cast(self._unknown, tf.int64), found + self._first)
+
+
+class RetrievalModule(tf.Module):
+    """user_id or history -> the k best items that the user has not seen."""
+
+    def __init__(self, model: RetrievalModel, index: ExactIndex | ScannIndex, lookup: Lookup, k: int) -> None:
+        super().__init__(name="retrieval")
+        self.model, self.index, self.lookup, self.k = model, index, lookup, k
+
+    @tf.function(input_signature=[IDS])
+    def serving_default(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
+        """A known user's recommendations, from the history that the bundle stores."""
+        user = self.lookup.user_rows(user_id)
+        stored = self.lookup.stored(user)
+        return self._answer(user, stored, stored)
+
+    @tf.function(input_signature=[IDS, LISTS])
+    def from_history(self, user_id: tf.Tensor, history: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Recommendations from the caller's history; what the bundle stores of a known user is still left out."""
+        user = self.lookup.user_rows(user_id)
+        rows = self.lookup.item_rows(history)
+        return self._answer(user, rows, tf.concat([rows, self.lookup.stored(user)], 1))
+
+    @tf.function(input_signature=[IDS])
+    def similar_items(self, item_id: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The items with the nearest vectors by cosine, the item itself left out; nothing for an unknown item."""
+        row = self.lookup.item_rows(item_id)
+        vector = tf.math.l2_normalize(self.model.candidate_tower.items(row), 1)
+        query = tf.concat([vector, tf.zeros_like(vector[:, :1])], 1)
+        # The index ranks by dot product, which long vectors win: look deeper, then order by cosine.
+        _, found = self._search(query, 4 * self.k + 1)
+        near = tf.math.l2_normalize(self.model.candidate_tower.items(found), 2)
+        scores = tf.where(found == PAD, LOWEST, tf.einsum("bd,bnd->bn", vector, near))
+        scores = tf.where((found == row[:, None]) | (row == PAD)[:, None], LOWEST, scores)
+        return self._named(*self._top(scores, found))
+
+    @tf.function(input_signature=[IDS, LISTS, LISTS, TIMES])
+    def retrieve(
+        self, user_id: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """Like from_history, at a given time, without exactly `seen` [B, S]: what an evaluation needs."""
+        rows = self.lookup.item_rows(history)
+        return self._answer(self.lookup.user_rows(user_id), rows, self.lookup.item_rows(seen), time)
+
+    @tf.function(input_signature=[IDS, LISTS, LISTS, TIMES])
+    def retrieve_exactly(
+        self, user_id: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """Like `retrieve`, by brute force over the whole catalogue: what the index approximates."""
+        user, rows = self.lookup.user_rows(user_id), self.lookup.item_rows(history)
+        scores = self.model.score_catalogue(user, rows, self.model.candidates(), time)
+        return self._named(*best_unseen(scores, self.lookup.item_rows(seen), self.k))
+
+    @tf.function(input_signature=[IDS, LISTS])
+    def is_cold(self, user_id: tf.Tensor, history: tf.Tensor) -> tf.Tensor:
+        """[B] bool: nothing is known of the user, so the answer is what is popular."""
+        return self.model.is_cold(self.lookup.user_rows(user_id), self.lookup.item_rows(history))
+
+    @tf.function(input_signature=[IDS])
+    def history(self, user_id: tf.Tensor) -> tf.Tensor:
+        """[B, S] string: the stored history, oldest first, "" behind."""
+        return self.lookup.item_ids(self.lookup.stored(self.lookup.user_rows(user_id)))
+
+    def _answer(
+        self, user: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor | None = None
+    ) -> dict[str, tf.Tensor]:
+        """user [B], history [B, H] and seen [B, S] as rows -> the k best unseen."""
+        query = self.model.query(user, history, time)
+        widest = tf.reduce_max(tf.reduce_sum(tf.cast(seen != PAD, tf.int32), 1))
+        scores, found = self._search(query, self.k + widest)
+        # Rows are in order of popularity, so the most popular items are simply the first.
+        popular = tf.range(FIRST_ITEM, FIRST_ITEM + tf.shape(found)[1])
+        popular = tf.where(popular < FIRST_ITEM + self.model.n_items, popular, PAD)
+        prior = tf.where(popular == PAD, LOWEST, self.model.prior(popular))
+        cold = self.model.is_cold(user, history)[:, None]
+        scores, found = tf.where(cold, prior, scores), tf.where(cold, popular, found)
+        # A sorted list of what was seen, binary-searched: [B, depth] x log S instead of [B, depth, S].
+        ordered = tf.sort(tf.pad(seen, [[0, 0], [0, 1]], constant_values=PAD), 1)
+        at = tf.minimum(tf.searchsorted(ordered, found), tf.shape(ordered)[1] - 1)
+        was_seen = tf.gather(ordered, at, batch_dims=1) == found
+        return self._named(*self._top(tf.where(was_seen, LOWEST, scores), found))
+
+    def _search(self, query: tf.Tensor, depth: tf.Tensor | int) -> tuple[tf.Tensor, tf.Tensor]:
+        """query [B, d + 1] -> scores and item rows [B, depth], best first; LOWEST and PAD where nothing is left."""
+        scores, found = self.index.search(query, depth)
+        return scores, tf.where(found < 0, PAD, found + FIRST_ITEM)
+
+    def _top(self, scores: tf.Tensor, rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        best, at = tf.math.top_k(scores, self.k)
+        return best, tf.where(best > LOWEST, tf.gather(rows, at, batch_dims=1), PAD)
+
+    def _named(self, scores: tf.Tensor, rows: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"item_id": self.lookup.item_ids(rows), "score": scores}
+
+    def signatures(self) -> dict[str, tf.types.experimental.ConcreteFunction]:
+        names = ("serving_default", "from_history", "similar_items")
+        return {name: getattr(self, name).get_concrete_function() for name in names}
+
+
+class RankingModule(tf.Module):
+    """user_id or history, and candidates -> the candidates' scores.
+
+    It holds the retrieval model that it was trained for (its towers, not its index), whose score is one of its inputs.
+    """
+
+    def __init__(self, model: RankingModel, retrieval: RetrievalModel, lookup: Lookup) -> None:
+        super().__init__(name="ranking")
+        self.model, self.retrieval, self.lookup = model, retrieval, lookup
+
+    @tf.function(input_signature=[IDS, LISTS])
+    def serving_default(self, user_id: tf.Tensor, item_id: tf.Tensor) -> dict[str, tf.Tensor]:
+        """A known user's scores, from the history that the bundle stores."""
+        user = self.lookup.user_rows(user_id)
+        return self._answer(user, self.lookup.stored(user), item_id)
+
+    @tf.function(input_signature=[IDS, LISTS, LISTS])
+    def from_history(self, user_id: tf.Tensor, history: tf.Tensor, item_id: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Scores from the caller's history. An item that the bundle does not know scores lowest."""
+        return self._answer(self.lookup.user_rows(user_id), self.lookup.item_rows(history), item_id)
+
+    def _answer(self, user: tf.Tensor, history: tf.Tensor, item_id: tf.Tensor) -> dict[str, tf.Tensor]:
+        rows = self.lookup.item_rows(item_id)
+        scores = score_candidates(self.model, self.retrieval, user, history, rows)
+        return {"score": tf.where(rows == PAD, LOWEST, scores)}
+
+    def signatures(self) -> dict[str, tf.types.experimental.ConcreteFunction]:
+        return {name: getattr(self, name).get_concrete_function() for name in ("serving_default", "from_history")}

@@ -1,0 +1,103 @@
+"""A checkpoint directory -> the trained model, on the data set at hand.
+
+Beside the weights (fit.py) a checkpoint keeps what gives their rows a meaning: the ids in order, one a line, and the
+encoding of each feature column. So a model can be exported for a data set that has come to hold more items.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rec.config import Config, Features, Ranking, Retrieval
+from rec.data_prep.dataset import Dataset
+from rec.errors import UserError
+from rec.features import FIRST_ITEM, FIRST_USER, Vocabulary, columns_from_json, columns_to_json
+from rec.fit import Fitted, read_run, restore
+from rec.pipeline import Corpus, load_corpus
+from rec.ranking.model import RankingModel
+from rec.retrieval.model import RetrievalModel
+
+
+@dataclass(frozen=True)
+class TrainedRetrieval:
+    model: RetrievalModel
+    corpus: Corpus
+    fitted: Fitted
+    run: dict[str, Any]
+
+
+def describe(config: Config, corpus: Corpus, stage: str, **more: Any) -> dict[str, Any]:
+    """What identifies a training run: the same description, the same result. JSON-able."""
+    section = asdict(getattr(config, stage))
+    section = {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
+    return {
+        "stage": stage,
+        "dataset": corpus.dataset_id,
+        "seed": config.seed,
+        "features": asdict(config.features),
+        stage: section,
+        **more,
+    }
+
+
+def corpus_files(corpus: Corpus) -> dict[str, str]:
+    """The texts that a checkpoint keeps of its corpus, by file name."""
+    return {
+        "users.txt": "".join(f"{word}\n" for word in corpus.users.ids[: corpus.users.trained]),
+        "items.txt": "".join(f"{word}\n" for word in corpus.items.ids[: corpus.items.trained]),
+        "user_columns.json": columns_to_json(corpus.user_columns),
+        "item_columns.json": columns_to_json(corpus.item_columns),
+    }
+
+
+def load_trained_corpus(directory: Path, dataset: Dataset) -> Corpus:
+    """A data set with the rows and encodings of a checkpoint."""
+
+    def vocabulary(name: str, first: int) -> Vocabulary:
+        ids = np.array((directory / name).read_text(encoding="utf-8").split("\n")[:-1], object)
+        return Vocabulary(ids, first, len(ids))
+
+    user_columns, item_columns = (
+        columns_from_json((directory / f"{side}_columns.json").read_text(encoding="utf-8")) for side in ("user", "item")
+    )
+    return load_corpus(
+        dataset, Features(), vocabulary("users.txt", FIRST_USER), vocabulary("items.txt", FIRST_ITEM),
+        (user_columns, item_columns),
+    )  # fmt: skip
+
+
+def load_retrieval(directory: Path, dataset: Dataset) -> TrainedRetrieval:
+    """The retrieval model of a finished checkpoint.
+
+    Raises:
+      UserError: there is no finished retrieval checkpoint.
+    """
+    run = _run(directory, "retrieval")
+    corpus = load_trained_corpus(directory, dataset)
+    model = RetrievalModel(Retrieval(**run["retrieval"]), corpus)
+    return TrainedRetrieval(model, corpus, restore(model, directory), run)
+
+
+def load_ranking(directory: Path, retrieval: TrainedRetrieval) -> tuple[RankingModel, Fitted, dict[str, Any]]:
+    """The ranking model of a finished checkpoint, its result and its run.
+
+    Raises:
+      UserError: there is no finished ranking checkpoint, or it was trained for another retrieval model.
+    """
+    run = _run(directory, "ranking")
+    if run["retrieval_run"] != retrieval.run:
+        raise UserError(f"{directory} was trained for another retrieval model: train ranking again")
+    config = Ranking(**{**run["ranking"], "hidden": tuple(run["ranking"]["hidden"])})
+    model = RankingModel(config, retrieval.model.config.embedding_dim, retrieval.corpus, retrieval.corpus.train)
+    return model, restore(model, directory), run
+
+
+def _run(directory: Path, stage: str) -> dict[str, Any]:
+    run = read_run(directory)
+    if run is None or run["stage"] != stage:
+        raise UserError(
+            f"{directory} holds no finished {stage} checkpoint: run python -m rec.train --stage {stage} first"
+        )
+    return run

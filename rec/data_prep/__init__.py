@@ -1,0 +1,1 @@
+"""Raw files -> a dataset directory. A module a source, each a command: dummy, movielens, tabular."""

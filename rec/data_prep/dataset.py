@@ -1,0 +1,285 @@
+"""The dataset directory: write it from a database, open it, verify it.
+
+    dataset.json           format version, name, source, filters, split, counts, columns, sha256 of every file
+    interactions/{train,val,test}/00000.parquet ..   user_id, item_id, [timestamp], [rating]; sorted by time
+    users.parquet  items.parquet                     one row an id, sorted by id; feature columns
+
+- The same input and flags give the same bytes, so dataset.json's own sha256 is the dataset's id.
+- Written under a temporary name and renamed when whole: a kill leaves nothing half-made, and the next run removes
+  what it did leave.
+- Column types are few: string, int64, float (32 bits), double, list<string>; times are seconds since 1970 (UTC).
+
+Not covered: appending to a dataset.
+"""
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rec.data_prep.split import (
+    SPLITS,
+    columns_of,
+    count_rows,
+    filter_interactions,
+    quoted,
+    split_interactions,
+)
+from rec.errors import UserError
+
+FORMAT_VERSION = 1
+SHARD_ROWS = 2**20  # rows a Parquet file
+GROUP_ROWS = 2**17  # rows a row group: what a streaming reader holds at a time
+MEMORY = "2GB"  # DuckDB spills to disk beyond this, so that a laptop prepares what a server does
+REASONS = {
+    "bad_rows": "malformed rows",
+    "below_min_rating": "interactions rated below --min-rating",
+    "duplicates": "duplicate interactions (the same user and item again: the earliest is kept)",
+    "of_inactive_users": "interactions of users with fewer than --min-interactions",
+}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened dataset directory."""
+
+    path: Path
+    manifest: dict[str, Any]  # dataset.json
+    id: str  # sha256 of dataset.json's bytes
+
+    @property
+    def ordered(self) -> bool:
+        """Whether interactions have timestamps; if not, their order means nothing."""
+        return "timestamp" in self.manifest["columns"]["interactions"]
+
+    @property
+    def has_ratings(self) -> bool:
+        """Whether interactions have ratings."""
+        return "rating" in self.manifest["columns"]["interactions"]
+
+    @property
+    def split_strategy(self) -> str:
+        """`temporal`, `leave_one_out` or `given`."""
+        return self.manifest["split"]["strategy"]
+
+    def files(self, split: str) -> list[Path]:
+        """The Parquet files of train, val or test, in their order."""
+        return [self.path / name for name in self.manifest["files"] if name.startswith(f"interactions/{split}/")]
+
+    def interactions(self, split: str) -> pd.DataFrame:
+        """user_id, item_id (strings), [timestamp (int64 seconds)], [rating (float32)], sorted by time."""
+        return pa.concat_tables([pq.read_table(file, partitioning=None) for file in self.files(split)]).to_pandas()
+
+    def users(self) -> pd.DataFrame:
+        """A row a user that occurs in any split: user_id and features, null where unknown."""
+        return pq.read_table(self.path / "users.parquet", partitioning=None).to_pandas()
+
+    def items(self) -> pd.DataFrame:
+        """A row an item of the catalogue, whether anybody has met it or not: item_id and features."""
+        return pq.read_table(self.path / "items.parquet", partitioning=None).to_pandas()
+
+
+def open_dataset(path: str | Path) -> Dataset:
+    """Opens a dataset directory.
+
+    Raises:
+        UserError: it is no dataset directory, is of another format version, or lacks a file.
+    """
+    file = Path(path) / "dataset.json"
+    if not file.is_file():
+        raise UserError(
+            f"{path} is not a dataset directory, it has no dataset.json: run "
+            f"`python -m rec.data_prep.dummy --output-dir {path}` first, or movielens or tabular in place of dummy"
+        )
+    content = file.read_bytes()
+    try:
+        manifest = json.loads(content)
+        version, files = manifest["format_version"], manifest["files"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is damaged: prepare the dataset again") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{file} has format version {version}, not {FORMAT_VERSION}: prepare the dataset again")
+    for name in files:
+        if not (file.parent / name).is_file():
+            raise UserError(f"{file.parent / name} is missing: prepare the dataset again")
+    return Dataset(file.parent, manifest, hashlib.sha256(content).hexdigest())
+
+
+def verify(dataset: Dataset) -> None:
+    """Compares every file with the manifest's sha256. Raises UserError that names a missing or damaged file."""
+    for name, expected in open_dataset(dataset.path).manifest["files"].items():
+        if digest(dataset.path / name) != expected:
+            raise UserError(f"{dataset.path / name} is damaged (its sha256 differs): prepare the dataset again")
+
+
+def digest(file: Path, algorithm: str = "sha256") -> str:
+    """The hexadecimal digest of a file's bytes."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, algorithm).hexdigest()
+
+
+def note(line: str) -> None:
+    """Progress for a person, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def prepare(
+    output_dir: Path,
+    load: Callable[[duckdb.DuckDBPyConnection, Path], dict[str, int]],
+    *,
+    name: str,
+    source: str,
+    strategy: str,
+    seed: int,
+    min_rating: float | None = None,
+    min_interactions: int = 1,
+) -> None:
+    """Writes a dataset directory and prints the counts and the JSON line that end every data_prep command.
+
+    Args:
+        load: gets a database and a directory for temporary files. It creates table `interactions` (user_id, item_id,
+            source_row, and timestamp in seconds, rating and split where the source has them), and `users` and
+            `items` (id, features) where the source has them. It returns what it dropped: reason -> rows.
+
+    Raises:
+        UserError: bad rows, an impossible split, or an output directory that holds something else.
+    """
+    with staging(output_dir) as directory:
+        scratch = directory / "scratch"
+        scratch.mkdir()
+        with duckdb.connect(scratch / "work.duckdb") as con:
+            for setting in (f"memory_limit = '{MEMORY}'", "TimeZone = 'UTC'", "enable_progress_bar = false"):
+                con.execute(f"set {setting}")
+            dropped = load(con, scratch)
+            note("filtering and splitting")
+            dropped |= filter_interactions(con, min_rating, min_interactions)
+            split = split_interactions(con, strategy, seed)
+            if not count_rows(
+                con, "splits", "split = 'test' and user_id in (select user_id from splits where split = 'train')"
+            ):
+                note("warning: no user of test occurs in train, all of them are new")
+            note("writing")
+            counts, columns = _write_tables(con, directory)
+        shutil.rmtree(scratch)
+        files = sorted(directory.rglob("*.parquet"))
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "name": name,
+            "source": source,
+            "filters": {"min_rating": min_rating, "min_interactions": min_interactions},
+            "split": split,
+            "counts": counts,
+            "columns": columns,
+            "files": {str(file.relative_to(directory)): digest(file) for file in files},
+        }
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        (directory / "dataset.json").write_text(text, encoding="utf-8")
+    for reason, count in dropped.items():
+        if count:
+            note(f"dropped: {count:,} {REASONS[reason]}")
+    note(f"{output_dir}: {name}, {split}")
+    for part, count in counts.items():
+        note(f"  {part:<6}{count:>12,}")
+    dataset = {"dataset": str(output_dir), "id": open_dataset(output_dir).id}
+    print(json.dumps({**dataset, **counts, "dropped": dropped}))
+
+
+@contextlib.contextmanager
+def staging(output_dir: Path) -> Iterator[Path]:
+    """A temporary sibling directory that replaces `output_dir` when the block ends without an exception.
+
+    Raises:
+        UserError: `output_dir` holds something that is not a dataset.
+    """
+    final = output_dir.resolve()  # a link stays a link
+    if final.exists() and not (final / "dataset.json").is_file() and not (final.is_dir() and not any(final.iterdir())):
+        raise UserError(f"{output_dir} exists and is no dataset: remove it, or choose another --output-dir")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in final.parent.glob(f".{glob.escape(final.name)}.*.tmp"):
+        with _lock(leftover) as is_mine:  # the lock of a killed process is free
+            if is_mine:
+                shutil.rmtree(leftover)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    old = final.with_name(f".{final.name}.{os.getpid()}.old.tmp")
+    temporary.mkdir()
+    with _lock(temporary):
+        try:
+            yield temporary
+            if final.exists():
+                final.rename(old)
+            temporary.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(directory: Path) -> Iterator[bool]:
+    """Locks a directory while the block runs; gives False if another process has."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(handle)
+
+
+def _write_tables(con: duckdb.DuckDBPyConnection, directory: Path) -> tuple[dict[str, int], dict[str, Any]]:
+    """Writes the tables `splits`, `users` and `items` as Parquet; returns the counts of rows and the columns."""
+    has = columns_of(con, "splits")
+    wanted = {"timestamp": "cast(floor(timestamp) as bigint)", "rating": "cast(rating as float)"}
+    selected = ", ".join(["user_id", "item_id", *(f"{sql} as {name}" for name, sql in wanted.items() if name in has)])
+    order = "splits.timestamp, source_row" if "timestamp" in has else "source_row"
+    counts, columns = {}, {}
+    for table, key in (("users", "user_id"), ("items", "item_id")):
+        features = [quoted(name) for name in columns_of(con, table) if name != key]
+        ids = f"select {key} from splits" + (
+            f" union select {key} from {table}" if features and table == "items" else ""
+        )
+        join = f"left join {table} on {table}.{key} = ids.{key}" if features else ""
+        query = f"select {', '.join([f'ids.{key}', *features])} from (select distinct {key} from ({ids})) ids {join}"
+        rows = con.sql(f"{query} order by ids.{key}").to_arrow_table()
+        pq.write_table(rows, directory / f"{table}.parquet")
+        counts[table], columns[table] = len(rows), _types(rows.schema)
+    for part in SPLITS:
+        folder = directory / "interactions" / part
+        folder.mkdir(parents=True)
+        reader = con.sql(f"select {selected} from splits where split = '{part}' order by {order}").to_arrow_reader(
+            GROUP_ROWS
+        )
+        counts[part], columns["interactions"] = 0, _types(reader.schema)
+        for number, shard in enumerate(_shards(reader)):
+            pq.write_table(shard, folder / f"{number:05d}.parquet", row_group_size=GROUP_ROWS)
+            counts[part] += len(shard)
+    return counts, columns
+
+
+def _types(schema: pa.Schema) -> dict[str, str]:
+    return {field.name: "list<string>" if pa.types.is_list(field.type) else str(field.type) for field in schema}
+
+
+def _shards(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
+    """Cuts a stream into tables of SHARD_ROWS rows, wherever its batches end."""
+    rows = reader.schema.empty_table()
+    for batch in reader:
+        rows = pa.concat_tables([rows, pa.Table.from_batches([batch])])
+        while len(rows) >= SHARD_ROWS:
+            yield rows.slice(0, SHARD_ROWS).combine_chunks()
+            rows = rows.slice(SHARD_ROWS)
+    if len(rows):
+        yield rows.combine_chunks()

@@ -1,0 +1,227 @@
+"""A synthetic dataset with structure worth learning, made offline in seconds.
+
+    python -m rec.data_prep.dummy --output-dir data/dummy
+
+- Taste: a user belongs to a segment and prefers some genres, which age, segment, genres, price and titles tell about.
+- Popularity follows Zipf's law inside a genre.
+- Order: an item is often followed by its sequel ("Silver Harbor" by "Silver Harbor 2"), and a genre by another one
+  (a Markov chain). A model of sequences beats a model of sets, which clearly beats popularity.
+- Ratings (1 to 5) rise with the user's taste for the genre; times come in sessions over one year.
+
+The same flags give the same bytes. Not covered: drift of taste and fashion over the year.
+"""
+
+import argparse
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from rec.data_prep.dataset import note, prepare
+from rec.errors import UserError, run_command
+
+START = 1_672_531_200  # 2023-01-01 in seconds since 1970
+DAY = 86_400
+YEAR = 365 * DAY
+SEQUEL = 0.4  # how often an item is followed by its sequel, where it has one
+FOLLOW = 0.3  # otherwise: how often its genre is followed by that genre's usual successor, not by the user's taste
+
+SEGMENTS = "student commuter parent collector gamer retiree".split()
+GENRES = {
+    "Adventure": "Harbor Voyage Canyon Island Compass Lagoon Summit Caravan",
+    "Comedy": "Neighbor Wedding Holiday Parrot Roommate Banquet Mixup Uncle",
+    "Crime": "Alibi Witness Heist Verdict Informer Ledger Alley Ransom",
+    "Documentary": "Glacier Archive Orchestra Reef Factory Migration Harvest Atlas",
+    "Drama": "Letter Orchard Winter Daughter Silence Bridge Promise Mirror",
+    "Fantasy": "Dragon Wizard Amulet Kingdom Rune Griffin Prophecy Tower",
+    "Horror": "Cellar Scarecrow Asylum Whisper Curse Hollow Coffin Swamp",
+    "Mystery": "Clue Cipher Manor Disguise Labyrinth Portrait Key Shadow",
+    "Romance": "Kiss Sunset Waltz Garden Serenade Rose Lighthouse Paris",
+    "Sci-Fi": "Orbit Android Nebula Station Comet Colony Reactor Signal",
+    "War": "Trench Battalion Convoy Siege Frontier Medal Armada Outpost",
+    "Western": "Saloon Mustang Sheriff Prairie Outlaw Stagecoach Ranch Canteen",
+}
+ADJECTIVES = (
+    "Silver Crimson Hidden Broken Quiet Golden Savage Frozen Electric Lonely Wandering Midnight Velvet Burning Distant "
+    "Forgotten Restless Emerald Hollow Paper Iron Scarlet Sleeping Secret Wild Gentle Bitter Lucky Final Endless "
+    "Northern Invisible Crooked Amber Foolish Sacred Stolen Thirsty Painted Borrowed"
+).split()
+PLACES = "Oslo Lima Kyoto Cairo Havana Lisbon Quebec Delhi Samoa Tunis Prague Dakar Perth Riga Quito Malta".split()
+
+
+def generate(users: int, items: int, interactions_per_user: int, seed: int) -> dict[str, pa.Table]:
+    """The tables `users`, `items` and `interactions` (in order of time), of about the sizes asked for."""
+    rng = np.random.default_rng(seed)
+    genre, sequel, item_table = _make_items(items, rng)
+    taste, user_table = _make_users(users, rng)
+    per_user = np.clip(rng.gamma(2.0, interactions_per_user / 2.0, users).astype(int), 3, max(items // 2, 3))
+    user, item = _walk(taste, genre, sequel, per_user, rng)
+    time = _times(user, rng)
+
+    liking = taste[user, genre[item]] / taste.max(axis=1)[user]
+    quality = rng.normal(0.0, 0.5, items)[item]
+    rating = np.clip(np.rint(2.2 + 2.0 * liking + quality + rng.normal(0.0, 0.5, len(item))), 1, 5)
+
+    order = np.lexsort((user, time))
+    interactions = pa.table(
+        {
+            "user_id": user_table["user_id"].combine_chunks().take(pa.array(user[order])),
+            "item_id": item_table["item_id"].combine_chunks().take(pa.array(item[order])),
+            "timestamp": time[order],
+            "rating": rating[order].astype(np.float32),
+            "source_row": np.arange(len(order)),
+        }
+    )
+    return {"users": user_table, "items": item_table, "interactions": interactions}
+
+
+def _make_items(items: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, pa.Table]:
+    """Main genre [items], sequel [items] (-1 where there is none) and the table of features."""
+    lengths = np.minimum(rng.geometric(0.35, items), 8)
+    series = np.repeat(np.arange(items), lengths)[:items]
+    first = np.r_[True, series[1:] != series[:-1]]
+    volume = np.arange(items) - np.maximum.accumulate(np.where(first, np.arange(items), 0)) + 1
+    sequel = np.where(np.r_[series[1:] == series[:-1], False], np.arange(1, items + 1), -1)
+
+    names = list(GENRES)
+    genre = rng.integers(len(names), size=items)[series]
+    second = np.where(rng.random(items) < 0.4, rng.integers(len(names), size=items), genre)[series]
+    genres = [[names[a]] if a == b else [names[a], names[b]] for a, b in zip(genre, second, strict=True)]
+
+    nouns = [GENRES[name].split() for name in names]
+    combination = rng.permutation(series[-1] + 1)[series]  # a name for each series, until 60,000 have used them up
+    titles = []
+    for g, c, v in zip(genre, combination, volume, strict=True):
+        rest, adjective = divmod(int(c), len(ADJECTIVES))
+        rest, noun = divmod(rest, len(nouns[g]))
+        place = f" of {PLACES[(rest - 1) % len(PLACES)]}" if rest else ""
+        titles.append(f"{ADJECTIVES[adjective]} {nouns[g][noun]}{place}" + (f" {v}" if v > 1 else ""))
+
+    price = rng.uniform(5.0, 40.0, len(names))[genre] * rng.lognormal(0.0, 0.25, items)
+    released = START - 3 * YEAR - rng.integers(3650, size=items)[series] * DAY + (volume - 1) * 120 * DAY
+    table = pa.table(
+        {
+            "item_id": [f"i{number}" for number in range(1, items + 1)],
+            "title": titles,
+            "genres": genres,
+            "price": price.round(2),
+            "released": released,
+        }
+    )
+    return genre, sequel, table
+
+
+def _make_users(users: int, rng: np.random.Generator) -> tuple[np.ndarray, pa.Table]:
+    """Taste [users, genres], rows of probabilities, and the table of features."""
+    centre = rng.dirichlet(np.full(len(GENRES), 0.3), len(SEGMENTS))
+    segment = rng.integers(len(SEGMENTS), size=users)
+    taste = rng.standard_gamma(8.0 * centre[segment] + 0.05) + 1e-3  # a Dirichlet draw, once normalised
+    taste /= taste.sum(axis=1, keepdims=True)
+    age = np.clip(np.linspace(20, 68, len(SEGMENTS))[segment] + rng.normal(0.0, 5.0, users), 14, 90)
+    table = pa.table(
+        {
+            "user_id": [f"u{number}" for number in range(1, users + 1)],
+            "age": age.astype(np.int64),
+            "segment": np.array(SEGMENTS)[segment],
+        }
+    )
+    return taste, table
+
+
+def _walk(
+    taste: np.ndarray, genre: np.ndarray, sequel: np.ndarray, per_user: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """User and item [interactions] of all users' walks through the catalogue, all users a step at a time.
+
+    Users never meet an item twice: walks are twice as long as asked for, then repetitions are cut out and the rest is
+    cut to length (a user of a small catalogue may end with fewer).
+    """
+    by_genre = np.argsort(genre, kind="stable")
+    starts = np.searchsorted(genre[by_genre], np.arange(len(GENRES) + 1))
+    weight = 1.0 / (rng.permutation(len(genre)) + 10.0) ** 0.9  # Zipf, flattened at the head
+    weight[sequel[sequel >= 0]] *= 0.3  # few begin a series in the middle
+    cumulative = np.r_[0.0, np.cumsum(weight[by_genre])]
+    low, high = cumulative[starts[:-1]], cumulative[starts[1:]]
+    successor = np.roll(np.arange(len(GENRES)), 1)
+    allowed = np.where(high > low, 1.0, 0.0)  # genres that have items
+    likes = np.cumsum(taste * allowed, axis=1)
+    likes /= likes[:, -1:]
+
+    longest_first = np.argsort(-per_user, kind="stable")
+    steps = 2 * per_user[longest_first] + 5
+    item = np.zeros(len(steps), np.int64)
+    users_at, items_at, step_at = [], [], []
+    for step in range(steps[0]):
+        active = longest_first[: np.searchsorted(-steps, -step)]  # those with steps > step
+        chance = rng.random((4, len(active)))
+        wanted = (likes[active] < chance[0, :, None]).sum(axis=1)
+        if step:
+            follower = successor[genre[item[active]]]
+            wanted = np.where((chance[1] < FOLLOW) & (allowed[follower] > 0), follower, wanted)
+        position = np.searchsorted(cumulative, low[wanted] + chance[2] * (high - low)[wanted], side="right") - 1
+        chosen = by_genre[np.clip(position, starts[wanted], starts[wanted + 1] - 1)]
+        if step:
+            after = sequel[item[active]]
+            chosen = np.where((chance[3] < SEQUEL) & (after >= 0), after, chosen)
+        item[active] = chosen
+        users_at.append(active)
+        items_at.append(chosen)
+        step_at.append(np.full(len(active), step))
+
+    user, items, steps_taken = (np.concatenate(part) for part in (users_at, items_at, step_at))
+    order = np.lexsort((steps_taken, user))
+    user, items = user[order], items[order]
+    _, first = np.unique(user * len(genre) + items, return_index=True)
+    first.sort()
+    user, items = user[first], items[first]
+    rank = np.arange(len(user)) - np.searchsorted(user, user)
+    keep = rank < per_user[user]
+    return user[keep], items[keep]
+
+
+def _times(user: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Seconds since 1970, rising within a user (whose rows lie together): minutes in a session, days between."""
+    minutes = 60.0 + rng.exponential(900.0, len(user))
+    gap = np.where(rng.random(len(user)) < 0.75, minutes, rng.exponential(6.0 * DAY, len(user)) + 3600.0)
+    elapsed = np.cumsum(gap)
+    begins = np.searchsorted(user, user)
+    ends = np.searchsorted(user, user, side="right") - 1
+    elapsed, span = elapsed - elapsed[begins], (elapsed[ends] - elapsed[begins])
+    elapsed *= np.minimum(1.0, 0.9 * YEAR / np.maximum(span, 1.0))
+    span = np.minimum(span, 0.9 * YEAR)
+    joined = rng.random(user[-1] + 1)[user] * (YEAR - span)
+    return (START + joined + elapsed).astype(np.int64)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description="Makes a synthetic dataset, offline.",
+        epilog="example: python -m rec.data_prep.dummy --output-dir data/dummy --users 6000 --items 3700",
+    )
+    parser.add_argument("--output-dir", required=True, type=Path, help="the dataset directory to write")
+    parser.add_argument("--users", type=int, default=1000)
+    parser.add_argument("--items", type=int, default=500)
+    parser.add_argument("--interactions-per-user", type=int, default=30, help="on average; at least 3")
+    parser.add_argument("--seed", type=int, default=42, help="the same seed and sizes give the same bytes")
+    parser.add_argument("--split", choices=["temporal", "leave_one_out"], default="leave_one_out")
+    args = parser.parse_args()
+    for name, least in (("users", 10), ("items", 20), ("interactions_per_user", 3), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+
+    def load(con: duckdb.DuckDBPyConnection, scratch: Path) -> dict[str, int]:
+        note(f"generating {args.users:,} users and {args.items:,} items")
+        for name, table in generate(args.users, args.items, args.interactions_per_user, args.seed).items():
+            con.register("generated", table)
+            con.execute(f"create table {name} as select * from generated")
+        return {}
+
+    sizes = f"{args.users} users, {args.items} items, {args.interactions_per_user} interactions a user"
+    source = f"synthetic: {sizes}, seed {args.seed}"
+    prepare(args.output_dir, load, name="dummy", source=source, strategy=args.split, seed=args.seed)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,251 @@
+"""Vocabularies and features: strings become integers once, here, and the towers look everything up by row.
+
+- A `Vocabulary` numbers ids. Row 0 of users is the unknown user; rows 0, 1, 2 of items are PAD, START, UNKNOWN.
+- `fit_columns` learns each feature column's encoding from the rows that training has seen; `Column.encode` applies it.
+- `Encoder` (a Keras layer) turns rows into vectors: the id's embedding plus what the feature columns say of the row.
+  The encoded columns are part of the layer, so the exported graph computes exactly what training computed.
+
+Not covered: images and pre-computed vectors; give them to `Encoder` as further numeric columns.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import tensorflow as tf
+
+from rec.errors import UserError
+
+PAD, START, UNKNOWN, FIRST_ITEM = 0, 1, 2, 3  # item rows: padding, start of a sequence, an id not in training
+UNKNOWN_USER, FIRST_USER = 0, 1
+KINDS = ("categorical", "multi", "numeric", "text", "time")
+MAX_TOKENS = 8  # of a multi-valued or text column; the rest is cut off
+MIN_COUNT = 2  # a token that occurs in one row only says nothing that the id does not
+MAX_VOCABULARY = 50_000  # tokens of one column, the most frequent first
+OOV_TOKEN, FIRST_TOKEN = 1, 2  # 0 is "no token"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Ids in row order. `ids[j]` has row `first + j`; the first `trained` of them occur in the training data.
+
+    The others (items and users that only the tables know) have rows, features and the embedding of the unknown id.
+    """
+
+    ids: np.ndarray  # [n] object (str)
+    first: int
+    trained: int
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, the special ones included."""
+        return self.first + len(self.ids)
+
+    def encode(self, values: pd.Series | np.ndarray | list[str], unknown: int) -> np.ndarray:
+        """[n] ids -> [n] int32 rows; an id that is not here becomes `unknown`."""
+        found = pd.Index(self.ids).get_indexer(pd.Index(values))
+        return np.where(found < 0, unknown, found + self.first).astype(np.int32)
+
+    def digest(self) -> str:
+        """A hash of the trained ids in order: two models agree on embeddings' rows if and only if it is equal."""
+        joined = "\n".join(self.ids[: self.trained]).encode()
+        return hashlib.sha256(joined).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Column:
+    """How one feature column is encoded: learnt from training rows, JSON-able, applied to any table."""
+
+    name: str
+    kind: str
+    tokens: tuple[str, ...] = ()  # categorical, multi, text: the vocabulary; token j is encoded as FIRST_TOKEN + j
+    mean: float = 0.0  # numeric, time: of the training rows
+    std: float = 1.0
+
+    @property
+    def is_tokens(self) -> bool:
+        return self.kind in ("categorical", "multi", "text")
+
+    def encode(self, table: pd.DataFrame) -> np.ndarray:
+        """[n] values -> int32 [n, tokens] (0 = none) or float32 [n, numbers], missing values being zeros."""
+        if self.is_tokens:
+            numbers = {token: FIRST_TOKEN + j for j, token in enumerate(self.tokens)}
+            lists = _token_lists(table[self.name], self.kind)
+            width = max(1, min(MAX_TOKENS, max(map(len, lists), default=1)))
+            encoded = np.zeros((len(lists), width), np.int32)
+            for row, tokens in enumerate(lists):
+                for j, token in enumerate(tokens[:width]):
+                    encoded[row, j] = numbers.get(token, OOV_TOKEN)
+            return encoded
+        values = _numbers(table[self.name])
+        missing = ~np.isfinite(values)
+        scaled = np.where(missing, 0.0, (values - self.mean) / self.std)
+        parts = [np.clip(scaled, -5, 5), (~missing).astype(np.float64)]
+        if self.kind == "time":
+            parts += [np.where(missing, 0.0, part) for part in cyclic(np.where(missing, 0.0, values))]
+        return np.stack(parts, axis=-1).astype(np.float32)
+
+
+def cyclic(seconds: Any) -> list[Any]:
+    """Hour of the day and day of the week (UTC) as points on a circle: 4 arrays or tensors of the shape of `seconds`."""
+    waves = []
+    for period in (86_400, 604_800):
+        part = seconds % period
+        angle = 2 * np.pi / period * (tf.cast(part, tf.float32) if tf.is_tensor(part) else part)
+        waves += [tf.sin(angle), tf.cos(angle)] if tf.is_tensor(part) else [np.sin(angle), np.cos(angle)]
+    return waves
+
+
+def _numbers(values: pd.Series) -> np.ndarray:
+    """[n] float64; a date becomes its seconds since 1970, a missing value NaN."""
+    if pd.api.types.is_datetime64_any_dtype(values):
+        seconds = values.astype("datetime64[s]").astype(np.int64).astype(np.float64)
+        return seconds.where(values.notna()).to_numpy()
+    return values.to_numpy(np.float64, na_value=np.nan)
+
+
+def _token_lists(values: pd.Series, kind: str) -> list[list[str]]:
+    """The tokens of each value; a missing value has none."""
+    if kind == "multi":
+        return [[] if v is None or np.ndim(v) == 0 else [str(t) for t in v] for v in values]
+    texts = [None if pd.isna(v) else str(v) for v in values]
+    if kind == "text":
+        return [re.findall(r"\w+", text.lower()) if text else [] for text in texts]
+    return [[text] if text is not None else [] for text in texts]
+
+
+def infer_kind(values: pd.Series) -> str:
+    """The kind that `auto` gives a column: by type; a string column of mostly unique values is text, else categorical."""
+    present = values.dropna()
+    if len(present) and isinstance(present.iloc[0], (list, tuple, np.ndarray)):
+        return "multi"
+    if pd.api.types.is_datetime64_any_dtype(values):
+        return "time"
+    if pd.api.types.is_numeric_dtype(values):
+        return "numeric"
+    return "text" if len(present) and present.nunique() > 0.5 * len(present) else "categorical"
+
+
+def fit_columns(
+    table: pd.DataFrame, id_column: str, declared: str | dict[str, str], trained: np.ndarray, where: str
+) -> tuple[Column, ...]:
+    """Learns the encodings of the declared columns of `table`.
+
+    Args:
+      table: users or items, one row an id.
+      id_column: the id's column, which is not a feature.
+      declared: "auto" or {column: kind}.
+      trained: [n] bool, the rows that occur in the training data; only they are learnt from.
+      where: the config key, for messages.
+
+    Raises:
+      UserError: a declared column does not exist, or cannot be of its kind.
+    """
+    available = [name for name in table.columns if name != id_column]
+    if isinstance(declared, str):
+        declared = {name: infer_kind(table[name]) for name in available}
+    seen = table[trained]
+    columns = []
+    for name, kind in declared.items():
+        if name not in available:
+            raise UserError(f"{where}.{name}: the dataset has no such column; it has {', '.join(available) or 'none'}")
+        if kind in ("numeric", "time"):
+            is_time = pd.api.types.is_datetime64_any_dtype(table[name])
+            if not (pd.api.types.is_numeric_dtype(table[name]) or is_time):
+                raise UserError(f"{where}.{name}: {kind} needs numbers, the column holds {table[name].dtype}")
+            values = _numbers(seen[name])
+            values = values[np.isfinite(values)]
+            std = float(values.std()) if len(values) else 0.0
+            columns.append(Column(name, kind, mean=float(values.mean()) if len(values) else 0.0, std=std or 1.0))
+        else:
+            counts = Counter(token for tokens in _token_lists(seen[name], kind) for token in set(tokens))
+            kept = sorted((t for t in counts if counts[t] >= MIN_COUNT), key=lambda t: (-counts[t], t))
+            columns.append(Column(name, kind, tokens=tuple(kept[:MAX_VOCABULARY])))
+    return tuple(columns)
+
+
+def columns_to_json(columns: Iterable[Column]) -> str:
+    return json.dumps([asdict(column) for column in columns], ensure_ascii=False)
+
+
+def columns_from_json(text: str) -> tuple[Column, ...]:
+    return tuple(Column(**{**column, "tokens": tuple(column["tokens"])}) for column in json.loads(text))
+
+
+class Encoder(tf.keras.layers.Layer):
+    """Rows of users or items -> vectors: the id's embedding plus a projection of the row's features.
+
+    The projection starts at zero, so that training starts from ids alone and features only add what they explain.
+    Rows beyond the trained vocabulary share the embedding of the unknown id; to train that one, each id is replaced
+    by it with probability `id_dropout` in training.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        columns: tuple[Column, ...],
+        table: pd.DataFrame,
+        dim: int,
+        unknown: int,
+        use_id: bool = True,
+        id_dropout: float = 0.0,
+        name: str = "encoder",
+    ) -> None:
+        """`table` has one row an id of `vocabulary`, in its order; `unknown` is the row of the unknown id."""
+        super().__init__(name=name)
+        self._trained_rows = vocabulary.first + vocabulary.trained
+        self._unknown, self._id_dropout = unknown, id_dropout
+        self.ids = None
+        if use_id:
+            uniform = tf.keras.initializers.RandomUniform(-0.05, 0.05)
+            self.ids = tf.keras.layers.Embedding(self._trained_rows, dim, uniform, name="ids")
+        self._columns = columns
+        self._tables = [
+            tf.Variable(_with_special_rows(column.encode(table), vocabulary.first), trainable=False, name=column.name)
+            for column in columns
+        ]
+        self._embeddings = {
+            column.name: tf.keras.layers.Embedding(FIRST_TOKEN + len(column.tokens), dim, name=f"{column.name}_tokens")
+            for column in columns
+            if column.is_tokens
+        }
+        self._project = tf.keras.layers.Dense(dim, kernel_initializer="zeros", name="features") if columns else None
+
+    def call(self, rows: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """int32 rows of any shape -> float32 vectors [..., dim]."""
+        if not self._columns:
+            return self._embed_ids(rows, training)
+        # A row's features cost more than its id: compute each distinct row once.
+        distinct, where = tf.unique(tf.reshape(rows, [-1]))
+        vectors = self._project(tf.concat([self._features(j, distinct) for j in range(len(self._columns))], -1))
+        if self.ids is not None:
+            vectors += self._embed_ids(distinct, training)
+        return tf.reshape(tf.gather(vectors, where), tf.concat([tf.shape(rows), [vectors.shape[-1]]], 0))
+
+    def _embed_ids(self, rows: tf.Tensor, training: bool) -> tf.Tensor:
+        assert self.ids is not None, "an encoder without ids needs feature columns"
+        unknown = rows >= self._trained_rows
+        if training and self._id_dropout > 0:
+            is_id = rows > self._unknown
+            unknown |= is_id & (tf.random.uniform(tf.shape(rows)) < self._id_dropout)
+        return self.ids(tf.where(unknown, self._unknown, rows))
+
+    def _features(self, j: int, rows: tf.Tensor) -> tf.Tensor:
+        """[n] rows -> [n, width] what column j says of them; tokens are averaged."""
+        values = tf.gather(self._tables[j], rows)
+        if not self._columns[j].is_tokens:
+            return values
+        present = tf.cast(values > 0, tf.float32)[..., None]
+        vectors = self._embeddings[self._columns[j].name](values) * present
+        return tf.reduce_sum(vectors, 1) / tf.maximum(tf.reduce_sum(present, 1), 1.0)
+
+
+def _with_special_rows(encoded: np.ndarray, first: int) -> np.ndarray:
+    """Puts `first` rows of zeros (no tokens, missing numbers) before the encoded ones."""
+    return np.concatenate([np.zeros((first, encoded.shape[1]), encoded.dtype), encoded])

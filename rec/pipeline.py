@@ -1,0 +1,270 @@
+"""A dataset directory -> integers -> tf.data: everything that training reads, encoded once.
+
+- `Corpus` holds the vocabularies, the feature tables and one `Sequences` (users' interactions, in order) a split.
+- `windows` cuts the sequences into training examples: W + 1 tokens of which each predicts the next.
+- `window_batches` is the tf.data of retrieval training. It shuffles and assembles whole batches in NumPy, so that
+  tf.data only hands over finished tensors: bench/input_pipeline.py measures it against the training step.
+
+Randomness comes from (seed, epoch) alone: an epoch's batches are the same after a resume as in an unbroken run.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import tensorflow as tf
+
+from rec.config import Features, Retrieval
+from rec.data_prep.dataset import Dataset
+from rec.features import FIRST_ITEM, FIRST_USER, PAD, START, UNKNOWN, UNKNOWN_USER, Column, Vocabulary, fit_columns
+
+SORT_BATCHES = 20  # windows of so many batches are sorted by length before batching: less padding, still shuffled
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The interactions of each user in time order, concatenated. User row u owns [offsets[u], offsets[u + 1])."""
+
+    offsets: np.ndarray  # [user rows + 1] int64
+    items: np.ndarray  # [n] int32 item rows
+    times: np.ndarray | None  # [n] int64 seconds
+    ratings: np.ndarray | None  # [n] float32
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @property
+    def users(self) -> np.ndarray:
+        """[n] int32: the user row of each interaction."""
+        return np.repeat(np.arange(len(self.lengths), dtype=np.int32), self.lengths)
+
+    def longest(self, users: np.ndarray) -> int:
+        return int(self.lengths[users].max(initial=0))
+
+    def last(self, users: np.ndarray, width: int) -> np.ndarray:
+        """The last `width` items of each of these users: [len(users), width] int32, left-aligned, PAD behind."""
+        lengths = np.minimum(self.lengths[users], width)
+        starts = self.offsets[users + 1] - lengths
+        columns = np.arange(width)
+        inside = columns < lengths[:, None]
+        at = np.where(inside, starts[:, None] + columns, 0)
+        return np.where(inside, self.items[at] if len(self.items) else PAD, PAD).astype(np.int32)
+
+    def matrix(self, users: np.ndarray, item_rows: int) -> sp.csr_matrix:
+        """Binary [len(users), item_rows] of what each of these users interacted with."""
+        lengths = self.lengths[users]
+        indptr = np.concatenate([[0], np.cumsum(lengths)])
+        at = np.arange(indptr[-1]) + np.repeat(self.offsets[users] - indptr[:-1], lengths)
+        shape = (len(users), item_rows)
+        return sp.csr_matrix((np.ones(len(at), np.float32), self.items[at], indptr), shape=shape)
+
+    def select(self, keep: np.ndarray) -> "Sequences":
+        """The interactions at which `keep` [n] is true, still by user and in order."""
+        lengths = np.add.reduceat(np.append(keep, False).astype(np.int64), self.offsets[:-1]) * (self.lengths > 0)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        parts = [None if part is None else part[keep] for part in (self.times, self.ratings)]
+        return Sequences(offsets, self.items[keep], *parts)
+
+    def shuffled(self, rng: np.random.Generator) -> "Sequences":
+        """Each user's interactions in a new random order (for data without timestamps)."""
+        order = np.lexsort([rng.random(len(self.items)), self.users])
+        parts = [None if part is None else part[order] for part in (self.times, self.ratings)]
+        return Sequences(self.offsets, self.items[order], *parts)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A dataset, encoded. Item rows are in order of falling training count, so FIRST_ITEM is the most popular item."""
+
+    dataset_id: str
+    ordered: bool
+    split_strategy: str
+    users: Vocabulary
+    items: Vocabulary
+    user_table: pd.DataFrame  # one row an id of `users`, in its order
+    item_table: pd.DataFrame
+    user_columns: tuple[Column, ...]
+    item_columns: tuple[Column, ...]
+    train: Sequences
+    val: Sequences
+    test: Sequences
+
+    @property
+    def popularity(self) -> np.ndarray:
+        """[item rows] int64: training interactions of each item."""
+        return np.bincount(self.train.items, minlength=self.items.rows)
+
+    def history(self, split: str) -> Sequences:
+        """What is known of each user before `split`: train for val; train and val for test."""
+        return self.train if split == "val" else concatenate(self.train, self.val)
+
+
+def concatenate(first: Sequences, second: Sequences) -> Sequences:
+    """Each user's interactions of `first`, then those of `second`."""
+    users = np.concatenate([first.users, second.users])
+    order = np.argsort(users, kind="stable")
+
+    def join(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
+        return None if a is None or b is None else np.concatenate([a, b])[order]
+
+    items = np.concatenate([first.items, second.items])[order]
+    return Sequences(first.offsets + second.offsets, items, join(first.times, second.times),
+                     join(first.ratings, second.ratings))  # fmt: skip
+
+
+def load_corpus(
+    dataset: Dataset,
+    features: Features,
+    users: Vocabulary | None = None,
+    items: Vocabulary | None = None,
+    columns: tuple[tuple[Column, ...], tuple[Column, ...]] | None = None,
+) -> Corpus:
+    """Encodes a dataset. Vocabularies and columns are learnt from its training data, unless a checkpoint's are given.
+
+    Args:
+      users, items: only their trained ids are taken over; ids that only this dataset has come after them.
+      columns: the encodings of user and item features.
+    """
+    train = dataset.interactions("train")
+    users = _vocabulary(train["user_id"], dataset.users()["user_id"], FIRST_USER, users)
+    items = _vocabulary(train["item_id"], dataset.items()["item_id"], FIRST_ITEM, items)
+    user_table = dataset.users().set_index("user_id").reindex(users.ids).reset_index(names="user_id")
+    item_table = dataset.items().set_index("item_id").reindex(items.ids).reset_index(names="item_id")
+    if columns is None:
+        known_users = np.arange(len(users.ids)) < users.trained
+        known_items = np.arange(len(items.ids)) < items.trained
+        columns = (
+            fit_columns(user_table, "user_id", features.users, known_users, "features.users"),
+            fit_columns(item_table, "item_id", features.items, known_items, "features.items"),
+        )
+    splits = [_sequences(frame, users, items) for frame in (train, *map(dataset.interactions, ("val", "test")))]
+    return Corpus(dataset.id, dataset.ordered, dataset.split_strategy, users, items, user_table, item_table, *columns,
+                  *splits)  # fmt: skip
+
+
+def _vocabulary(occurring: pd.Series, listed: pd.Series, first: int, given: Vocabulary | None) -> Vocabulary:
+    """Trained ids by falling count (ties: by id), then the ids that only the table lists."""
+    if given is None:
+        counts = occurring.value_counts().reset_index()
+        counts.columns = pd.Index(["id", "count"])
+        trained = counts.sort_values(["count", "id"], ascending=[False, True])["id"].to_numpy(object)
+    else:
+        trained = given.ids[: given.trained]
+    others = pd.Index(listed).difference(pd.Index(trained), sort=True).to_numpy(object)
+    return Vocabulary(np.concatenate([trained, others]).astype(object), first, len(trained))
+
+
+def _sequences(frame: pd.DataFrame, users: Vocabulary, items: Vocabulary) -> Sequences:
+    user_rows = users.encode(frame["user_id"], UNKNOWN_USER)
+    item_rows = items.encode(frame["item_id"], UNKNOWN)
+    order = np.argsort(user_rows, kind="stable")  # keeps the frame's time order within a user
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(user_rows, minlength=users.rows))])
+    times = frame["timestamp"].to_numpy(np.int64)[order] if "timestamp" in frame else None
+    ratings = frame["rating"].to_numpy(np.float32)[order] if "rating" in frame else None
+    return Sequences(offsets, item_rows[order], times, ratings)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Training examples: example j is user[j]'s interactions [begin[j], end[j]), each predicted from those before it."""
+
+    user: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
+
+
+def windows(sequences: Sequences, width: int, rng: np.random.Generator) -> Windows:
+    """Cuts every user's sequence into windows of at most `width` targets; every interaction is a target once.
+
+    A long sequence is cut at a random phase, so that the cuts (behind which less history is visible) fall elsewhere
+    in every epoch. A sequence that fits one window is never cut.
+    """
+    lengths = sequences.lengths
+    phase = np.where(lengths > width, rng.integers(1, width + 1, len(lengths)), width)
+    counts = np.where(lengths > 0, 1 + np.ceil(np.maximum(lengths - phase, 0) / width), 0).astype(np.int64)
+    user = np.repeat(np.arange(len(lengths)), counts)
+    nth = np.arange(len(user)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begin = np.where(nth == 0, 0, phase[user] + (nth - 1) * width)
+    end = np.minimum(phase[user] + nth * width, lengths[user])
+    return Windows(user.astype(np.int32), sequences.offsets[user] + begin, sequences.offsets[user] + end)
+
+
+def window_batches(corpus: Corpus, config: Retrieval, train: Sequences, seed: int, epoch: int) -> tf.data.Dataset:
+    """One epoch of retrieval training, in shuffled batches.
+
+    Yields dicts of
+      user: [B] int32 rows.
+      tokens: [B, L + 1] int32 item rows, L <= window, left-aligned, PAD behind. tokens[:, t] predicts tokens[:, t + 1];
+        tokens[:, 0] is START, or the interaction before the window.
+      negatives: [C] int32 item rows, shared by the whole batch: targets of the batch, then uniform ones.
+      time: [B, L] int64 seconds, of each target (only where `query_time` is set).
+    """
+    signature = {
+        "user": tf.TensorSpec([None], tf.int32),
+        "tokens": tf.TensorSpec([None, None], tf.int32),
+        "negatives": tf.TensorSpec([None], tf.int32),
+    }
+    if config.query_time:
+        signature["time"] = tf.TensorSpec([None, None], tf.int64)
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        rng = np.random.default_rng([seed, epoch])
+        sequences = train if corpus.ordered else train.shuffled(rng)
+        yield from _batches(sequences, config, corpus.items, rng)
+
+    return tf.data.Dataset.from_generator(batches, output_signature=signature).prefetch(4)
+
+
+def _batches(
+    sequences: Sequences, config: Retrieval, items: Vocabulary, rng: np.random.Generator
+) -> Iterator[dict[str, np.ndarray]]:
+    cut = windows(sequences, config.window, rng)
+    order = rng.permutation(len(cut.user))
+    batches: list[np.ndarray] = []
+    for pool in np.array_split(order, max(1, len(order) // (config.batch_size * SORT_BATCHES))):
+        by_length = pool[np.argsort((cut.end - cut.begin)[pool], kind="stable")]
+        batches += np.array_split(by_length, max(1, round(len(pool) / config.batch_size)))
+    for j in rng.permutation(len(batches)):
+        user, begin, end = (part[batches[j]] for part in (cut.user, cut.begin, cut.end))
+        columns = np.arange((end - begin).max() + 1)
+        at = begin[:, None] + columns - 1
+        inside = at < end[:, None]
+        tokens = np.where(inside, sequences.items[np.where(inside, np.maximum(at, 0), 0)], PAD)
+        tokens[:, 0] = np.where(begin > sequences.offsets[user], tokens[:, 0], START)
+        targets = tokens[:, 1:][inside[:, 1:]]
+        batch = {"user": user, "tokens": tokens, "negatives": _negatives(targets, config, items, rng)}
+        if config.query_time and sequences.times is not None:
+            batch["time"] = np.where(inside, sequences.times[np.where(inside, at, 0)], 0)[:, 1:]
+        yield batch
+
+
+def _negatives(targets: np.ndarray, config: Retrieval, items: Vocabulary, rng: np.random.Generator) -> np.ndarray:
+    """A batch's shared pool: random targets of the batch (drawn as popular as they are), then uniform items.
+
+    A catalogue no larger than the uniform share is taken whole instead: the softmax is then the full one.
+    """
+    if config.uniform_negatives >= items.trained:
+        return np.arange(FIRST_ITEM, FIRST_ITEM + items.trained, dtype=np.int32)
+    popular = rng.choice(targets, config.in_batch_negatives) if config.in_batch_negatives else targets[:0]
+    uniform = rng.integers(FIRST_ITEM, FIRST_ITEM + items.trained, config.uniform_negatives, dtype=np.int32)
+    return np.concatenate([popular.astype(np.int32), uniform])
+
+
+def sampling_probability(corpus: Corpus, config: Retrieval, train: Sequences) -> np.ndarray:
+    """[item rows] float32: the probability that a slot of the shared pool holds this item, under `_negatives`.
+
+    The pool is a sample of a mixture (Yang et al. 2020, "Mixed Negative Sampling"): an item's probability counts both
+    ways of being drawn, whichever happened.
+    """
+    uniform = np.zeros(corpus.items.rows)
+    uniform[FIRST_ITEM : FIRST_ITEM + corpus.items.trained] = 1 / corpus.items.trained
+    counts = np.bincount(train.items, minlength=corpus.items.rows)
+    if config.uniform_negatives >= corpus.items.trained:
+        probability = uniform
+    else:
+        share = config.in_batch_negatives / (config.in_batch_negatives + config.uniform_negatives)
+        probability = share * counts / counts.sum() + (1 - share) * uniform
+    return np.maximum(probability, np.finfo(np.float32).tiny).astype(np.float32)

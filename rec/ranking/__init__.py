@@ -1,0 +1,1 @@
+"""Ranking: the candidates that retrieval returns, put into a better order."""

@@ -1,0 +1,232 @@
+"""The candidate index: the best rows of an embedding matrix for a query, inside the SavedModel.
+
+- `ExactIndex` scores every row. It needs no custom op, so a stock TF Serving can run it.
+- `ScannIndex` is approximate: a tree picks leaves, quantised scores pick rows from them, and those are scored
+  again with their float32 embeddings, so that every score that comes out is an exact inner product.
+- `build_index` searches ScaNN's settings on real query embeddings until a recall target is met at the least
+  cost, measures on other queries than it searched on, and falls back to exact where ScaNN cannot work.
+- The depth of a search is a tensor: whoever excludes what a user has seen asks for that many more rows.
+- All signatures of a SavedModel share one searcher, which the first request builds from the variables.
+
+A module that holds a `ScannIndex` is saved with `tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])`;
+Python loads it after `import scann`. Not covered: filters in the search, adding rows without building anew.
+"""
+
+import hashlib
+from functools import cache
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from rec.errors import UserError
+
+LOWEST = float(np.finfo(np.float32).min)  # the score of a place for which no row was found
+MIN_SCANN_ROWS = 16  # ScaNN trains 16 centres a block and fails with fewer rows
+SAMPLE = 500  # queries to search settings on, and as many to measure with: standard error about 0.004
+REORDER_FACTORS = (1.5, 2, 3, 5, 10, 20, 50)  # rows that are scored again, as a multiple of k
+REORDER_COST = 25  # an exact score costs as much as so many quantised ones (measured: 35 ns against 1.3 ns)
+MARGINS = (0.0, 0.1, 0.2, 0.4, 0.8)  # how far from target to 1 to aim until the measuring queries get there
+
+
+class ExactIndex(tf.Module):
+    """Brute force: the inner product with every row of `embeddings`, float32 [N, d]."""
+
+    def __init__(self, embeddings: np.ndarray) -> None:
+        super().__init__(name="exact_index")
+        self.embeddings = tf.Variable(embeddings, trainable=False, dtype=tf.float32, name="embeddings")
+
+    def search(self, queries: tf.Tensor, depth: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The `depth` rows with the largest inner products, best first; of equal ones the lower row first.
+
+        Args:
+            queries: float32 [B, d]; B may be unknown, or 0.
+            depth: scalar int, rows for each query; may exceed N.
+
+        Returns:
+            scores float32 [B, depth] and rows int32 [B, depth]. Where there is no row (depth > N, or a query
+            that is not finite) the score is float32's lowest finite value and the row is -1.
+        """
+        scores = tf.matmul(queries, self.embeddings, transpose_b=True)
+        scores, rows = tf.math.top_k(scores, tf.minimum(tf.cast(depth, tf.int32), tf.shape(scores)[1]))
+        return _fill(scores, rows, queries, depth)
+
+
+class ScannIndex(tf.Module):
+    """ScaNN (Guo et al., 2020, https://arxiv.org/abs/1908.10396); contract as `ExactIndex`, approximate.
+
+    `settings` [2] are the leaves (clusters of rows) to search and the rows to score again in searches to depth
+    `k`; a variable, so that trying others needs no new build.
+    """
+
+    def __init__(self, tensors: list[tf.Tensor], *, leaves: int, k: int) -> None:
+        """`tensors`: from `scann_to_tensors`, of a searcher by dot product with `leaves` and reordering."""
+        super().__init__(name="scann_index")
+        self.tensors = [tf.Variable(tensor, trainable=False) for tensor in tensors]
+        self.rows, self.leaves, self.k = tensors[-1].shape[0], leaves, k
+        self.settings = tf.Variable([leaves, self.rows], trainable=False, dtype=tf.int32, name="settings")
+        digest = hashlib.sha256()
+        for tensor in tensors:
+            digest.update(np.asarray(tensor.numpy()).tobytes())
+        # Signatures that name the searcher alike share it instead of building one each (1.6 s and 0.3 GiB for
+        # a million rows); the hash keeps two versions in one process apart.
+        self.shared_name = f"rec-scann-{digest.hexdigest()[:32]}"
+
+    def search(self, queries: tf.Tensor, depth: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """As `ExactIndex.search`, but may miss a row for one that scores less, or where the leaves run out."""
+        depth = tf.cast(depth, tf.int32)
+        leaves, reorder = tf.unstack(self.settings)
+        deeper = tf.maximum(tf.cast(depth, tf.float32) / self.k, 1.0)  # keeps the recall beyond depth k
+        reorder = tf.cast(tf.minimum(tf.cast(reorder, tf.float32) * deeper, self.rows), tf.int32)
+        count = tf.shape(queries)[0]
+        empty = tf.cast(tf.equal(count, 0), tf.int32)  # ScaNN fails on an empty batch: give it one query
+        found = self._searcher().search_batched_parallel(
+            tf.pad(queries, [[0, empty], [0, 0]]),
+            final_num_neighbors=tf.minimum(depth, self.rows),
+            pre_reorder_num_neighbors=reorder,
+            leaves_to_search=tf.maximum(leaves, _fewest_leaves(depth, self.rows, self.leaves)),
+        )
+        return _fill(found.distances[:count], found.indices[:count], queries, depth)
+
+    @tf.function(input_signature=[])
+    def release(self) -> None:
+        """Frees the searcher's memory, which a Python process otherwise keeps after it drops the bundle."""
+        tf.raw_ops.DestroyResourceOp(resource=self._searcher().searcher_handle, ignore_lookup_error=True)
+
+    def _searcher(self) -> Any:
+        """The shared searcher; builds it from the variables where there is none yet."""
+        from scann.scann_ops.py import scann_ops  # here, because the exact index has to work without ScaNN
+
+        *state, embeddings = self.tensors
+        handle = scann_ops.tensors_to_scann(embeddings, *state, shared_name=self.shared_name)
+        return scann_ops.ScannSearcher(handle)
+
+
+def _fill(scores: tf.Tensor, rows: tf.Tensor, queries: tf.Tensor, depth: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Marks places without a row and widens to `depth`. (ScaNN pads with NaN and row 0, or not at all.)"""
+    found = tf.math.is_finite(scores)
+    columns = [[0, 0], [0, tf.cast(depth, tf.int32) - tf.shape(scores)[1]]]
+    scores = tf.pad(tf.where(found, scores, LOWEST), columns, constant_values=LOWEST)
+    rows = tf.pad(tf.where(found, rows, -1), columns, constant_values=-1)
+    shape = [queries.shape[0], tf.get_static_value(depth)]
+    return tf.ensure_shape(scores, shape), tf.ensure_shape(rows, shape)
+
+
+def _fewest_leaves(depth: tf.Tensor, rows: int, leaves: int) -> tf.Tensor:
+    """Leaves that hold 4 x `depth` rows on average: fewer would run out of rows in a deep search."""
+    share = tf.minimum(4.0 * tf.cast(depth, tf.float32) / rows, 1.0)
+    return tf.cast(tf.math.ceil(share * leaves), tf.int32)
+
+
+def build_index(
+    embeddings: np.ndarray, queries: np.ndarray, *, kind: str, recall_target: float, k: int, seed: int
+) -> tuple[ExactIndex | ScannIndex, dict[str, Any]]:
+    """Builds the index over `embeddings` and measures its recall@k against exact search.
+
+    Args:
+        embeddings: float32 [N, d], the candidates; a search returns positions in it.
+        queries: float32 [Q, d], real query embeddings; at most 1,000 are drawn, half to search settings on, half
+            to measure with.
+        kind: "scann" or "exact".
+        recall_target: in (0, 1]; the recall@k that the measuring queries have to reach.
+        seed: draws the queries. ScaNN's clustering takes none: two builds differ slightly.
+
+    Returns:
+        The index, and for the bundle's metadata "kind" as built, "recall@K", for ScaNN "leaves",
+        "leaves_to_search" and "reorder", and "fallback", the reason where exact search took ScaNN's place.
+
+    Raises:
+        UserError: without rows, or where an embedding or its norm is not finite: ScaNN would end the process.
+        ValueError: for an unknown kind.
+    """
+    if kind not in ("scann", "exact"):
+        raise ValueError(f"index kind {kind!r} is neither 'scann' nor 'exact'")
+    embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
+    queries = np.ascontiguousarray(queries, dtype=np.float32)
+    if not len(embeddings):
+        raise UserError("there is nothing to index: the catalogue has no items")
+    for name, matrix in (("candidate", embeddings), ("query", queries)):
+        bad = np.flatnonzero(~np.isfinite(np.einsum("nd,nd->n", matrix, matrix)))
+        if len(bad):
+            raise UserError(
+                f"{len(bad)} of {len(matrix)} {name} embeddings are not finite, the first in row {bad[0]}: the "
+                "model has diverged, train it again with a lower learning rate"
+            )
+    exact, metadata = ExactIndex(embeddings), {"kind": "exact", f"recall@{k}": 1.0}
+    if kind == "exact":
+        return exact, metadata
+    if len(embeddings) < MIN_SCANN_ROWS:
+        return exact, metadata | {"fallback": f"ScaNN needs {MIN_SCANN_ROWS} items, there are {len(embeddings)}"}
+    if len(queries) < 2:
+        return exact, metadata | {"fallback": f"tuning ScaNN needs 2 query embeddings, there are {len(queries)}"}
+    drawn = np.random.default_rng(seed).permutation(len(queries))[: 2 * SAMPLE]
+    tuning, measuring = (_Recall(exact, queries[part], k) for part in np.array_split(drawn, 2))
+    return _tuned_scann(embeddings, tuning, measuring, recall_target, k) or (
+        exact,
+        metadata | {"fallback": f"ScaNN did not reach recall {recall_target} without scoring every item"},
+    )
+
+
+class _Recall:
+    """Recall@k on fixed queries: the share of an index's scores that reach the exact k-th best score.
+
+    Counting scores and not rows makes equal ones interchangeable, as they are to a user.
+    """
+
+    def __init__(self, exact: ExactIndex, queries: np.ndarray, k: int) -> None:
+        rows = exact.embeddings.shape[0]
+        self.k = tf.constant(min(k, rows))
+        at_once = max(1, 2**25 // rows)  # the matrix of all scores stays below 128 MB
+        self.batches = [queries[at : at + at_once] for at in range(0, len(queries), at_once)]
+        self.cuts = np.concatenate([exact.search(batch, self.k)[0].numpy()[:, -1:] for batch in self.batches])
+
+    def __call__(self, search: tf.types.experimental.PolymorphicFunction) -> float:
+        scores = np.concatenate([search(batch, self.k)[0].numpy() for batch in self.batches])
+        rounding = 1e-5 * np.abs(self.cuts)  # float32: ScaNN adds up an inner product in another order
+        return float((scores >= self.cuts - rounding).mean())
+
+
+def _tuned_scann(
+    embeddings: np.ndarray, tuning: _Recall, measuring: _Recall, target: float, k: int
+) -> tuple[ScannIndex, dict[str, Any]] | None:
+    """Builds ScaNN once, with about sqrt(N) leaves, then finds the cheapest settings that reach the target, if any."""
+    from scann.scann_ops.py import scann_ops
+
+    rows, leaves = len(embeddings), round(len(embeddings) ** 0.5)
+    # Blocks of 2 dimensions, threshold 0.2: ScaNN's own example. Blocks of 1 need fewer rows scored again, yet
+    # cost 1.1 to 2 times as much at equal recall (200k rows, 65 dimensions).
+    builder = scann_ops.builder(embeddings, k, "dot_product").tree(leaves, leaves)
+    builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(5 * k)
+    index = ScannIndex(scann_ops.scann_to_tensors(builder.build().searcher_handle), leaves=leaves, k=k)
+    search = tf.function(index.search)
+
+    @cache
+    def recall(*settings: int) -> float:
+        index.settings.assign(settings)
+        return tuning(search)
+
+    def cheapest(goal: float) -> tuple[int, int] | None:
+        """The cheapest settings with this recall on the tuning queries, or None."""
+        best, best_cost, enough = None, float("inf"), leaves
+        for factor in REORDER_FACTORS:
+            reorder = round(factor * k)
+            if reorder >= rows:
+                break
+            if recall(enough, reorder) < goal:
+                continue
+            low = int(_fewest_leaves(tf.constant(k), rows, leaves))
+            while low < enough:  # scoring more rows again never takes more leaves: `enough` stays the bound
+                middle = (low + enough) // 2
+                low, enough = (low, middle) if recall(middle, reorder) >= goal else (middle + 1, enough)
+            cost = rows * enough / leaves + REORDER_COST * reorder
+            if cost >= best_cost:
+                break
+            best, best_cost = (enough, reorder), cost
+        return best
+
+    for settings in filter(None, (cheapest(target + margin * (1 - target)) for margin in MARGINS)):
+        index.settings.assign(settings)
+        if (measured := measuring(search)) >= target:
+            metadata = {"leaves": leaves, "leaves_to_search": settings[0], "reorder": settings[1]}
+            return index, {"kind": "scann", f"recall@{k}": measured} | metadata
+    return None

@@ -1,0 +1,171 @@
+"""The retrieval model: two towers, joined by a dot product, trained by a sampled softmax over windows.
+
+- `SampledSoftmax` is TFRS's Retrieval task for one pool of negatives that the whole batch shares: its cost is linear in
+  the batch, where in-batch softmax is quadratic.
+- `RetrievalModel` is the tfrs.Model. Validation, mining, evaluation and the bundle all score with its `score*`.
+"""
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_recommenders as tfrs
+
+from rec.config import Retrieval
+from rec.features import FIRST_ITEM, PAD, UNKNOWN_USER
+from rec.pipeline import Corpus, Sequences, sampling_probability
+from rec.retrieval.towers import CandidateTower, QueryTower, history_tokens
+
+LOWEST = float(np.finfo(np.float32).min)  # the score of "nothing": finite, so that it survives JSON
+MASKED = LOWEST / 100  # a logit that must not count; far from overflow when losses add up
+
+
+class SampledSoftmax(tfrs.tasks.Retrieval):
+    """Softmax cross-entropy of each position's target against a shared pool of negatives.
+
+    Logits are divided by `temperature`; `logq` subtracts the log of each candidate's sampling probability (Bengio and
+    Senecal 2008; Yi et al. 2019), without which popular items, often drawn as negatives, are pushed down.
+    """
+
+    def __init__(self, config: Retrieval, **kwargs: object) -> None:
+        """kwargs are those of tfrs.tasks.Retrieval (its `metrics`)."""
+        loss = tf.keras.losses.CategoricalCrossentropy(from_logits=True, reduction=tf.keras.losses.Reduction.NONE)
+        super().__init__(loss=loss, temperature=config.temperature, name="sampled_softmax", **kwargs)
+        self._config = config
+        hard = config.hard_negatives
+        self._hardest = tfrs.layers.loss.HardNegativeMining(hard) if hard else None
+
+    def sampled_loss(
+        self,
+        queries: tf.Tensor,
+        targets: tf.Tensor,
+        target_ids: tf.Tensor,
+        negatives: tf.Tensor,
+        negative_ids: tf.Tensor,
+        probability: tf.Tensor,
+        score_mask: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """The mean loss over P positions.
+
+        Args:
+          queries, targets: [P, d] float32; target_ids: [P] item rows.
+          negatives: [C, d] float32, negative_ids: [C] item rows, the pool.
+          probability: [item rows] float32, of each item to fill a slot of the pool.
+          score_mask: [P, C] bool, false where a pool item must not count as a negative of the position.
+        """
+        positive = tf.reduce_sum(queries * targets, 1, keepdims=True) / self._temperature
+        pool = tf.matmul(queries, negatives, transpose_b=True) / self._temperature
+        if self._config.logq:
+            positive -= tf.math.log(tf.gather(probability, target_ids))[:, None]
+            pool -= tf.math.log(tf.gather(probability, negative_ids))
+        if self._config.mask_accidental_hits:
+            pool = tf.where(target_ids[:, None] == negative_ids, MASKED, pool)
+        if score_mask is not None:
+            pool = tf.where(score_mask, pool, MASKED)
+        logits = tf.concat([positive, pool], 1)
+        if self._hardest is None:  # the same as with one-hot labels, without building them
+            return tf.reduce_mean(tf.reduce_logsumexp(logits, 1) - positive[:, 0])
+        labels = tf.concat([tf.ones_like(positive), tf.zeros_like(pool)], 1)
+        logits, labels = self._hardest(logits, labels)
+        return tf.reduce_mean(self._loss(labels, logits))
+
+
+class RetrievalModel(tfrs.Model):
+    """Two towers and their task."""
+
+    def __init__(self, config: Retrieval, corpus: Corpus, train: Sequences | None = None) -> None:
+        """`train`: the interactions it will be trained on, where they are not all of corpus.train."""
+        super().__init__(name="retrieval")
+        self.config = config
+        self.candidate_tower = CandidateTower(config, corpus)
+        self.query_tower = QueryTower(config, corpus, self.candidate_tower.items)
+        self.task = SampledSoftmax(config)
+        self.trained_users = corpus.users.first + corpus.users.trained
+        self.n_items = len(corpus.items.ids)
+        train = corpus.train if train is None else train
+        counts = np.bincount(train.items, minlength=corpus.items.rows).astype(np.float32)
+        self.popularity = tf.Variable(counts, trainable=False, name="popularity")
+        probability = sampling_probability(corpus, config, train)
+        self.probability = tf.Variable(probability, trainable=False, name="probability")
+        self._build()
+
+    def _build(self) -> None:
+        """Creates every weight, so that a checkpoint can be restored before the first batch."""
+        one = tf.ones([1, 1], tf.int32)
+        self.query_tower(one[0], one, tf.zeros([1, 1], tf.int64))
+        self.candidate_tower(one)
+
+    def compute_loss(self, batch: dict[str, tf.Tensor], training: bool = False) -> tf.Tensor:
+        """The loss of a batch of `pipeline.window_batches` (shapes there)."""
+        inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        queries = self.query_tower(batch["user"], inputs, batch.get("time"), training=training)
+        rows = tf.concat([tf.boolean_mask(targets, targets != PAD), batch["negatives"]], 0)
+        candidates = self.candidate_tower(rows, training=training)
+        queries = tf.boolean_mask(queries, targets != PAD)
+        p = tf.shape(queries)[0]
+        return self.task.sampled_loss(
+            queries, candidates[:p], rows[:p], candidates[p:], rows[p:], self.probability,
+            self._score_mask(batch) if self.config.mask_user_positives else None,
+        )  # fmt: skip
+
+    def _score_mask(self, batch: dict[str, tf.Tensor]) -> tf.Tensor:
+        """[P, C] false where a pool item stands anywhere in the position's own window."""
+        in_window = tf.reduce_any(batch["tokens"][:, :, None] == batch["negatives"], 1)
+        targets = batch["tokens"][:, 1:]
+        window = tf.broadcast_to(tf.range(tf.shape(targets)[0])[:, None], tf.shape(targets))
+        return tf.gather(~in_window, tf.boolean_mask(window, targets != PAD))
+
+    def query(self, user: tf.Tensor, history: tf.Tensor, time: tf.Tensor | None = None) -> tf.Tensor:
+        """user [B] rows, history [B, H] item rows (oldest first, PAD anywhere) -> queries [B, d + 1].
+
+        time: [B] int64 seconds, of the request; now if not given.
+        """
+        tokens, last = history_tokens(history, self.config.window)
+        longest = tf.reduce_max(last) + 1  # nothing to compute behind the longest history of the batch
+        tokens = tokens[:, :longest]
+        time = tf.fill(tf.shape(user), tf.cast(tf.timestamp(), tf.int64)) if time is None else time
+        queries = self.query_tower(user, tokens, tf.broadcast_to(time[:, None], tf.shape(tokens)))
+        return tf.gather(queries, last, batch_dims=1)
+
+    def candidates(self) -> tf.Tensor:
+        """[catalogue, d + 1]: every item, from FIRST_ITEM on."""
+        return self.candidate_tower(tf.range(FIRST_ITEM, FIRST_ITEM + self.n_items))
+
+    def is_cold(self, user: tf.Tensor, history: tf.Tensor) -> tf.Tensor:
+        """[B] bool: nothing is known of the user. Such a row is answered by `prior`."""
+        trained = (user > UNKNOWN_USER) & (user < self.trained_users)
+        return ~trained & tf.reduce_all(history == PAD, 1)
+
+    def prior(self, rows: tf.Tensor) -> tf.Tensor:
+        """The score of items for a cold user: log(1 + training interactions)."""
+        return tf.math.log1p(tf.gather(self.popularity, rows))
+
+    def score(self, user: tf.Tensor, history: tf.Tensor, rows: tf.Tensor, time: tf.Tensor | None = None) -> tf.Tensor:
+        """The scores of given items: rows [B, N] -> [B, N], LOWEST where a row is PAD. The rest as for `query`."""
+        scores = tf.einsum("bd,bnd->bn", self.query(user, history, time), self.candidate_tower(rows))
+        scores = tf.where(self.is_cold(user, history)[:, None], self.prior(rows), scores)
+        return tf.where(rows == PAD, LOWEST, scores)
+
+    def score_catalogue(
+        self, user: tf.Tensor, history: tf.Tensor, candidates: tf.Tensor, time: tf.Tensor | None = None
+    ) -> tf.Tensor:
+        """The scores of the whole catalogue, whose vectors are `self.candidates()`: [B, catalogue]."""
+        scores = tf.matmul(self.query(user, history, time), candidates, transpose_b=True)
+        prior = self.prior(tf.range(FIRST_ITEM, FIRST_ITEM + self.n_items))
+        return tf.where(self.is_cold(user, history)[:, None], prior, scores)
+
+
+def best_unseen(scores: tf.Tensor, seen: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """The k best items of the whole catalogue that a user has not seen, best first.
+
+    Args:
+      scores: [B, catalogue]; seen: [B, S] item rows, PAD where none.
+
+    Returns:
+      scores [B, k] and item rows [B, k]; LOWEST and PAD where nothing is left.
+    """
+    catalogue = tf.shape(scores)[1]
+    which = tf.where(seen >= FIRST_ITEM)
+    at = tf.stack([which[:, 0], tf.cast(tf.gather_nd(seen, which), tf.int64) - FIRST_ITEM], 1)
+    scores = tf.tensor_scatter_nd_update(scores, at, tf.fill([tf.shape(at)[0]], LOWEST))
+    scores = tf.pad(scores, [[0, 0], [0, tf.maximum(k - catalogue, 0)]], constant_values=LOWEST)
+    best, rows = tf.math.top_k(scores, k)
+    return best, tf.where(best > LOWEST, rows + FIRST_ITEM, PAD)

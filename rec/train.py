@@ -1,0 +1,243 @@
+"""Trains a stage and exports its bundle.
+
+    python -m rec.train --stage retrieval                  two towers, an index, savedmodels/retrieval/N
+    python -m rec.train --stage ranking                    a ranker for them, savedmodels/ranking/N
+    python -m rec.train --stage all                        both, composed into savedmodels/recommender/N
+    python -m rec.train --stage ranking --model-arch dlrm --init-from-retrieval checkpoints/retrieval
+    python -m rec.train --stage retrieval --config config/movielens/ml_100k.yaml --set retrieval.epochs=3
+
+A run that was killed goes on where it was when the same command is given again. Tables and progress go to stderr; the
+last line of stdout is JSON: {"stage", "bundle", "version", "metrics", "examples_per_second", "seconds"}, or for
+`--stage all` {"retrieval": {..}, "ranking": {..}, "recommender": {..}}.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_recommenders as tfrs
+
+from rec import metrics
+from rec.checkpoint import TrainedRetrieval, corpus_files, describe, load_retrieval
+from rec.config import Config, add_config_arguments, load_config
+from rec.data_prep.dataset import open_dataset
+from rec.errors import UserError, run_command
+from rec.export import bundle_of, export_ranking, export_recommender, export_retrieval
+from rec.features import FIRST_ITEM, PAD
+from rec.fit import Fitted, fit, read_run, restore
+from rec.pipeline import Corpus, Sequences, load_corpus, window_batches
+from rec.ranking.candidates import hold_out, list_batches, mine, rated_lists
+from rec.ranking.model import RankingModel, score_lists
+from rec.evaluate import evaluate, show_recommendations, show_systems
+from rec.retrieval.model import RetrievalModel
+
+FACTORIZED_KS = (10, 100)
+RATINGS_A_LIST = 16  # a batch of ratings is so many times a batch of lists
+
+
+def train_retrieval(config: Config) -> tuple[TrainedRetrieval, dict[str, Any]]:
+    """Trains the two towers on all training interactions, exports them; returns the model and the command's JSON."""
+    start = time.perf_counter()
+    dataset = open_dataset(config.dataset)
+    corpus = load_corpus(dataset, config.features)
+    directory = Path(config.output.checkpoints) / "retrieval"
+    model, fitted, run = _fit_retrieval(config, corpus, corpus.train, directory)
+    bundle = export_retrieval(model, corpus, config, run, fitted.metrics)
+    return TrainedRetrieval(model, corpus, fitted, run), _answer("retrieval", bundle, fitted, start)
+
+
+def _fit_retrieval(
+    config: Config, corpus: Corpus, train: Sequences, directory: Path, epochs: int | None = None
+) -> tuple[RetrievalModel, Fitted, dict[str, Any]]:
+    """Fits a retrieval model; a given number of `epochs` is trained in full, without looking at validation data."""
+    settings = config.retrieval if epochs is None else replace(config.retrieval, epochs=epochs)
+    tf.keras.utils.set_random_seed(config.seed)
+    model = RetrievalModel(settings, corpus, train)
+    run = describe(replace(config, retrieval=settings), corpus, "retrieval", interactions=len(train.items))
+    if epochs is not None and read_run(directory) == run:
+        return model, restore(model, directory), run
+    users = np.flatnonzero(corpus.val.lengths).astype(np.int32)
+    relevant = corpus.val.matrix(users, corpus.items.rows)
+
+    def validate() -> dict[str, float]:
+        lists = mine(model, corpus, corpus.train, corpus.val, max(metrics.KS), whole=True)
+        return {**_means(lists.items, relevant), **_factorized_top_k(model, corpus)}
+
+    fitted = fit(
+        model, lambda epoch: window_batches(corpus, settings, train, config.seed, epoch), len(train.items), directory, run,
+        corpus_files(corpus), epochs=settings.epochs, learning_rate=settings.learning_rate, seed=config.seed,
+        validate=validate if epochs is None else None, patience=settings.patience,
+    )  # fmt: skip
+    return model, fitted, run
+
+
+def _means(ranked: np.ndarray, relevant: Any) -> dict[str, float]:
+    values = metrics.per_user(np.where(ranked == PAD, -1, ranked), relevant)
+    return {f"val/{name}": float(value.mean()) for name, value in values.items()}
+
+
+def _factorized_top_k(model: RetrievalModel, corpus: Corpus) -> dict[str, float]:
+    """TFRS's own metric on every validation interaction: hits among all candidates, seen ones included."""
+    held = corpus.val
+    candidates = model.candidates()
+    search = tfrs.layers.factorized_top_k.BruteForce(k=max(FACTORIZED_KS))
+    rows = tf.strings.as_string(tf.range(FIRST_ITEM, FIRST_ITEM + model.n_items))
+    search.index(candidates, rows)
+    metric = tfrs.metrics.FactorizedTopK(candidates=search, ks=FACTORIZED_KS)
+    for at in np.array_split(np.arange(len(held.items)), max(1, len(held.items) // 1024)):
+        users = held.users[at]
+        queries = model.query(users, corpus.train.last(users, model.config.window))
+        positive = tf.gather(candidates, held.items[at] - FIRST_ITEM)
+        metric.update_state(queries, positive, tf.strings.as_string(held.items[at])[:, None])
+    return {f"val/factorized_top_k@{k}": float(m.result()) for k, m in zip(FACTORIZED_KS, metric.metrics, strict=True)}
+
+
+def train_ranking(config: Config, init_from: Path | None, trained: TrainedRetrieval | None = None) -> dict[str, Any]:
+    """Trains a ranker for the latest trained retrieval model and exports it; returns the command's JSON."""
+    start = time.perf_counter()
+    dataset = open_dataset(config.dataset)
+    trained = trained or load_retrieval(Path(config.output.checkpoints) / "retrieval", dataset)
+    if trained.run["dataset"] != dataset.id:
+        raise UserError(
+            f"{config.output.checkpoints}/retrieval was trained on another data set than {config.dataset}: "
+            "run python -m rec.train --stage retrieval first"
+        )
+    bundle = bundle_of(config, trained.run)
+    tf.keras.utils.set_random_seed(config.seed)
+    settings, corpus = config.ranking, trained.corpus
+    model = RankingModel(settings, trained.model.config.embedding_dim, corpus, corpus.train)
+    if init_from is not None:
+        model.start_from(load_retrieval(init_from, dataset).model)
+    by = _by_rating if settings.objective == "rating" else _by_clicks
+    batches, examples, validate, monitor = by(config, trained, model)
+    run = describe(
+        config, corpus, "ranking", retrieval_run=trained.run, init_from=None if init_from is None else str(init_from)
+    )
+    fitted = fit(
+        model, batches, examples, Path(config.output.checkpoints) / "ranking", run, {}, epochs=settings.epochs,
+        learning_rate=settings.learning_rate, seed=config.seed, validate=validate, monitor=monitor,
+        patience=settings.patience,
+    )  # fmt: skip
+    exported = export_ranking(model, trained, bundle, config, run, fitted.metrics)
+    return _answer("ranking", exported, fitted, start)
+
+
+Epochs = Callable[[int], tf.data.Dataset]
+Validate = Callable[[], dict[str, float]]
+
+
+def _by_clicks(
+    config: Config, trained: TrainedRetrieval, model: RankingModel
+) -> tuple[Epochs, int, Validate, str]:
+    """Candidate lists of a retrieval model that has not seen their labels; validated on what will be served."""
+    settings, corpus = config.ranking, trained.corpus
+    past, labels = hold_out(corpus, settings.holdout, config.seed)
+    print("training a retrieval model without the ranker's labels, to mine its candidates", file=sys.stderr)
+    of_miner = replace(config, retrieval=trained.model.config)
+    epochs = max(1, trained.fitted.best_epoch)
+    miner, _, _ = _fit_retrieval(of_miner, corpus, past, Path(config.output.checkpoints) / "mining", epochs)
+    whole = corpus.split_strategy == "temporal"
+    lists = mine(miner, corpus, past, labels, settings.candidates, whole).with_hits()
+    if not len(lists.user):
+        raise UserError("no candidate list holds a right item: retrieval is too weak to train a ranker on; train it longer")
+    users = np.flatnonzero(corpus.val.lengths).astype(np.int32)
+    relevant = corpus.val.matrix(users, corpus.items.rows)
+    offered = mine(trained.model, corpus, corpus.train, corpus.val, settings.candidates, whole=True)
+
+    def validate() -> dict[str, float]:
+        order = np.argsort(-score_lists(model, offered), axis=1, kind="stable")
+        return _means(np.take_along_axis(offered.items, order, 1), relevant)
+
+    def batches(epoch: int) -> tf.data.Dataset:
+        rng = np.random.default_rng([config.seed, epoch])
+        return list_batches(lists.take, len(lists.user), settings.batch_size, rng)
+
+    return batches, lists.items.size, validate, "val/ndcg@10"
+
+
+def _by_rating(config: Config, trained: TrainedRetrieval, model: RankingModel) -> tuple[Epochs, int, Validate, str]:
+    """Every training rating, from the history before it."""
+    corpus, width = trained.corpus, trained.model.config.window
+    train, batch_size = corpus.train, config.ranking.batch_size * RATINGS_A_LIST
+    val = rated_lists(corpus.val, np.arange(len(corpus.val.items)), train, width)
+
+    def batches(epoch: int) -> tf.data.Dataset:
+        rng = np.random.default_rng([config.seed, epoch])
+        source = train if corpus.ordered else train.shuffled(rng)
+        return list_batches(lambda at: rated_lists(source, at, None, width), len(train.items), batch_size, rng)
+
+    def validate() -> dict[str, float]:
+        return {"val/rmse": float(np.sqrt(np.mean(np.square(score_lists(model, val) - val.labels))))}
+
+    return batches, len(train.items), validate, "val/rmse"
+
+
+def _answer(stage: str, bundle: Path, fitted: Fitted, start: float) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "bundle": str(bundle),
+        "version": int(bundle.name),
+        "metrics": fitted.metrics,
+        "examples_per_second": round(fitted.examples_per_second, 1),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def train_all(config: Config, init_from: Path | None) -> dict[str, Any]:
+    """Both stages and their composition; ends with a table of the test metrics and three users' recommendations."""
+    trained, retrieval = train_retrieval(config)
+    ranking = train_ranking(config, init_from, trained)
+    start = time.perf_counter()
+    bundle = export_recommender(Path(retrieval["bundle"]), Path(ranking["bundle"]), config, ranking["metrics"])
+    recommender = {"stage": "recommender", "bundle": str(bundle), "version": int(bundle.name)}
+    report = evaluate(config, "test")
+    show_systems(report)
+    show_recommendations(config)
+    systems = {name: system for name, system in report["systems"].items() if name == "recommender"}
+    metrics_of_test = {f"test/{name}": value for name, value in systems["recommender"].items()}
+    return {
+        "retrieval": retrieval,
+        "ranking": ranking,
+        "recommender": {**recommender, "metrics": {**ranking["metrics"], **metrics_of_test},
+                        "examples_per_second": ranking["examples_per_second"],
+                        "seconds": round(time.perf_counter() - start, 1)},
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m rec.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stage", required=True, choices=("retrieval", "ranking", "all"))
+    parser.add_argument("--model-arch", help="the stage's architecture instead of the config's (not with --stage all)")
+    parser.add_argument(
+        "--init-from-retrieval", type=Path, metavar="CHECKPOINT", help="start the ranker's embeddings from these"
+    )
+    add_config_arguments(parser)
+    args = parser.parse_args()
+    overrides = list(args.overrides)
+    if args.model_arch:
+        if args.stage == "all":
+            raise UserError("--model-arch is for one stage; with --stage all use --set retrieval.arch=... or ranking.arch")
+        overrides.append(f"{args.stage}.arch={args.model_arch}")
+    if args.init_from_retrieval and args.stage == "retrieval":
+        raise UserError("--init-from-retrieval starts a ranker: use it with --stage ranking or all")
+    config = load_config(args.config, overrides)
+    if args.stage == "retrieval":
+        answer = train_retrieval(config)[1]
+    elif args.stage == "ranking":
+        answer = train_ranking(config, args.init_from_retrieval)
+    else:
+        answer = train_all(config, args.init_from_retrieval)
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    run_command(main)

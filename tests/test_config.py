@@ -1,0 +1,255 @@
+"""Every way in which a YAML file or a --set can be wrong, and the sentence that the user reads."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rec.config import Config, Ranking, add_config_arguments, load_config, to_dict
+from rec.errors import UserError
+
+CONFIGS = sorted(Path(__file__).parent.parent.glob("config/**/*.yaml"))
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """x.yaml in an empty working directory, so that errors name it `x.yaml`."""
+    monkeypatch.chdir(tmp_path)
+    return Path("x.yaml")
+
+
+def error(path: Path, text: str, *overrides: str) -> str:
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is read
+
+
+def test_keys_that_are_not_in_the_file_have_their_defaults(write: Path) -> None:
+    write.write_text("dataset: data/dummy")
+    assert load_config(write) == Config(dataset="data/dummy")
+
+
+def test_values_of_every_type(write: Path) -> None:
+    write.write_text("""
+dataset: data/ml-100k
+use_wandb: true
+features:
+  users: {}
+  items: {genres: multi, title: text}
+retrieval: {arch: sasrec, temperature: 2, learning_rate: 1e-3, logq: false}
+ranking: {hidden: [32, 16, 8], objective: rating}
+""")
+    config = load_config(write)
+    assert config.use_wandb is True
+    assert config.features.users == {}
+    assert config.features.items == {"genres": "multi", "title": "text"}
+    assert config.retrieval.arch == "sasrec"
+    assert config.retrieval.temperature == 2.0 and isinstance(config.retrieval.temperature, float)
+    assert config.retrieval.logq is False
+    assert config.ranking.hidden == (32, 16, 8)
+    assert config.ranking.objective == "rating"
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", ".1e-2", "0.001", "+1e-3"])
+def test_a_number_in_scientific_notation_is_a_number(write: Path, text: str) -> None:
+    write.write_text(f"dataset: d\nretrieval: {{learning_rate: {text}}}")
+    assert load_config(write).retrieval.learning_rate == 0.001
+
+
+def test_overrides_are_yaml_and_the_last_one_wins(write: Path) -> None:
+    write.write_text("dataset: data/dummy\nretrieval: {epochs: 7, window: 9}")
+    overrides = [
+        "retrieval.epochs=3",
+        "retrieval.epochs=4",
+        "ranking.hidden=[8, 4]",
+        "dataset=a=b",
+        "index={k: 200}",
+    ]
+    config = load_config(write, overrides)
+    assert (config.retrieval.epochs, config.retrieval.window) == (4, 9)
+    assert config.ranking.hidden == (8, 4)
+    assert config.dataset == "a=b"
+    assert config.index.k == 200 and config.index.kind == "scann"
+
+
+def test_a_missing_key_can_come_from_an_override(write: Path) -> None:
+    write.write_text("seed: 1")
+    assert load_config(write, ["dataset=data/dummy"]) == Config(dataset="data/dummy", seed=1)
+
+
+def test_the_command_line_has_a_default_config_and_repeatable_overrides() -> None:
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    assert vars(parser.parse_args([])) == {"config": "config/dummy/dummy_small.yaml", "overrides": []}
+    args = parser.parse_args(["--set", "seed=1", "--config", "c.yaml", "--set", "index.k=5"])
+    assert (args.config, args.overrides) == ("c.yaml", ["seed=1", "index.k=5"])
+
+
+def test_to_dict_survives_json() -> None:
+    values = to_dict(Config(dataset="d", ranking=Ranking(hidden=(8, 4))))
+    assert values["dataset"] == "d"
+    assert values["ranking"]["hidden"] == [8, 4]
+    assert json.loads(json.dumps(values)) == values
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_of_the_project_loads(path: Path) -> None:
+    assert load_config(path).dataset.startswith("data/")
+
+
+def test_reading_a_config_does_not_import_tensorflow() -> None:
+    code = "import sys, rec.config; sys.exit('tensorflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("retrieval: {epoch: 3}", "retrieval.epoch: unknown key; did you mean retrieval.epochs?"),
+        ("ranking: {epoch: 3}", "ranking.epoch: unknown key; did you mean ranking.epochs?"),
+        ("retreival: {epochs: 3}", "retreival: unknown key; did you mean retrieval?"),
+        ("datset: d", "datset: unknown key; did you mean dataset?"),
+        ("temprature: 1", "temprature: unknown key; did you mean retrieval.temperature?"),
+        ("output: {zzz: 1}", "output.zzz: unknown key; the keys here are checkpoints, savedmodels"),
+        ("7: 1", "7: unknown key; the keys here are dataset, use_wandb, seed"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_one(write: Path, text: str, message: str) -> None:
+    assert error(write, text).startswith(f"x.yaml: {message}")
+
+
+def test_a_missing_key_is_named(write: Path) -> None:
+    message = "dataset: missing key; add `dataset: data/NAME` or --set dataset=data/NAME"
+    assert error(write, "seed: 1") == f"x.yaml: {message}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("retrieval: {epochs: ten}", "retrieval.epochs: expected a whole number, got 'ten'"),
+        ("retrieval: {epochs: 2.5}", "retrieval.epochs: expected a whole number, got 2.5"),
+        ("retrieval: {epochs: true}", "retrieval.epochs: expected a whole number, got true"),
+        ("retrieval: {epochs: }", "retrieval.epochs: expected a whole number, got nothing"),
+        ("retrieval: {learning_rate: fast}", "retrieval.learning_rate: expected a number, got 'fast'"),
+        ("retrieval: {learning_rate: false}", "retrieval.learning_rate: expected a number, got false"),
+        ("use_wandb: 1", "use_wandb: expected true or false, got 1"),
+        ("dataset: 100", "dataset: expected text, got 100; put it in quotes"),
+        ("dataset: [a]", "dataset: expected text, got ['a']"),
+        ("ranking: {hidden: 64}", "ranking.hidden: expected a list, got 64"),
+        ("ranking: {hidden: [64, x]}", "ranking.hidden[1]: expected a whole number, got 'x'"),
+        ("features: {items: 3}", "features.items: expected text or {key: value}, got 3"),
+        ("features: {items: {year: 3}}", "features.items.year: expected text, got 3; put it in quotes"),
+        ("features: {items: {on: text}}", "features.items: expected text, got true; put it in quotes"),
+        ("retrieval: 3", "retrieval: expected keys, such as retrieval.arch, got 3"),
+        ("retrieval:", "retrieval: expected keys, such as retrieval.arch, got nothing"),
+        ("just text", "the file: expected keys, such as dataset, got 'just text'"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(write: Path, text: str, message: str) -> None:
+    assert error(write, text) == f"x.yaml: {message}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("retrieval: {epochs: 0}", "retrieval.epochs: must be 1 or more, not 0"),
+        ("retrieval: {hard_negatives: -1}", "retrieval.hard_negatives: must be 0 or more, not -1"),
+        ("retrieval: {temperature: 0}", "retrieval.temperature: must be above 0 and finite, not 0.0"),
+        ("retrieval: {learning_rate: .inf}", "retrieval.learning_rate: must be above 0 and finite, not inf"),
+        ("retrieval: {learning_rate: .nan}", "retrieval.learning_rate: must be above 0 and finite, not nan"),
+        ("retrieval: {dropout: 1}", "retrieval.dropout: must be 0 or more and below 1, not 1.0"),
+        ("ranking: {holdout: 0}", "ranking.holdout: must be above 0 and below 1, not 0.0"),
+        ("ranking: {hidden: [64, 0]}", "ranking.hidden[1]: must be 1 or more, not 0"),
+        ("ranking: {objective: clicks}", "ranking.objective: must be one of implicit, rating, not 'clicks'"),
+        ("index: {recall_target: 95}", "index.recall_target: must be above 0 and at most 1, not 95.0"),
+        ("index: {kind: scan}", "index.kind: must be one of scann, exact, not 'scan'"),
+        ("seed: -1", "seed: must be from 0 to 4294967295, as NumPy wants it, not -1"),
+        ("features: {users: all}", "features.users: must be auto, or {column: kind}, not 'all'"),
+        (
+            "features: {items: {genres: mutli}}",
+            "features.items.genres: must be one of categorical, multi, numeric, text, time, not 'mutli'",
+        ),
+    ],
+)
+def test_an_impossible_value_is_refused(write: Path, text: str, message: str) -> None:
+    assert error(write, text) == f"x.yaml: {message}"
+
+
+def test_a_ranker_cannot_ask_for_more_candidates_than_retrieval_returns(write: Path) -> None:
+    message = "ranking.candidates: must be at most index.k, which is 50, not 100"
+    assert error(write, "dataset: d", "index.k=50") == f"x.yaml --set index.k=50: {message}"
+
+
+def test_training_needs_some_negatives(write: Path) -> None:
+    text = "dataset: d\nretrieval: {in_batch_negatives: 0, uniform_negatives: 0}"
+    keys = "retrieval.in_batch_negatives, retrieval.uniform_negatives"
+    assert error(write, text) == f"x.yaml: {keys}: must not both be 0: training needs negatives"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("retrieval.epoch=3", "retrieval.epoch: unknown key; did you mean retrieval.epochs?"),
+        ("retrieval.epochs=ten", "retrieval.epochs: expected a whole number, got 'ten'"),
+        ("retrieval.epochs=", "retrieval.epochs: expected a whole number, got nothing"),
+        ("retrieval.epochs=0", "retrieval.epochs: must be 1 or more, not 0"),
+        ("retrieval=3", "retrieval: expected keys, such as retrieval.arch, got 3"),
+        ("seed.x=3", "seed: expected a whole number, got {'x': 3}"),
+        ("=3", "needs a key and a value, such as --set retrieval.epochs=3"),
+        ("seed", "needs a key and a value, such as --set retrieval.epochs=3"),
+        ("ranking.hidden=[8", "line 1: expected ',' or ']', but got '<stream end>'"),
+    ],
+)
+def test_an_error_in_an_override_names_the_override(write: Path, override: str, message: str) -> None:
+    assert error(write, "dataset: d", override).startswith(f"--set {override}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dataset: d\nseed: 1\nseed: 2", "line 3: seed occurs twice"),
+        ("retrieval:\n  epochs: 1\n  window: 2\n  epochs: 3", "line 4: epochs occurs twice"),
+        ("dataset: d\n\tseed: 1", "line 2: found character '\\t' that cannot start any token"),
+        ("dataset: d\nretrieval: {epochs: 3", "line 2: expected ',' or '}', but got '<stream end>'"),
+        ("dataset: a: b", "line 1: mapping values are not allowed here"),
+        ("dataset: 2024-13-45", "month must be in 1..12"),
+        ("", "the file is empty; it needs at least `dataset: data/NAME`"),
+        ("# only a comment", "the file is empty; it needs at least `dataset: data/NAME`"),
+    ],
+)
+def test_what_is_not_yaml_is_refused_with_its_line(write: Path, text: str, message: str) -> None:
+    assert error(write, text) == f"x.yaml: {message}"
+
+
+def test_a_file_that_is_not_text_is_refused(write: Path) -> None:
+    write.write_bytes(b"\xff\x00\xfe")
+    with pytest.raises(UserError, match="^x.yaml: "):
+        load_config(write)
+
+
+def test_a_file_that_does_not_exist_is_refused_with_the_nearest_one(write: Path) -> None:
+    Path("config/movielens").mkdir(parents=True)
+    for name in ("ml_1m", "ml_100k"):
+        Path(f"config/movielens/{name}.yaml").write_text("dataset: d")
+    with pytest.raises(UserError) as caught:
+        load_config("config/movielens/ml100k.yaml")
+    message = "no such file; did you mean config/movielens/ml_100k.yaml?"
+    assert str(caught.value) == f"config/movielens/ml100k.yaml: {message}"
+
+
+def test_a_folder_is_not_a_config(write: Path) -> None:
+    write.mkdir()
+    with pytest.raises(UserError, match=r"^x.yaml: Is a directory$"):
+        load_config(write)
