@@ -1,18 +1,20 @@
 """rec: a complete recommender system, from raw interactions to an API that answers with recommendations.
 
-Importing this package switches TensorFlow to Keras 2, which TensorFlow Recommenders needs. It has to happen before
-TensorFlow itself is imported, so every module of `rec` is safe to import first and needs nothing set by the user.
+Importing this package switches TensorFlow to Keras 2, which TensorFlow Recommenders needs; nothing
+has to be set by the user.
 """
 
 import os
 import sys
 
-if "tensorflow" in sys.modules and os.environ.get("TF_USE_LEGACY_KERAS") != "1":
+os.environ["TF_USE_LEGACY_KERAS"] = "1"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's C++ notices; its errors reach Python as exceptions
+
+# Where TensorFlow is there already, tf.keras is chosen at its first use: too late only if that has happened.
+if "tensorflow" in sys.modules and hasattr(sys.modules["tensorflow"].keras, "version"):
     raise ImportError(
-        "tensorflow was imported before rec, with Keras 3, which TensorFlow Recommenders cannot use: "
+        "tf.keras was used before rec was imported, as Keras 3, with which TensorFlow Recommenders does not work: "
         "import rec first, or set TF_USE_LEGACY_KERAS=1 in the environment"
     )
-os.environ["TF_USE_LEGACY_KERAS"] = "1"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides TensorFlow's start-up notices, keeps its errors
 
 __version__ = "0.1.0"

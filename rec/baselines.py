@@ -11,7 +11,7 @@ Not covered: side features, order (of a history's interactions), and ratings as 
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -26,7 +26,8 @@ from threadpoolctl import threadpool_limits
 from rec.errors import UserError
 from rec.metrics import binary, per_user
 
-EASE_MAX_ITEMS = 30_000  # its N x N float32 matrix is then 3.6 GB, solving takes about four minutes on 2 cores
+EASE_MAX_ITEMS = 30_000  # its N x N float32 matrix is then 3.6 GB; solving takes minutes
+EASE_BLOCK = 1024  # rows at a time where a product of the whole would need three times the memory
 SECONDS_A_DAY = 86_400
 SCORES_A_SLICE = 2**25  # users x items scored at a time: 128 MB of float32
 
@@ -91,16 +92,15 @@ class IALS:
     def __init__(
         self, factors: int = 64, regularization: float = 10.0, alpha: float = 10.0, iterations: int = 16, seed: int = 0
     ) -> None:
-        # The library parallelises over users: BLAS threads inside each of them only get in its way, and it warns.
-        with threadpool_limits(1, "blas"):
-            self.model = AlternatingLeastSquares(
-                factors, regularization, alpha, iterations=iterations, random_state=seed
-            )
+        self.new_model = partial(
+            AlternatingLeastSquares, factors, regularization, alpha, iterations=iterations, random_state=seed
+        )
 
     def fit(self, train: csr_matrix, timestamps: np.ndarray | None = None) -> None:
         self.popularity = Popularity()
         self.popularity.fit(train)
-        with threadpool_limits(1, "blas"):
+        with threadpool_limits(1, "blas"):  # the library's own threads split the users; BLAS threads slow it down
+            self.model = self.new_model()
             self.model.fit(binary(train), show_progress=False)
 
     def scores(self, histories: csr_matrix) -> np.ndarray:
@@ -132,15 +132,16 @@ class EASE:
         X = binary(train)
         by_item = X.T.tocsr()
         gram = np.empty((items, items), np.float32, order="F")
-        for start in range(0, items, 1024):  # a sparse product of the whole would need three times the dense one
-            gram[start : start + 1024] = (by_item[start : start + 1024] @ X).toarray()
+        blocks = [slice(start, start + EASE_BLOCK) for start in range(0, items, EASE_BLOCK)]
+        for block in blocks:
+            gram[block] = (by_item[block] @ X).toarray()
         gram[np.diag_indices(items)] += self.regularization
         gram, failed = lapack.spotrf(gram, overwrite_a=True)
         inverse, failed_too = lapack.spotri(gram, overwrite_c=True)  # its upper triangle; the lower is zero
         if failed or failed_too:
             raise UserError(f"EASE has no solution with regularization {self.regularization:g}: choose a larger one")
-        for start in range(0, items, 1024):
-            inverse[start:, start : start + 1024] += np.triu(inverse[start : start + 1024, start:], 1).T
+        for block in blocks:
+            inverse[block.start :, block] += np.triu(inverse[block, block.start :], 1).T
         self.weights = inverse.T  # the same matrix, in the memory order that a sparse product wants
         self.weights /= -np.diag(inverse)
         np.fill_diagonal(self.weights, 0)
@@ -193,9 +194,8 @@ def top_k(scores: np.ndarray, seen: csr_matrix, k: int) -> np.ndarray:
 
 def rank(baseline: Baseline, histories: csr_matrix, seen: csr_matrix, k: int) -> np.ndarray:
     """`top_k` [U, k] of the baseline's scores for histories [U, N], a slice of users at a time."""
-    users, items = histories.shape
-    step = max(1, SCORES_A_SLICE // items)
-    parts = [slice(start, start + step) for start in range(0, max(users, 1), step)]
+    step = max(1, SCORES_A_SLICE // histories.shape[1])
+    parts = [slice(start, start + step) for start in range(0, max(histories.shape[0], 1), step)]
     return np.concatenate([top_k(baseline.scores(histories[part]), seen[part], k) for part in parts])
 
 
@@ -228,7 +228,7 @@ class Tuned:
 
 
 def tune(
-    candidates: list[Candidate],
+    candidates: Sequence[Candidate],
     train: csr_matrix,
     histories: csr_matrix,
     seen: csr_matrix,

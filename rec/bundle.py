@@ -80,12 +80,24 @@ class _Shifted(tf.Module):
         return tf.where(found < 0, tf.cast(self._unknown, tf.int64), found + self._first)
 
 
+class _Untracked:
+    """Hides a Keras model from tf.saved_model.save, which would also store it layer by layer, as Keras would need it.
+
+    Only the signatures' graphs and the variables belong into a bundle.
+    """
+
+    def __init__(self, model: tf.keras.Model) -> None:
+        self.get = model
+
+
 class RetrievalModule(tf.Module):
     """user_id or history -> the k best items that the user has not seen."""
 
     def __init__(self, model: RetrievalModel, index: ExactIndex | ScannIndex, lookup: Lookup, k: int) -> None:
         super().__init__(name="retrieval")
-        self.model, self.index, self.lookup, self.k = model, index, lookup, k
+        self.index, self.lookup, self.k = index, lookup, k
+        self.model = _Untracked(model)
+        self.weights = model.variables
 
     @tf.function(input_signature=[IDS])
     def serving_default(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -105,11 +117,11 @@ class RetrievalModule(tf.Module):
     def similar_items(self, item_id: tf.Tensor) -> dict[str, tf.Tensor]:
         """The items with the nearest vectors by cosine, the item itself left out; nothing for an unknown item."""
         row = self.lookup.item_rows(item_id)
-        vector = tf.math.l2_normalize(self.model.candidate_tower.items(row), 1)
+        vector = tf.math.l2_normalize(self.model.get.candidate_tower.items(row), 1)
         query = tf.concat([vector, tf.zeros_like(vector[:, :1])], 1)
         # The index ranks by dot product, which long vectors win: look deeper, then order by cosine.
         _, found = self._search(query, 4 * self.k + 1)
-        near = tf.math.l2_normalize(self.model.candidate_tower.items(found), 2)
+        near = tf.math.l2_normalize(self.model.get.candidate_tower.items(found), 2)
         scores = tf.where(found == PAD, LOWEST, tf.einsum("bd,bnd->bn", vector, near))
         scores = tf.where((found == row[:, None]) | (row == PAD)[:, None], LOWEST, scores)
         return self._named(*self._top(scores, found))
@@ -128,13 +140,13 @@ class RetrievalModule(tf.Module):
     ) -> dict[str, tf.Tensor]:
         """Like `retrieve`, by brute force over the whole catalogue: what the index approximates."""
         user, rows = self.lookup.user_rows(user_id), self.lookup.item_rows(history)
-        scores = self.model.score_catalogue(user, rows, self.model.candidates(), time)
+        scores = self.model.get.score_catalogue(user, rows, self.model.get.candidates(), time)
         return self._named(*best_unseen(scores, self.lookup.item_rows(seen), self.k))
 
     @tf.function(input_signature=[IDS, LISTS])
     def is_cold(self, user_id: tf.Tensor, history: tf.Tensor) -> tf.Tensor:
         """[B] bool: nothing is known of the user, so the answer is what is popular."""
-        return self.model.is_cold(self.lookup.user_rows(user_id), self.lookup.item_rows(history))
+        return self.model.get.is_cold(self.lookup.user_rows(user_id), self.lookup.item_rows(history))
 
     @tf.function(input_signature=[IDS])
     def history(self, user_id: tf.Tensor) -> tf.Tensor:
@@ -145,14 +157,14 @@ class RetrievalModule(tf.Module):
         self, user: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor | None = None
     ) -> dict[str, tf.Tensor]:
         """user [B], history [B, H] and seen [B, S] as rows -> the k best unseen."""
-        query = self.model.query(user, history, time)
+        query = self.model.get.query(user, history, time)
         widest = tf.reduce_max(tf.reduce_sum(tf.cast(seen != PAD, tf.int32), 1))
         scores, found = self._search(query, self.k + widest)
         # Rows are in order of popularity, so the most popular items are simply the first.
         popular = tf.range(FIRST_ITEM, FIRST_ITEM + tf.shape(found)[1])
-        popular = tf.where(popular < FIRST_ITEM + self.model.n_items, popular, PAD)
-        prior = tf.where(popular == PAD, LOWEST, self.model.prior(popular))
-        cold = self.model.is_cold(user, history)[:, None]
+        popular = tf.where(popular < FIRST_ITEM + self.model.get.n_items, popular, PAD)
+        prior = tf.where(popular == PAD, LOWEST, self.model.get.prior(popular))
+        cold = self.model.get.is_cold(user, history)[:, None]
         scores, found = tf.where(cold, prior, scores), tf.where(cold, popular, found)
         # A sorted list of what was seen, binary-searched: [B, depth] x log S instead of [B, depth, S].
         ordered = tf.sort(tf.pad(seen, [[0, 0], [0, 1]], constant_values=PAD), 1)
@@ -185,7 +197,9 @@ class RankingModule(tf.Module):
 
     def __init__(self, model: RankingModel, retrieval: RetrievalModel, lookup: Lookup) -> None:
         super().__init__(name="ranking")
-        self.model, self.retrieval, self.lookup = model, retrieval, lookup
+        self.lookup = lookup
+        self.model, self.retrieval = _Untracked(model), _Untracked(retrieval)
+        self.weights = model.variables + retrieval.variables
 
     @tf.function(input_signature=[IDS, LISTS])
     def serving_default(self, user_id: tf.Tensor, item_id: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -200,7 +214,7 @@ class RankingModule(tf.Module):
 
     def _answer(self, user: tf.Tensor, history: tf.Tensor, item_id: tf.Tensor) -> dict[str, tf.Tensor]:
         rows = self.lookup.item_rows(item_id)
-        scores = score_candidates(self.model, self.retrieval, user, history, rows)
+        scores = score_candidates(self.model.get, self.retrieval.get, user, history, rows)
         return {"score": tf.where(rows == PAD, LOWEST, scores)}
 
     def signatures(self) -> dict[str, tf.types.experimental.ConcreteFunction]:

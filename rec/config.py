@@ -174,9 +174,7 @@ def _check_together(config: Config, where: str) -> None:
         raise UserError(f"{where}: dataset: missing key; add `dataset: data/NAME` or --set dataset=data/NAME")
     retrieval, candidates, k = config.retrieval, config.ranking.candidates, config.index.k
     if candidates > k:
-        raise UserError(
-            f"{where}: ranking.candidates: must be at most index.k, which is {k}, not {candidates}"
-        )
+        raise UserError(f"{where}: ranking.candidates: must be at most index.k, which is {k}, not {candidates}")
     if retrieval.in_batch_negatives + retrieval.uniform_negatives == 0:
         keys = "retrieval.in_batch_negatives, retrieval.uniform_negatives"
         raise UserError(f"{where}: {keys}: must not both be 0: training needs negatives")

@@ -49,7 +49,7 @@ def export_retrieval(
     users = np.flatnonzero(corpus.train.lengths).astype(np.int32)
     users = np.random.default_rng(config.seed).permutation(users)[:TUNING_USERS]
     history = corpus.history("test")
-    queries = model.query(users, history.last(users, model.config.window)).numpy()
+    queries = model.query_compiled(users, history.last(users, model.config.window)).numpy()
     index, report = build_index(
         candidates, queries, kind=config.index.kind, recall_target=config.index.recall_target, k=config.index.k,
         seed=config.seed,
@@ -118,7 +118,7 @@ def _save(
         _write_saved_model(module, draft, examples, stage, details.get("index", {}).get("kind") == "scann")
         items_table = corpus.item_table.assign(popularity=corpus.popularity[corpus.items.first :])
         items_table.to_parquet(draft / "items.parquet", index=False)
-        metadata = _metadata(config, module.model.config.arch, metrics, built_from)
+        metadata = _metadata(config, module.model.get.config.arch, metrics, built_from)
         metadata |= {"dataset": corpus.dataset_id, "run": run, **details}
         return stage_dir / str(registry.publish(draft, stage_dir, metadata))
 

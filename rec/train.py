@@ -93,7 +93,7 @@ def _factorized_top_k(model: RetrievalModel, corpus: Corpus) -> dict[str, float]
     metric = tfrs.metrics.FactorizedTopK(candidates=search, ks=FACTORIZED_KS)
     for at in np.array_split(np.arange(len(held.items)), max(1, len(held.items) // 1024)):
         users = held.users[at]
-        queries = model.query(users, corpus.train.last(users, model.config.window))
+        queries = model.query_compiled(users, corpus.train.last(users, model.config.window))
         positive = tf.gather(candidates, held.items[at] - FIRST_ITEM)
         metric.update_state(queries, positive, tf.strings.as_string(held.items[at])[:, None])
     return {f"val/factorized_top_k@{k}": float(m.result()) for k, m in zip(FACTORIZED_KS, metric.metrics, strict=True)}

@@ -30,14 +30,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rec.data_prep.split import (
-    SPLITS,
-    columns_of,
-    count_rows,
-    filter_interactions,
-    quoted,
-    split_interactions,
-)
+from rec.data_prep.split import SPLITS, columns_of, count_rows, filter_interactions, quoted, split_interactions
 from rec.errors import UserError
 
 FORMAT_VERSION = 1
@@ -84,7 +77,7 @@ class Dataset:
         return pa.concat_tables([pq.read_table(file, partitioning=None) for file in self.files(split)]).to_pandas()
 
     def users(self) -> pd.DataFrame:
-        """A row a user that occurs in any split: user_id and features, null where unknown."""
+        """A row a user that occurs in any split, in order of ids: user_id and features, null where unknown."""
         return pq.read_table(self.path / "users.parquet", partitioning=None).to_pandas()
 
     def items(self) -> pd.DataFrame:
@@ -107,14 +100,13 @@ def open_dataset(path: str | Path) -> Dataset:
     content = file.read_bytes()
     try:
         manifest = json.loads(content)
-        version, files = manifest["format_version"], manifest["files"]
+        known, files = manifest["format_version"] == FORMAT_VERSION, [file.parent / name for name in manifest["files"]]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} is damaged: prepare the dataset again") from None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{file} has format version {version}, not {FORMAT_VERSION}: prepare the dataset again")
-    for name in files:
-        if not (file.parent / name).is_file():
-            raise UserError(f"{file.parent / name} is missing: prepare the dataset again")
+    if not known:
+        raise UserError(f"{file} is not of format version {FORMAT_VERSION}: prepare the dataset again")
+    for missing in (part for part in files if not part.is_file()):
+        raise UserError(f"{missing} is missing: prepare the dataset again")
     return Dataset(file.parent, manifest, hashlib.sha256(content).hexdigest())
 
 
@@ -136,10 +128,12 @@ def note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+Load = Callable[[duckdb.DuckDBPyConnection, Path], dict[str, int]]
+
+
 def prepare(
     output_dir: Path,
-    load: Callable[[duckdb.DuckDBPyConnection, Path], dict[str, int]],
-    *,
+    load: Load,
     name: str,
     source: str,
     strategy: str,
@@ -147,7 +141,7 @@ def prepare(
     min_rating: float | None = None,
     min_interactions: int = 1,
 ) -> None:
-    """Writes a dataset directory and prints the counts and the JSON line that end every data_prep command.
+    """Writes a dataset directory, and prints the counts and the JSON line that end every command.
 
     Args:
         load: gets a database and a directory for temporary files. It creates table `interactions` (user_id, item_id,
@@ -160,31 +154,25 @@ def prepare(
     with staging(output_dir) as directory:
         scratch = directory / "scratch"
         scratch.mkdir()
-        with duckdb.connect(scratch / "work.duckdb") as con:
-            for setting in (f"memory_limit = '{MEMORY}'", "TimeZone = 'UTC'", "enable_progress_bar = false"):
-                con.execute(f"set {setting}")
-            dropped = load(con, scratch)
-            note("filtering and splitting")
-            dropped |= filter_interactions(con, min_rating, min_interactions)
-            split = split_interactions(con, strategy, seed)
-            if not count_rows(
-                con, "splits", "split = 'test' and user_id in (select user_id from splits where split = 'train')"
-            ):
-                note("warning: no user of test occurs in train, all of them are new")
-            note("writing")
-            counts, columns = _write_tables(con, directory)
+        try:
+            with duckdb.connect(scratch / "work.duckdb") as con:
+                con.execute(f"set memory_limit = '{MEMORY}'; set TimeZone = 'UTC'; set enable_progress_bar = false")
+                dropped = load(con, scratch)
+                note("filtering and splitting")
+                dropped |= filter_interactions(con, min_rating, min_interactions)
+                split = split_interactions(con, strategy, seed)
+                known = "split = 'test' and user_id in (select user_id from splits where split = 'train')"
+                if not count_rows(con, "splits", known):
+                    note("warning: no user of test occurs in train, so all of them are new")
+                note("writing")
+                counts, columns = _write_tables(con, directory)
+        except (duckdb.IOException, duckdb.OutOfMemoryException) as error:  # above all: no space left on the disk
+            raise UserError(f"preparing {output_dir} failed: {str(error).splitlines()[0]}") from None
         shutil.rmtree(scratch)
-        files = sorted(directory.rglob("*.parquet"))
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "name": name,
-            "source": source,
-            "filters": {"min_rating": min_rating, "min_interactions": min_interactions},
-            "split": split,
-            "counts": counts,
-            "columns": columns,
-            "files": {str(file.relative_to(directory)): digest(file) for file in files},
-        }
+        files = {str(file.relative_to(directory)): digest(file) for file in sorted(directory.rglob("*.parquet"))}
+        filters = {"min_rating": min_rating, "min_interactions": min_interactions}
+        manifest = {"format_version": FORMAT_VERSION, "name": name, "source": source, "filters": filters}
+        manifest |= {"split": split, "counts": counts, "columns": columns, "files": files}
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         (directory / "dataset.json").write_text(text, encoding="utf-8")
     for reason, count in dropped.items():
@@ -193,8 +181,7 @@ def prepare(
     note(f"{output_dir}: {name}, {split}")
     for part, count in counts.items():
         note(f"  {part:<6}{count:>12,}")
-    dataset = {"dataset": str(output_dir), "id": open_dataset(output_dir).id}
-    print(json.dumps({**dataset, **counts, "dropped": dropped}))
+    print(json.dumps({"dataset": str(output_dir), "id": open_dataset(output_dir).id, **counts, "dropped": dropped}))
 
 
 @contextlib.contextmanager
@@ -218,7 +205,7 @@ def staging(output_dir: Path) -> Iterator[Path]:
     with _lock(temporary):
         try:
             yield temporary
-            if final.exists():
+            if final.exists():  # a kill between the two renames loses the old one, and leaves no half of either
                 final.rename(old)
             temporary.rename(final)
             shutil.rmtree(old, ignore_errors=True)
@@ -241,40 +228,38 @@ def _lock(directory: Path) -> Iterator[bool]:
 
 def _write_tables(con: duckdb.DuckDBPyConnection, directory: Path) -> tuple[dict[str, int], dict[str, Any]]:
     """Writes the tables `splits`, `users` and `items` as Parquet; returns the counts of rows and the columns."""
-    has = columns_of(con, "splits")
-    wanted = {"timestamp": "cast(floor(timestamp) as bigint)", "rating": "cast(rating as float)"}
-    selected = ", ".join(["user_id", "item_id", *(f"{sql} as {name}" for name, sql in wanted.items() if name in has)])
-    order = "splits.timestamp, source_row" if "timestamp" in has else "source_row"
-    counts, columns = {}, {}
+    counts: dict[str, int] = {}
+    schemas: dict[str, pa.Schema] = {}
     for table, key in (("users", "user_id"), ("items", "item_id")):
         features = [quoted(name) for name in columns_of(con, table) if name != key]
-        ids = f"select {key} from splits" + (
-            f" union select {key} from {table}" if features and table == "items" else ""
-        )
-        join = f"left join {table} on {table}.{key} = ids.{key}" if features else ""
-        query = f"select {', '.join([f'ids.{key}', *features])} from (select distinct {key} from ({ids})) ids {join}"
-        rows = con.sql(f"{query} order by ids.{key}").to_arrow_table()
+        unmet = f"union select {key} from {table}" if features and table == "items" else ""
+        join = f"left join {table} using ({key})" if features else ""
+        ids = f"(select {key} from splits union select {key} from splits {unmet}) as ids"
+        rows = con.sql(f"select {', '.join([key, *features])} from {ids} {join} order by {key}").to_arrow_table()
         pq.write_table(rows, directory / f"{table}.parquet")
-        counts[table], columns[table] = len(rows), _types(rows.schema)
+        counts[table], schemas[table] = len(rows), rows.schema
+    has = columns_of(con, "splits")
+    time = ", cast(floor(timestamp) as bigint) as timestamp" if "timestamp" in has else ""
+    selected = f"user_id, item_id{time}" + (", cast(rating as float) as rating" if "rating" in has else "")
+    order = "splits.timestamp, source_row" if time else "source_row"
     for part in SPLITS:
         folder = directory / "interactions" / part
         folder.mkdir(parents=True)
-        reader = con.sql(f"select {selected} from splits where split = '{part}' order by {order}").to_arrow_reader(
-            GROUP_ROWS
-        )
-        counts[part], columns["interactions"] = 0, _types(reader.schema)
+        query = f"select {selected} from splits where split = '{part}' order by {order}"
+        reader = con.sql(query).to_arrow_reader(GROUP_ROWS)
+        counts[part], schemas["interactions"] = 0, reader.schema
         for number, shard in enumerate(_shards(reader)):
             pq.write_table(shard, folder / f"{number:05d}.parquet", row_group_size=GROUP_ROWS)
             counts[part] += len(shard)
+    columns = {
+        table: {field.name: str(field.type).replace("list<l: ", "list<") for field in schema}
+        for table, schema in schemas.items()
+    }
     return counts, columns
 
 
-def _types(schema: pa.Schema) -> dict[str, str]:
-    return {field.name: "list<string>" if pa.types.is_list(field.type) else str(field.type) for field in schema}
-
-
 def _shards(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
-    """Cuts a stream into tables of SHARD_ROWS rows, wherever its batches end."""
+    """Cuts a stream into tables of SHARD_ROWS rows, wherever its batches end (which depends on the threads)."""
     rows = reader.schema.empty_table()
     for batch in reader:
         rows = pa.concat_tables([rows, pa.Table.from_batches([batch])])

@@ -27,7 +27,7 @@ YEAR = 365 * DAY
 SEQUEL = 0.4  # how often an item is followed by its sequel, where it has one
 FOLLOW = 0.3  # otherwise: how often its genre is followed by that genre's usual successor, not by the user's taste
 
-SEGMENTS = "student commuter parent collector gamer retiree".split()
+SEGMENTS = ["student", "commuter", "parent", "collector", "gamer", "retiree"]
 GENRES = {
     "Adventure": "Harbor Voyage Canyon Island Compass Lagoon Summit Caravan",
     "Comedy": "Neighbor Wedding Holiday Parrot Roommate Banquet Mixup Uncle",
@@ -42,12 +42,10 @@ GENRES = {
     "War": "Trench Battalion Convoy Siege Frontier Medal Armada Outpost",
     "Western": "Saloon Mustang Sheriff Prairie Outlaw Stagecoach Ranch Canteen",
 }
-ADJECTIVES = (
-    "Silver Crimson Hidden Broken Quiet Golden Savage Frozen Electric Lonely Wandering Midnight Velvet Burning Distant "
-    "Forgotten Restless Emerald Hollow Paper Iron Scarlet Sleeping Secret Wild Gentle Bitter Lucky Final Endless "
-    "Northern Invisible Crooked Amber Foolish Sacred Stolen Thirsty Painted Borrowed"
-).split()
-PLACES = "Oslo Lima Kyoto Cairo Havana Lisbon Quebec Delhi Samoa Tunis Prague Dakar Perth Riga Quito Malta".split()
+ADJECTIVES = """Silver Crimson Hidden Broken Quiet Golden Savage Frozen Electric Lonely Wandering Midnight Velvet
+    Burning Distant Forgotten Restless Emerald Hollow Paper Iron Scarlet Sleeping Secret Wild Gentle Bitter Lucky Final
+    Endless Northern Invisible Crooked Amber Foolish Sacred Stolen Thirsty Painted Borrowed"""
+PLACES = "Oslo Lima Kyoto Cairo Havana Lisbon Quebec Delhi Samoa Tunis Prague Dakar Perth Riga Quito Malta"
 
 
 def generate(users: int, items: int, interactions_per_user: int, seed: int) -> dict[str, pa.Table]:
@@ -64,15 +62,11 @@ def generate(users: int, items: int, interactions_per_user: int, seed: int) -> d
     rating = np.clip(np.rint(2.2 + 2.0 * liking + quality + rng.normal(0.0, 0.5, len(item))), 1, 5)
 
     order = np.lexsort((user, time))
-    interactions = pa.table(
-        {
-            "user_id": user_table["user_id"].combine_chunks().take(pa.array(user[order])),
-            "item_id": item_table["item_id"].combine_chunks().take(pa.array(item[order])),
-            "timestamp": time[order],
-            "rating": rating[order].astype(np.float32),
-            "source_row": np.arange(len(order)),
-        }
-    )
+    ids = [
+        table[0].combine_chunks().take(pa.array(at[order])) for table, at in ((user_table, user), (item_table, item))
+    ]
+    columns = [*ids, time[order], rating[order].astype(np.float32), np.arange(len(order))]
+    interactions = pa.table(columns, ["user_id", "item_id", "timestamp", "rating", "source_row"])
     return {"users": user_table, "items": item_table, "interactions": interactions}
 
 
@@ -89,27 +83,19 @@ def _make_items(items: int, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
     second = np.where(rng.random(items) < 0.4, rng.integers(len(names), size=items), genre)[series]
     genres = [[names[a]] if a == b else [names[a], names[b]] for a, b in zip(genre, second, strict=True)]
 
-    nouns = [GENRES[name].split() for name in names]
-    combination = rng.permutation(series[-1] + 1)[series]  # a name for each series, until 60,000 have used them up
+    adjectives, places, nouns = ADJECTIVES.split(), PLACES.split(), [GENRES[name].split() for name in names]
+    name_of = rng.permutation(series[-1] + 1)[series]  # each series has its own among 5,440, then they come again
     titles = []
-    for g, c, v in zip(genre, combination, volume, strict=True):
-        rest, adjective = divmod(int(c), len(ADJECTIVES))
-        rest, noun = divmod(rest, len(nouns[g]))
-        place = f" of {PLACES[(rest - 1) % len(PLACES)]}" if rest else ""
-        titles.append(f"{ADJECTIVES[adjective]} {nouns[g][noun]}{place}" + (f" {v}" if v > 1 else ""))
+    for number, kind, nth in zip(name_of.tolist(), genre, volume, strict=True):
+        rest, adjective = divmod(number, len(adjectives))
+        rest, noun = divmod(rest, len(nouns[kind]))
+        place = f" of {places[(rest - 1) % len(places)]}" if rest else ""
+        titles.append(f"{adjectives[adjective]} {nouns[kind][noun]}{place}" + (f" {nth}" if nth > 1 else ""))
 
     price = rng.uniform(5.0, 40.0, len(names))[genre] * rng.lognormal(0.0, 0.25, items)
     released = START - 3 * YEAR - rng.integers(3650, size=items)[series] * DAY + (volume - 1) * 120 * DAY
-    table = pa.table(
-        {
-            "item_id": [f"i{number}" for number in range(1, items + 1)],
-            "title": titles,
-            "genres": genres,
-            "price": price.round(2),
-            "released": released,
-        }
-    )
-    return genre, sequel, table
+    columns = [[f"i{number + 1}" for number in range(items)], titles, genres, price.round(2), released]
+    return genre, sequel, pa.table(columns, ["item_id", "title", "genres", "price", "released"])
 
 
 def _make_users(users: int, rng: np.random.Generator) -> tuple[np.ndarray, pa.Table]:
@@ -119,14 +105,8 @@ def _make_users(users: int, rng: np.random.Generator) -> tuple[np.ndarray, pa.Ta
     taste = rng.standard_gamma(8.0 * centre[segment] + 0.05) + 1e-3  # a Dirichlet draw, once normalised
     taste /= taste.sum(axis=1, keepdims=True)
     age = np.clip(np.linspace(20, 68, len(SEGMENTS))[segment] + rng.normal(0.0, 5.0, users), 14, 90)
-    table = pa.table(
-        {
-            "user_id": [f"u{number}" for number in range(1, users + 1)],
-            "age": age.astype(np.int64),
-            "segment": np.array(SEGMENTS)[segment],
-        }
-    )
-    return taste, table
+    columns = [[f"u{number + 1}" for number in range(users)], age.astype(np.int64), np.array(SEGMENTS)[segment]]
+    return taste, pa.table(columns, ["user_id", "age", "segment"])
 
 
 def _walk(
@@ -185,12 +165,10 @@ def _times(user: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     minutes = 60.0 + rng.exponential(900.0, len(user))
     gap = np.where(rng.random(len(user)) < 0.75, minutes, rng.exponential(6.0 * DAY, len(user)) + 3600.0)
     elapsed = np.cumsum(gap)
-    begins = np.searchsorted(user, user)
-    ends = np.searchsorted(user, user, side="right") - 1
-    elapsed, span = elapsed - elapsed[begins], (elapsed[ends] - elapsed[begins])
+    begins, ends = np.searchsorted(user, user), np.searchsorted(user, user, side="right") - 1
+    elapsed, span = elapsed - elapsed[begins], elapsed[ends] - elapsed[begins]
     elapsed *= np.minimum(1.0, 0.9 * YEAR / np.maximum(span, 1.0))
-    span = np.minimum(span, 0.9 * YEAR)
-    joined = rng.random(user[-1] + 1)[user] * (YEAR - span)
+    joined = rng.random(user[-1] + 1)[user] * (YEAR - np.minimum(span, 0.9 * YEAR))
     return (START + joined + elapsed).astype(np.int64)
 
 
@@ -218,8 +196,7 @@ def main() -> None:
             con.execute(f"create table {name} as select * from generated")
         return {}
 
-    sizes = f"{args.users} users, {args.items} items, {args.interactions_per_user} interactions a user"
-    source = f"synthetic: {sizes}, seed {args.seed}"
+    source = f"synthetic: {args.users} users, {args.items} items, seed {args.seed}"
     prepare(args.output_dir, load, name="dummy", source=source, strategy=args.split, seed=args.seed)
 
 

@@ -13,6 +13,7 @@ Source: F. M. Harper and J. A. Konstan, The MovieLens Datasets: History and Cont
 
 import argparse
 import dataclasses
+import functools
 import http.client
 import re
 import urllib.error
@@ -31,7 +32,7 @@ from rec.errors import UserError, run_command
 BASE_URL = "https://files.grouplens.org/datasets/movielens"
 RATINGS = ("userId", "movieId", "rating", "timestamp")
 MOVIES = ("movieId", "title", "genres")
-PEOPLE = ("userId", "gender", "age", "occupation", "zip")
+PEOPLE = ("userId", "age", "gender", "occupation", "zip")
 FLAGS = ["Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy"]
 FLAGS += ["Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"]
 FLAGGED = ("movieId", "title", "date", "video", "url", "unknown", *FLAGS)
@@ -39,36 +40,26 @@ FLAGGED = ("movieId", "title", "date", "video", "url", "unknown", *FLAGS)
 YEAR = r"\s*\((\d{4})(?:[-–]\d{0,4})?\)\s*(?:\(V\))?\s*$"
 
 
-def _csv(name: str) -> tuple[str, list[RawFile]]:
-    return f"ml-{name}", [RawFile(Path("ratings.csv"), ","), RawFile(Path("movies.csv"), ",")]
+def _raw(name: str, delimiter: str, header: tuple[str, ...], encoding: str = "utf-8") -> RawFile:
+    return RawFile(Path(name), delimiter, header, "", encoding)
 
 
-LAYOUTS = {  # name -> the folder in its zip, and the files of ratings, movies and, if any, users
+CSV = [RawFile(Path("ratings.csv"), ","), RawFile(Path("movies.csv"), ",")]
+LAYOUTS = {  # name -> the folder in its zip; the files of ratings, movies and, if any, users
     "100k": (
         "ml-100k",
-        [
-            RawFile(Path("u.data"), "\t", RATINGS, ""),
-            RawFile(Path("u.item"), "|", FLAGGED, "", "latin-1"),
-            RawFile(Path("u.user"), "|", ("userId", "age", "gender", "occupation", "zip"), ""),
-        ],
+        [_raw("u.data", "\t", RATINGS), _raw("u.item", "|", FLAGGED, "latin-1"), _raw("u.user", "|", PEOPLE)],
     ),
     "1m": (
         "ml-1m",
         [
-            RawFile(Path("ratings.dat"), "::", RATINGS, ""),
-            RawFile(Path("movies.dat"), "::", MOVIES, "", "latin-1"),
-            RawFile(Path("users.dat"), "::", PEOPLE, ""),
+            _raw("ratings.dat", "::", RATINGS),
+            _raw("movies.dat", "::", MOVIES, "latin-1"),
+            _raw("users.dat", "::", ("userId", "gender", "age", "occupation", "zip")),
         ],
     ),
-    "10m": (  # unlike the older ones in UTF-8, says its README
-        "ml-10M100K",
-        [RawFile(Path("ratings.dat"), "::", RATINGS, ""), RawFile(Path("movies.dat"), "::", MOVIES, "")],
-    ),
-    "20m": _csv("20m"),
-    "25m": _csv("25m"),
-    "32m": _csv("32m"),
-    "latest-small": _csv("latest-small"),
-}
+    "10m": ("ml-10M100K", [_raw("ratings.dat", "::", RATINGS), _raw("movies.dat", "::", MOVIES)]),
+} | {name: (f"ml-{name}", CSV) for name in ("20m", "25m", "32m", "latest-small")}
 
 
 def load(con: duckdb.DuckDBPyConnection, scratch: Path, name: str, source: Path) -> dict[str, int]:
@@ -81,14 +72,14 @@ def load(con: duckdb.DuckDBPyConnection, scratch: Path, name: str, source: Path)
     folder, layout = LAYOUTS[name]
     files = [dataclasses.replace(file, path=_find(source, folder, file.path.name, scratch)) for file in layout]
     load_interactions(con, files[0], ("userId", "movieId", "timestamp", "rating"))
-    load_features(con, files[1], "raw_items", "movieId", ["genres"])
+    load_features(con, files[1], "items", "movieId", ["genres"])
     genres = "list_filter(genres, lambda genre: genre <> '(no genres listed)')"
     if "Western" in files[1].header:
         flags = ", ".join(f"""case when "{flag}" = 1 then '{flag.replace("'", "''")}' end""" for flag in FLAGS)
         genres = f"list_filter([{flags}], lambda genre: genre is not null)"
     con.execute(f"""
-        create table items as select item_id, trim(regexp_replace(title, '{YEAR}', '')) as title,
-            try_cast(regexp_extract(title, '{YEAR}', 1) as bigint) as year, {genres} as genres from raw_items""")
+        create or replace table items as select item_id, trim(regexp_replace(title, '{YEAR}', '')) as title,
+            try_cast(regexp_extract(title, '{YEAR}', 1) as bigint) as year, {genres} as genres from items""")
     if len(files) > 2:
         load_features(con, files[2], "users", "userId")
         con.execute("alter table users drop zip")
@@ -189,15 +180,9 @@ def main() -> None:
         raise UserError(f"--source {source} does not exist")
     if not source.exists():
         download(f"{args.base_url}/{archive}", source)
-    prepare(
-        args.output_dir,
-        lambda con, scratch: load(con, scratch, args.name, source),
-        name=f"ml-{args.name}",
-        source=f"MovieLens {args.name}, https://grouplens.org/datasets/movielens/",
-        strategy=args.split,
-        seed=0,
-        min_rating=args.min_rating,
-    )
+    where = f"MovieLens {args.name}, https://grouplens.org/datasets/movielens/"
+    reader = functools.partial(load, name=args.name, source=source)
+    prepare(args.output_dir, reader, f"ml-{args.name}", where, args.split, 0, args.min_rating)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@
 - `given`: the source's own files. Without one for val, it is a tenth of train: the latest where there are
   timestamps, otherwise drawn from the seed, such that every user keeps an interaction in train.
 
-Filter, split, order and count are SQL, which DuckDB runs out of core; only standard forms, so that a cluster can run
-them too. Every order ends in `source_row`: ties in time keep the source's order, and threads change nothing.
-Not covered: filtering rare items.
+Filter, split, order and count are SQL in standard forms: DuckDB runs it out of core, a cluster could. Every order ends
+in `source_row`, so ties in time keep the source's order and threads change nothing. Not covered: filtering rare items.
 """
 
 import duckdb
@@ -21,9 +20,10 @@ STRATEGIES = ("temporal", "leave_one_out", "given")
 
 def columns_of(con: duckdb.DuckDBPyConnection, table: str) -> dict[str, str]:
     """The table's columns and their SQL types; empty if there is no such table."""
-    if (table,) not in con.execute("show tables").fetchall():
+    try:
+        return {name: kind for name, kind, *_ in con.execute(f"describe {table}").fetchall()}
+    except duckdb.CatalogException:
         return {}
-    return {row[0]: row[1] for row in con.execute(f"describe {table}").fetchall()}
 
 
 def count_rows(con: duckdb.DuckDBPyConnection, table: str, where: str = "true") -> int:
@@ -50,7 +50,7 @@ def filter_interactions(
     """
     columns = columns_of(con, "interactions")
     names = ", ".join(columns)
-    rated = f"rating >= {min_rating}" if min_rating is not None else "true"
+    rated = f"rating >= cast('{min_rating}' as float)" if min_rating is not None else "true"
     order = ["case split when 'train' then 1 when 'val' then 2 else 3 end"] if "split" in columns else []
     order += ["timestamp", "source_row"] if "timestamp" in columns else ["source_row"]
     con.execute(f"""
@@ -82,8 +82,7 @@ def split_interactions(con: duckdb.DuckDBPyConnection, strategy: str, seed: int)
     drawn = f"md5(concat('{seed}', '/', user_id, '/', item_id))"  # the same on every engine, in any order of rows
     facts: dict[str, str | int] = {"strategy": strategy} | ({} if ordered else {"seed": seed})
 
-    def time_at(share: float, where: str = "true") -> int:
-        """The first second after `share` of the interactions."""
+    def second_after(share: float, where: str = "true") -> int:
         disc = f"percentile_disc({share}) within group (order by floor(timestamp))"
         return int(con.execute(f"select {disc} from kept where {where}").fetchall()[0][0]) + 1
 
@@ -91,9 +90,9 @@ def split_interactions(con: duckdb.DuckDBPyConnection, strategy: str, seed: int)
         if not ordered:
             raise UserError(
                 "the temporal split needs timestamps: name their column with --timestamp-col, or use --split "
-                "leave_one_out (draws a user's interactions at random) or your own files with --train and --test"
+                "leave_one_out (which then draws at random) or your own files with --train and --test"
             )
-        val, test = facts["val_from"], facts["test_from"] = time_at(0.8), time_at(0.9)
+        val, test = facts["val_from"], facts["test_from"] = second_after(0.8), second_after(0.9)
         split = f"case when timestamp < {val} then 'train' when timestamp < {test} then 'val' else 'test' end"
         query = f"select {names}, {split} as split from kept"
     elif strategy == "leave_one_out":
@@ -108,7 +107,7 @@ def split_interactions(con: duckdb.DuckDBPyConnection, strategy: str, seed: int)
     else:
         late = f"position > 1 and {drawn} < '199a'"  # hexadecimal digits: one in ten
         if ordered:
-            facts["val_from"] = time_at(0.9, "split = 'train'")
+            facts["val_from"] = second_after(0.9, "split = 'train'")
             late = f"timestamp >= {facts['val_from']}"
         query = f"""
             select {names}, case when split = 'train' and {late} then 'val' else split end as split

@@ -17,6 +17,7 @@ import argparse
 import csv
 import difflib
 import glob
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,8 @@ from rec.errors import UserError, run_command
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".parquet": ""}
 TIMES = "between -62135596800 and 253402300799"  # the years 1 to 9999: beyond them, these are not seconds
-WHOLE, FRACTION = "-?(0|[1-9][0-9]{0,17})", "-?(0|[1-9][0-9]*)([.][0-9]+)?([eE][+-]?[0-9]+)?"
+FRACTIONS = ("FLOAT", "DOUBLE")
+WRITTEN = {"bigint": "-?(0|[1-9][0-9]{0,17})", "double": "-?(0|[1-9][0-9]*)([.][0-9]+)?([eE][+-]?[0-9]{1,2})?"}
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,8 @@ class RawFile:
 
     def records(self) -> Iterator[tuple[int, list[str]]]:
         """The records of a text file, its header included, and the line on which each begins."""
-        with open(
-            self.path, encoding=self.encoding.replace("utf-8", "utf-8-sig"), errors="replace", newline=""
-        ) as text:
+        encoding = "utf-8-sig" if self.encoding == "utf-8" else self.encoding
+        with open(self.path, encoding=encoding, errors="replace", newline="") as text:
             if not self.quote:
                 yield from ((line, row.rstrip("\r\n").split(self.delimiter)) for line, row in enumerate(text, 1))
                 return
@@ -170,7 +171,8 @@ def _read(con: duckdb.DuckDBPyConnection, file: RawFile, needed: Sequence[str], 
         selected = ", ".join(map(quoted, names if features else dict.fromkeys(needed)))
         con.execute(f"create table raw as select row_number() over () as source_row, {selected} from {source}")
     except duckdb.Error as error:
-        raise UserError(f"{file.path} cannot be read: {str(error).splitlines()[0]}") from None
+        hint = "; all its lines must end alike, and quotes inside fields be doubled" if file.delimiter else ""
+        raise UserError(f"{file.path} cannot be read: {str(error).splitlines()[0]}{hint}") from None
     rejected = []
     if file.delimiter:
         query = "select line_byte_position, lower(error_type) from reject_errors order by 1, column_idx"
@@ -213,30 +215,32 @@ def _failures(con: duckdb.DuckDBPyConnection, file: RawFile, checks: list[Check]
     if not count:
         return 0, 0, ""
     which = " ".join(f"when {check.condition} then {number}" for number, check in enumerate(checks))
-    failed, *row = con.execute(f"select case {which} end, * from raw where {wrong} order by source_row").fetchall()[0]
+    first = f"select case {which} end, * from raw where {wrong} order by source_row limit 1"
+    failed, *row = con.execute(first).fetchall()[0]
     values = dict(zip(columns_of(con, "raw"), row, strict=True))
     line = values.pop("source_row")
-    value, reason = str(values[checks[failed].column] or "")[:60], checks[failed].reason
-    reason = f"{checks[failed].column} {value!r} {reason}"
+    check = checks[failed]
+    reason = f"{check.column} {str(values[check.column] or '')[:60]!r} {check.reason}"
     if file.delimiter:  # the record's line: that of the nth one with these fields, as far as Python's reader sees it
         same = " and ".join(f"{quoted(name)} is not distinct from ?" for name in values)
         nth = con.execute(f"select count(*) from raw where source_row <= ? and {same}", [line, *values.values()])
-        left = nth.fetchall()[0][0]
         names = list(file.header) or next(record for _, record in file.records())
         wanted = [(names.index(name), value or "") for name, value in values.items()]
-        for line, record in file.records():
-            left -= len(record) == len(names) and all(record[place] == value for place, value in wanted)
-            if not left:
-                break
+        same_lines = (
+            number
+            for number, record in file.records()
+            if len(record) == len(names) and all(record[place] == value for place, value in wanted)
+        )
+        line = next(itertools.islice(same_lines, nth.fetchall()[0][0] - 1, None), 0)
     return count, line, reason
 
 
 def _id_check(con: duckdb.DuckDBPyConnection, file: RawFile, column: str) -> Check:
     kind = columns_of(con, "raw")[column]
-    if kind in ("FLOAT", "DOUBLE") or kind.startswith("DECIMAL"):
+    if kind in FRACTIONS or kind.startswith("DECIMAL"):
         raise UserError(f"{file.path}: column {column} holds fractions ({kind}); ids are text or whole numbers")
     text = f"coalesce({_text(column)}, '')"  # vocabularies are files of lines, hence no line breaks
-    return Check(f"trim({text}) = '' or regexp_matches({text}, '[\\r\\n]')", column, "is empty or holds a line break")
+    return Check(f"regexp_matches({text}, '^\\s*$|[\\r\\n]')", column, "is empty or holds a line break")
 
 
 def _feature(con: duckdb.DuckDBPyConnection, file: RawFile, name: str, kind: str, is_list: bool) -> str:
@@ -248,15 +252,12 @@ def _feature(con: duckdb.DuckDBPyConnection, file: RawFile, name: str, kind: str
         return f"list_filter({parts}, lambda part: part <> '')"
     if kind == "DATE" or kind.startswith("TIMESTAMP"):
         return f"cast(floor(epoch(cast({quoted(name)} as timestamptz))) as bigint)"
-    for pattern, target in ((WHOLE, "bigint"), (FRACTION, "double")):
-        query = f"select bool_and(regexp_full_match({quoted(name)}, '{pattern}')) from raw"
-        if (
-            kind.endswith(("INT", "INTEGER"))
-            if target == "bigint"
-            else kind in ("FLOAT", "DOUBLE") or kind.startswith("DECIMAL")
-        ):
-            return f"cast({quoted(name)} as {target})"
-        if file.delimiter and con.execute(query).fetchall()[0][0]:
+    fits = {"bigint": kind.endswith(("INT", "INTEGER")), "double": kind in FRACTIONS or kind.startswith("DECIMAL")}
+    for target, pattern in WRITTEN.items():
+        if file.delimiter:
+            query = f"select bool_and(regexp_full_match({quoted(name)}, '{pattern}')) from raw"
+            fits[target] = con.execute(query).fetchall()[0][0]
+        if fits[target]:
             return f"cast({quoted(name)} as {target})"
     return _text(name)
 
@@ -324,16 +325,8 @@ def main() -> None:
         return {"bad_rows": bad_rows}
 
     every = [*files.values(), *features.values()]
-    prepare(
-        args.output_dir,
-        load,
-        name=every[0].path.stem,
-        source=", ".join(file.path.name for file in every),
-        strategy=strategy,
-        seed=args.seed,
-        min_rating=args.min_rating,
-        min_interactions=args.min_interactions,
-    )
+    source, filters = ", ".join(file.path.name for file in every), (args.min_rating, args.min_interactions)
+    prepare(args.output_dir, load, every[0].path.stem, source, strategy, args.seed, *filters)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def mine(
         right = _between(labels, rows, position, lengths[rows] if whole else position + 1)
         later = _between(labels, rows, position + 1, position + 1 if whole else lengths[rows])
         seen = np.concatenate([before, later], 1)
-        best, found = best_unseen(model.score_catalogue(rows, before, matrix), seen, n)
+        best, found = best_unseen(model.score_catalogue_compiled(rows, before, matrix), seen, n)
         scores, items = best.numpy(), found.numpy()
         hit = ((items[:, :, None] == right[:, None, :]) & (items != PAD)[:, :, None]).any(-1)
         history = recent_items(tf.constant(before), model.config.window).numpy()

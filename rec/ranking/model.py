@@ -51,7 +51,8 @@ class RankingModel(tfrs.Model):
         loss = tf.keras.losses.MeanSquaredError() if is_rating else tf.keras.losses.BinaryCrossentropy(from_logits=True)
         self.task = tfrs.tasks.Ranking(loss=loss)
         one = tf.ones([1, 1], tf.int32)
-        self.score(one[0], one, one, tf.zeros([1, 1]))
+        self.score(one[0], one, one, tf.zeros([1, 1]))  # creates every weight
+        self.score_compiled = tf.function(self.score, reduce_retracing=True)
 
     def score(
         self, user: tf.Tensor, history: tf.Tensor, items: tf.Tensor, scores: tf.Tensor, training: bool = False
@@ -71,7 +72,7 @@ class RankingModel(tfrs.Model):
         present = tf.cast(history != PAD, tf.float32)
         mean = tf.reduce_sum(past * present[..., None], 1) / tf.maximum(tf.reduce_sum(present, 1), 1.0)[:, None]
         affinity = tf.einsum("bnd,bhd->bnh", candidate, past) / candidate.shape[-1] ** 0.5
-        affinity += (1 - present)[:, None] * -1e9
+        affinity = tf.ensure_shape(affinity + (1 - present)[:, None] * -1e9, [None, None, None])
         attended = tf.einsum("bnh,bhd->bnd", tf.nn.softmax(affinity), past * present[..., None])
         about_user = self.users(user, training=training)
         fields = tf.stack(
@@ -126,10 +127,9 @@ def score_candidates(
 
 def score_lists(model: RankingModel, lists: CandidateLists, batch_size: int = 256) -> np.ndarray:
     """The model's scores of all lists, [Q, N] float32, LOWEST at empty places."""
-    score = tf.function(model.score, reduce_retracing=True)
     parts = []
     for begin in range(0, len(lists.user), batch_size):
         part = lists.take(np.arange(begin, min(begin + batch_size, len(lists.user))))
-        scores = score(part.user, part.history, part.items, part.scores).numpy()
+        scores = model.score_compiled(part.user, part.history, part.items, part.scores).numpy()
         parts.append(np.where(part.items == PAD, LOWEST, scores))
     return np.concatenate(parts)

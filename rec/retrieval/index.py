@@ -14,6 +14,7 @@ Python loads it after `import scann`. Not covered: filters in the search, adding
 
 import hashlib
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -65,12 +66,10 @@ class ScannIndex(tf.Module):
         self.tensors = [tf.Variable(tensor, trainable=False) for tensor in tensors]
         self.rows, self.leaves, self.k = tensors[-1].shape[0], leaves, k
         self.settings = tf.Variable([leaves, self.rows], trainable=False, dtype=tf.int32, name="settings")
-        digest = hashlib.sha256()
-        for tensor in tensors:
-            digest.update(np.asarray(tensor.numpy()).tobytes())
+        content = b"".join(np.asarray(tensor.numpy()).tobytes() for tensor in tensors)
         # Signatures that name the searcher alike share it instead of building one each (1.6 s and 0.3 GiB for
         # a million rows); the hash keeps two versions in one process apart.
-        self.shared_name = f"rec-scann-{digest.hexdigest()[:32]}"
+        self.shared_name = f"rec-scann-{hashlib.sha256(content).hexdigest()[:32]}"
 
     def search(self, queries: tf.Tensor, depth: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """As `ExactIndex.search`, but may miss a row for one that scores less, or where the leaves run out."""
@@ -79,9 +78,10 @@ class ScannIndex(tf.Module):
         deeper = tf.maximum(tf.cast(depth, tf.float32) / self.k, 1.0)  # keeps the recall beyond depth k
         reorder = tf.cast(tf.minimum(tf.cast(reorder, tf.float32) * deeper, self.rows), tf.int32)
         count = tf.shape(queries)[0]
-        empty = tf.cast(tf.equal(count, 0), tf.int32)  # ScaNN fails on an empty batch: give it one query
+        # ScaNN fails on an empty batch, and a whole batch fails by one NaN: it gets zeros instead.
+        clean = tf.where(tf.math.is_finite(queries), queries, 0.0)
         found = self._searcher().search_batched_parallel(
-            tf.pad(queries, [[0, empty], [0, 0]]),
+            tf.pad(clean, [[0, tf.cast(tf.equal(count, 0), tf.int32)], [0, 0]]),
             final_num_neighbors=tf.minimum(depth, self.rows),
             pre_reorder_num_neighbors=reorder,
             leaves_to_search=tf.maximum(leaves, _fewest_leaves(depth, self.rows, self.leaves)),
@@ -104,7 +104,7 @@ class ScannIndex(tf.Module):
 
 def _fill(scores: tf.Tensor, rows: tf.Tensor, queries: tf.Tensor, depth: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Marks places without a row and widens to `depth`. (ScaNN pads with NaN and row 0, or not at all.)"""
-    found = tf.math.is_finite(scores)
+    found = tf.math.is_finite(scores) & tf.reduce_all(tf.math.is_finite(queries), axis=1, keepdims=True)
     columns = [[0, 0], [0, tf.cast(depth, tf.int32) - tf.shape(scores)[1]]]
     scores = tf.pad(tf.where(found, scores, LOWEST), columns, constant_values=LOWEST)
     rows = tf.pad(tf.where(found, rows, -1), columns, constant_values=-1)
@@ -161,10 +161,9 @@ def build_index(
         return exact, metadata | {"fallback": f"tuning ScaNN needs 2 query embeddings, there are {len(queries)}"}
     drawn = np.random.default_rng(seed).permutation(len(queries))[: 2 * SAMPLE]
     tuning, measuring = (_Recall(exact, queries[part], k) for part in np.array_split(drawn, 2))
-    return _tuned_scann(embeddings, tuning, measuring, recall_target, k) or (
-        exact,
-        metadata | {"fallback": f"ScaNN did not reach recall {recall_target} without scoring every item"},
-    )
+    reason = f"ScaNN did not reach recall {recall_target} without scoring every item"
+    scann = _tuned_scann(embeddings, tuning, measuring, recall_target, k)
+    return scann or (exact, metadata | {"fallback": reason})
 
 
 class _Recall:
@@ -199,6 +198,7 @@ def _tuned_scann(
     builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(5 * k)
     index = ScannIndex(scann_ops.scann_to_tensors(builder.build().searcher_handle), leaves=leaves, k=k)
     search = tf.function(index.search)
+    reorders = [reorder for factor in REORDER_FACTORS if (reorder := round(factor * k)) < rows]
 
     @cache
     def recall(*settings: int) -> float:
@@ -208,10 +208,7 @@ def _tuned_scann(
     def cheapest(goal: float) -> tuple[int, int] | None:
         """The cheapest settings with this recall on the tuning queries, or None."""
         best, best_cost, enough = None, float("inf"), leaves
-        for factor in REORDER_FACTORS:
-            reorder = round(factor * k)
-            if reorder >= rows:
-                break
+        for reorder in reorders:
             if recall(enough, reorder) < goal:
                 continue
             low = int(_fewest_leaves(tf.constant(k), rows, leaves))
@@ -224,7 +221,8 @@ def _tuned_scann(
             best, best_cost = (enough, reorder), cost
         return best
 
-    for settings in filter(None, (cheapest(target + margin * (1 - target)) for margin in MARGINS)):
+    goals = (target + margin * (1 - target) for margin in MARGINS)
+    for settings in filter(None, chain(map(cheapest, goals), [(leaves, most) for most in reorders[-1:]])):
         index.settings.assign(settings)
         if (measured := measuring(search)) >= target:
             metadata = {"leaves": leaves, "leaves_to_search": settings[0], "reorder": settings[1]}

@@ -25,11 +25,9 @@ class SampledSoftmax(tfrs.tasks.Retrieval):
     Senecal 2008; Yi et al. 2019), without which popular items, often drawn as negatives, are pushed down.
     """
 
-    def __init__(self, config: Retrieval, **kwargs: object) -> None:
-        """kwargs are those of tfrs.tasks.Retrieval (its `metrics`)."""
-        loss = tf.keras.losses.CategoricalCrossentropy(from_logits=True, reduction=tf.keras.losses.Reduction.NONE)
-        super().__init__(loss=loss, temperature=config.temperature, name="sampled_softmax", **kwargs)
-        self._config = config
+    def __init__(self, config: Retrieval) -> None:
+        super().__init__(temperature=config.temperature, name="sampled_softmax")
+        self._logq = config.logq
         hard = config.hard_negatives
         self._hardest = tfrs.layers.loss.HardNegativeMining(hard) if hard else None
 
@@ -37,35 +35,36 @@ class SampledSoftmax(tfrs.tasks.Retrieval):
         self,
         queries: tf.Tensor,
         targets: tf.Tensor,
-        target_ids: tf.Tensor,
         negatives: tf.Tensor,
-        negative_ids: tf.Tensor,
-        probability: tf.Tensor,
+        target_probability: tf.Tensor,
+        negative_probability: tf.Tensor,
         score_mask: tf.Tensor | None = None,
     ) -> tf.Tensor:
         """The mean loss over P positions.
 
         Args:
-          queries, targets: [P, d] float32; target_ids: [P] item rows.
-          negatives: [C, d] float32, negative_ids: [C] item rows, the pool.
-          probability: [item rows] float32, of each item to fill a slot of the pool.
+          queries, targets: [P, d] float32. The last dimension is the bias: 1 in every query.
+          negatives: [C, d] float32, the pool.
+          target_probability, negative_probability: [P], [C] float32, of each item to fill a slot of the pool.
           score_mask: [P, C] bool, false where a pool item must not count as a negative of the position.
         """
         positive = tf.reduce_sum(queries * targets, 1, keepdims=True) / self._temperature
-        pool = tf.matmul(queries, negatives, transpose_b=True) / self._temperature
-        if self._config.logq:
-            positive -= tf.math.log(tf.gather(probability, target_ids))[:, None]
-            pool -= tf.math.log(tf.gather(probability, negative_ids))
-        if self._config.mask_accidental_hits:
-            pool = tf.where(target_ids[:, None] == negative_ids, MASKED, pool)
+        if self._logq:
+            # The pool's correction rides in its bias, which saves a pass over [P, C].
+            correction = self._temperature * tf.math.log(negative_probability)
+            negatives = tf.concat([negatives[:, :-1], negatives[:, -1:] - correction[:, None]], 1)
+            positive -= tf.math.log(target_probability)[:, None]
+        pool = tf.matmul(queries / self._temperature, negatives, transpose_b=True)
         if score_mask is not None:
             pool = tf.where(score_mask, pool, MASKED)
         logits = tf.concat([positive, pool], 1)
-        if self._hardest is None:  # the same as with one-hot labels, without building them
-            return tf.reduce_mean(tf.reduce_logsumexp(logits, 1) - positive[:, 0])
-        labels = tf.concat([tf.ones_like(positive), tf.zeros_like(pool)], 1)
-        logits, labels = self._hardest(logits, labels)
-        return tf.reduce_mean(self._loss(labels, logits))
+        if self._hardest is not None:
+            is_target = tf.concat([tf.ones_like(positive), tf.zeros_like(pool)], 1)
+            logits, is_target = self._hardest(logits, is_target)
+            losses = tf.nn.softmax_cross_entropy_with_logits(is_target, logits)
+        else:
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.zeros([tf.shape(logits)[0]], tf.int32), logits)
+        return tf.reduce_mean(losses)
 
 
 class RetrievalModel(tfrs.Model):
@@ -86,6 +85,8 @@ class RetrievalModel(tfrs.Model):
         probability = sampling_probability(corpus, config, train)
         self.probability = tf.Variable(probability, trainable=False, name="probability")
         self._build()
+        self.query_compiled = tf.function(self.query, reduce_retracing=True)
+        self.score_catalogue_compiled = tf.function(self.score_catalogue, reduce_retracing=True)
 
     def _build(self) -> None:
         """Creates every weight, so that a checkpoint can be restored before the first batch."""
@@ -97,21 +98,24 @@ class RetrievalModel(tfrs.Model):
         """The loss of a batch of `pipeline.window_batches` (shapes there)."""
         inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
         queries = self.query_tower(batch["user"], inputs, batch.get("time"), training=training)
-        rows = tf.concat([tf.boolean_mask(targets, targets != PAD), batch["negatives"]], 0)
+        real = tf.where(targets != PAD)
+        rows = tf.concat([tf.gather_nd(targets, real), batch["negatives"]], 0)
         candidates = self.candidate_tower(rows, training=training)
-        queries = tf.boolean_mask(queries, targets != PAD)
-        p = tf.shape(queries)[0]
+        probability = tf.gather(self.probability, rows)
+        p = tf.shape(real)[0]
         return self.task.sampled_loss(
-            queries, candidates[:p], rows[:p], candidates[p:], rows[p:], self.probability,
-            self._score_mask(batch) if self.config.mask_user_positives else None,
+            tf.gather_nd(queries, real), candidates[:p], candidates[p:], probability[:p], probability[p:],
+            self._score_mask(batch, rows[:p], tf.cast(real[:, 0], tf.int32)),
         )  # fmt: skip
 
-    def _score_mask(self, batch: dict[str, tf.Tensor]) -> tf.Tensor:
-        """[P, C] false where a pool item stands anywhere in the position's own window."""
-        in_window = tf.reduce_any(batch["tokens"][:, :, None] == batch["negatives"], 1)
-        targets = batch["tokens"][:, 1:]
-        window = tf.broadcast_to(tf.range(tf.shape(targets)[0])[:, None], tf.shape(targets))
-        return tf.gather(~in_window, tf.boolean_mask(window, targets != PAD))
+    def _score_mask(self, batch: dict[str, tf.Tensor], targets: tf.Tensor, window: tf.Tensor) -> tf.Tensor | None:
+        """[P, C] false where a pool item is no negative: it stands in the position's own window, or is its target."""
+        if self.config.mask_user_positives:  # the target stands in the window too
+            in_window = tf.reduce_any(batch["tokens"][:, :, None] == batch["negatives"], 1)
+            return tf.gather(~in_window, window)
+        if self.config.mask_accidental_hits:
+            return targets[:, None] != batch["negatives"]
+        return None
 
     def query(self, user: tf.Tensor, history: tf.Tensor, time: tf.Tensor | None = None) -> tf.Tensor:
         """user [B] rows, history [B, H] item rows (oldest first, PAD anywhere) -> queries [B, d + 1].

@@ -1,0 +1,138 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from rec.config import Ranking, Retrieval
+from rec.errors import UserError
+from rec.features import PAD
+from rec.ranking.archs import ARCHS
+from rec.ranking.candidates import hold_out, list_batches, mine, rated_lists
+from rec.ranking.model import RankingModel, score_candidates, score_lists
+from rec.retrieval.model import RetrievalModel
+from tests.small import corpus
+
+SMALL = corpus([[3, 4, 5, 6], [4, 5], [8, 3, 5]], features=True)
+
+
+def retrieval(data=SMALL) -> RetrievalModel:  # noqa: ANN001
+    return RetrievalModel(Retrieval(embedding_dim=8, window=4, uniform_negatives=6), data)
+
+
+def ranker(**changes: object) -> RankingModel:
+    return RankingModel(Ranking(hidden=(8,), **changes), 8, SMALL, SMALL.train)
+
+
+def test_labels_are_each_users_last_interactions_and_never_all():
+    past, labels = hold_out(corpus([[3, 4, 5, 6], [7], [3, 8]]), 0.3, seed=0)
+    assert past.last(np.array([1, 2, 3]), 2).tolist() == [[3, 4], [7, PAD], [3, PAD]]
+    assert labels.last(np.array([1, 2, 3]), 2).tolist() == [[5, 6], [PAD, PAD], [8, PAD]]
+
+
+def test_a_temporal_data_set_is_held_out_by_time_with_its_new_users():
+    past, labels = hold_out(corpus([[3, 4, 5, 6], [7, 8]], strategy="temporal"), 0.4, seed=0)
+    assert past.items.tolist() == [3, 4, 5, 6]
+    assert labels.last(np.array([1, 2]), 2).tolist() == [[PAD, PAD], [7, 8]]
+
+
+def test_without_order_the_labels_are_drawn():
+    drawn = {tuple(hold_out(corpus([[3, 4, 5, 6]], ordered=False), 0.25, seed)[1].items) for seed in range(20)}
+    assert drawn == {(3,), (4,), (5,), (6,)}
+
+
+def test_a_list_is_labelled_by_the_next_item_and_holds_nothing_already_or_later_chosen():
+    data = corpus([[3, 4, 5, 6]])
+    past, labels = hold_out(data, 0.5, seed=0)
+    lists = mine(retrieval(data), data, past, labels, 6, whole=False)
+    assert lists.user.tolist() == [1, 1]
+    assert [[i for i in row if i] for row in lists.history.tolist()] == [[3, 4], [3, 4, 5]]
+    assert [lists.items[j][lists.labels[j] == 1].tolist() for j in (0, 1)] == [[5], [6]]
+    assert sorted(lists.items[0]) == [PAD, PAD, PAD, 5, 7, 8]  # without 3 and 4 (seen) and 6 (chosen later)
+    assert sorted(lists.items[1]) == [PAD, PAD, PAD, 6, 7, 8]
+
+
+def test_a_whole_list_is_labelled_by_all_that_follows():
+    data = corpus([[3, 4, 5, 6], [3]])
+    past, labels = hold_out(data, 0.5, seed=0)
+    lists = mine(retrieval(data), data, past, labels, 6, whole=True)
+    assert lists.user.tolist() == [1]
+    assert set(lists.items[0][lists.labels[0] == 1]) == {5, 6}
+
+
+def test_lists_without_a_right_item_are_left_out_of_training():
+    data = corpus([[3, 4, 5, 6], [7, 8]])
+    past, labels = hold_out(data, 0.25, seed=0)
+    lists = mine(retrieval(data), data, past, labels, 1, whole=False)
+    hits = lists.labels.any(1)
+    assert len(lists.with_hits().user) == hits.sum() < 2
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_an_untrained_ranker_keeps_the_order_of_retrieval(arch: str):
+    lists = mine(retrieval(), SMALL, SMALL.train, SMALL.train, 4, whole=True)
+    scores = score_lists(ranker(arch=arch), lists)
+    assert (np.argsort(-scores, 1, kind="stable") == np.arange(4)).all()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_an_architecture_learns_to_prefer_the_labelled_item(arch: str):
+    model = ranker(arch=arch, dropout=0.0)
+    model.compile(tf.keras.optimizers.Adam(0.01))
+    batch = {
+        "user": np.array([1, 2]), "history": np.array([[3, 4], [5, PAD]]), "items": np.array([[5, 6, 7], [6, 7, PAD]]),
+        "scores": np.zeros((2, 3), np.float32), "labels": np.array([[0, 0, 1], [1, 0, 0]], np.float32),
+    }  # fmt: skip
+    for _ in range(60):
+        model.train_step({name: tf.constant(value) for name, value in batch.items()})
+    scores = model.score(*(tf.constant(batch[name]) for name in ("user", "history", "items", "scores"))).numpy()
+    assert scores[0].argmax() == 2
+    assert scores[1, 0] > scores[1, 1]
+
+
+def test_candidates_are_scored_the_same_alone_and_in_a_batch():
+    model, towers = ranker(), retrieval()
+    for weight in model.trainable_variables:
+        weight.assign(np.random.default_rng(1).normal(0, 0.3, weight.shape))
+    users, histories = tf.constant([1, 3]), tf.constant([[3, 4, 5], [PAD, PAD, 8]])
+    both = score_candidates(model, towers, users, histories, tf.constant([[6, 7], [5, 6]])).numpy()
+    alone = score_candidates(model, towers, users[1:], tf.constant([[8]]), tf.constant([[6]])).numpy()
+    assert alone[0, 0] == pytest.approx(both[1, 1], abs=1e-5)
+
+
+def test_embeddings_can_start_from_retrieval():
+    model, towers = ranker(), retrieval()
+    model.start_from(towers)
+    rows = tf.constant([3, 8])
+    assert (model.items(rows).numpy() == towers.candidate_tower.items(rows).numpy()).all()
+    assert (model.users(rows[:1]).numpy() == towers.query_tower.users(rows[:1]).numpy()).all()
+
+
+def test_embeddings_of_another_size_are_refused():
+    with pytest.raises(UserError, match="--init-from-retrieval"):
+        RankingModel(Ranking(hidden=(8,)), 16, SMALL, SMALL.train).start_from(retrieval())
+
+
+def test_an_unknown_architecture_names_the_known_ones():
+    with pytest.raises(UserError, match="ranking.arch: there is no 'mpl'; choose one of mlp, dlrm, dcn"):
+        ranker(arch="mpl")
+
+
+def test_a_rating_is_predicted_from_the_history_before_it():
+    lists = rated_lists(SMALL.train, np.arange(4), None, 2)
+    assert [sorted(i for i in row if i) for row in lists.history.tolist()] == [[], [3], [3, 4], [4, 5]]
+    assert lists.items.tolist() == [[3], [4], [5], [6]]
+    later = rated_lists(SMALL.train, np.array([4]), SMALL.train, 2)
+    assert later.history.tolist() == [[4, 5]]
+
+
+def test_the_rating_objective_starts_at_the_mean_and_ignores_retrieval_scores():
+    model = ranker(objective="rating")
+    user, history, items = tf.constant([1]), tf.constant([[3]]), tf.constant([[4, 5]])
+    scores = [model.score(user, history, items, tf.constant([[s, s]])).numpy() for s in (0.0, 7.0)]
+    assert scores[0] == pytest.approx(np.ones((1, 2)))  # every rating of the corpus is 1
+    assert (scores[0] == scores[1]).all()
+
+
+def test_list_batches_hold_every_list_once():
+    lists = mine(retrieval(), SMALL, SMALL.train, SMALL.train, 4, whole=True)
+    data = list_batches(lists.take, 3, 2, np.random.default_rng(0))
+    assert sorted(user for batch in data.as_numpy_iterator() for user in batch["user"]) == [1, 2, 3]

@@ -1,0 +1,173 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from rec.config import Retrieval
+from rec.errors import UserError
+from rec.features import PAD, START
+from rec.retrieval.model import LOWEST, RetrievalModel, SampledSoftmax, best_unseen
+from rec.retrieval.towers import SEQUENCE_ENCODERS, history_tokens, recent_items
+from tests.small import corpus
+
+SMALL = corpus([[3, 4, 5, 6], [4, 5], [8, 3]], cold_items=2, features=True)
+
+
+def model(**changes: object) -> RetrievalModel:
+    """A small model with random weights, so that nothing is zero by construction."""
+    settings = {"embedding_dim": 8, "window": 4, "in_batch_negatives": 3, "uniform_negatives": 3, **changes}
+    built = RetrievalModel(Retrieval(**settings), SMALL)
+    rng = np.random.default_rng(0)
+    for weight in built.trainable_variables:
+        weight.assign(rng.normal(0, 0.5, weight.shape))
+    return built
+
+
+# The loss, against a softmax written out by hand: 2 positions, 3 negatives, 2 dimensions and the bias.
+
+QUERIES = np.array([[1.0, 2.0, 1.0], [0.5, -1.0, 1.0]], np.float32)
+TARGETS = np.array([[0.3, 0.1, 0.2], [1.0, 1.0, -0.1]], np.float32)
+NEGATIVES = np.array([[0.2, 0.4, 0.0], [-0.3, 0.8, 0.1], [0.7, 0.7, 0.3]], np.float32)
+TARGET_Q, NEGATIVE_Q = np.array([0.5, 0.1], np.float32), np.array([0.25, 0.05, 0.6], np.float32)
+
+
+def by_hand(temperature: float, logq: bool, mask: np.ndarray | None = None, hard: int = 3) -> float:
+    losses = []
+    for p in range(2):
+        positive = QUERIES[p] @ TARGETS[p] / temperature - logq * np.log(TARGET_Q[p])
+        others = NEGATIVES @ QUERIES[p] / temperature - logq * np.log(NEGATIVE_Q)
+        if mask is not None:
+            others = others[mask[p]]
+        others = np.sort(others)[::-1][:hard]
+        losses.append(np.log(np.exp([positive, *others]).sum()) - positive)
+    return float(np.mean(losses))
+
+
+def loss(mask: np.ndarray | None = None, **changes: object) -> float:
+    task = SampledSoftmax(Retrieval(**changes))
+    return float(task.sampled_loss(*map(tf.constant, (QUERIES, TARGETS, NEGATIVES, TARGET_Q, NEGATIVE_Q)), mask))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+@pytest.mark.parametrize("logq", [True, False])
+def test_the_loss_is_the_corrected_softmax(temperature: float, logq: bool):
+    assert loss(temperature=temperature, logq=logq) == pytest.approx(by_hand(temperature, logq), rel=1e-5)
+
+
+def test_masked_negatives_do_not_count():
+    mask = np.array([[True, False, True], [False, False, True]])
+    assert loss(mask) == pytest.approx(by_hand(1.0, True, mask), rel=1e-5)
+
+
+def test_hard_negatives_keeps_the_highest_scored():
+    assert loss(hard_negatives=2) == pytest.approx(by_hand(1.0, True, hard=2), rel=1e-5)
+    assert loss(hard_negatives=3) == pytest.approx(by_hand(1.0, True), rel=1e-5)
+
+
+def mask_of(**changes: object) -> list[list[bool]] | None:
+    """Two windows: one predicts 4 after 3, the other 5, then 8. The pool is 4, 5, 3."""
+    batch = {"tokens": tf.constant([[3, 4, PAD], [START, 5, 8]]), "negatives": tf.constant([4, 5, 3])}
+    mask = model(**changes)._score_mask(batch, tf.constant([4, 5, 8]), tf.constant([0, 1, 1]))
+    return None if mask is None else mask.numpy().tolist()
+
+
+def test_user_positives_are_masked_in_all_of_their_window():
+    assert mask_of() == [[False, True, False], [True, False, True], [True, False, True]]
+
+
+def test_accidental_hits_are_masked_at_their_own_position_only():
+    assert mask_of(mask_user_positives=False) == [[False, True, True], [True, False, True], [True, True, True]]
+    assert mask_of(mask_user_positives=False, mask_accidental_hits=False) is None
+
+
+def test_padding_contributes_nothing_to_the_loss():
+    built = model(dropout=0.0)
+    batch = {"user": tf.constant([1]), "tokens": tf.constant([[START, 3, 4]]), "negatives": tf.constant([5, 6, 7])}
+    wider = {**batch, "tokens": tf.constant([[START, 3, 4, PAD, PAD]])}
+    assert float(built.compute_loss(wider)) == pytest.approx(float(built.compute_loss(batch)), rel=1e-5)
+
+
+# The towers
+
+
+@pytest.mark.parametrize("arch", SEQUENCE_ENCODERS)
+def test_a_position_sees_nothing_behind_it(arch: str):
+    built = model(arch=arch)
+    one, other = tf.constant([[START, 3, 4, 5]]), tf.constant([[START, 3, 7, 8]])
+    first, second = (built.query_tower(tf.constant([1]), tokens).numpy() for tokens in (one, other))
+    assert first[:, :2] == pytest.approx(second[:, :2], abs=1e-6)
+    assert np.abs(first[:, 2:] - second[:, 2:]).max() > 1e-3
+
+
+@pytest.mark.parametrize("arch", SEQUENCE_ENCODERS)
+def test_a_query_is_the_same_alone_and_in_a_batch(arch: str):
+    built = model(arch=arch)
+    alone = built.query(tf.constant([2]), tf.constant([[4, 5]])).numpy()
+    together = built.query(tf.constant([1, 2]), tf.constant([[3, 4, 5, 6, 7], [PAD, 4, PAD, 5, PAD]])).numpy()
+    assert together[1] == pytest.approx(alone[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["gru4rec", "sasrec"])
+def test_order_matters_where_the_architecture_says_so(arch: str):
+    built = model(arch=arch)
+    forth, back = (built.query(tf.constant([1]), tf.constant([items])).numpy() for items in ([3, 4, 5], [5, 4, 3]))
+    assert np.abs(forth - back).max() > 1e-3
+
+
+def test_only_the_last_window_of_a_history_is_read():
+    built = model()
+    long, short = (built.query(tf.constant([1]), tf.constant([h])).numpy() for h in ([7, 8, 3, 4, 5, 6], [3, 4, 5, 6]))
+    assert long == pytest.approx(short, abs=1e-6)
+
+
+def test_history_tokens_drop_padding_and_say_where_the_query_is():
+    tokens, last = history_tokens(tf.constant([[PAD, 5, PAD, 6, 7], [3, 4, 5, 6, 7], [PAD] * 5]), 4)
+    assert tokens.numpy().tolist() == [[START, 5, 6, 7], [4, 5, 6, 7], [START, PAD, PAD, PAD]]
+    assert last.numpy().tolist() == [3, 3, 0]
+    assert recent_items(tf.constant([[PAD, 5, PAD, 6, 7]]), 2).numpy().tolist() == [[6, 7]]
+
+
+def test_the_time_of_the_request_matters_if_configured():
+    built = model(query_time=True)
+    night, noon = (
+        built.query(tf.constant([1]), tf.constant([[3]]), tf.constant([t], tf.int64)).numpy() for t in (0, 43_200)
+    )
+    assert np.abs(night - noon).max() > 1e-3
+    still = model()
+    assert still.query(tf.constant([1]), tf.constant([[3]])).shape == (1, 9)
+
+
+def test_an_unknown_architecture_names_the_known_ones():
+    with pytest.raises(UserError, match="retrieval.arch: there is no 'lstm'; choose one of two_tower, gru4rec, sasrec"):
+        model(arch="lstm")
+
+
+def test_heads_must_divide_the_embedding():
+    with pytest.raises(UserError, match="retrieval.heads: 3 heads do not divide retrieval.embedding_dim 8"):
+        model(arch="sasrec", heads=3)
+
+
+# Scores
+
+
+def test_listed_and_catalogue_scores_agree():
+    built = model()
+    user, history = tf.constant([1, 3]), tf.constant([[3, 4], [PAD, 8]])
+    everything = built.score_catalogue(user, history, built.candidates()).numpy()
+    assert built.score(user, history, tf.constant([[5, 9], [10, PAD]])).numpy() == pytest.approx(
+        np.array([[everything[0, 2], everything[0, 6]], [everything[1, 7], LOWEST]]), rel=1e-5
+    )
+
+
+def test_a_user_of_whom_nothing_is_known_gets_the_popular_items():
+    built = model()
+    scores = built.score_catalogue(tf.constant([0, 0]), tf.constant([[PAD], [3]]), built.candidates()).numpy()
+    # items 3, 4 and 5 occur twice in training, 6 and 8 once, 7 and the two new ones never
+    assert scores[0] == pytest.approx(np.log1p([2, 2, 2, 1, 0, 1, 0, 0]))
+    assert scores[1] != pytest.approx(scores[0])
+
+
+def test_best_unseen_leaves_out_what_was_seen_and_pads():
+    scores = tf.constant([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]])
+    best, rows = best_unseen(scores, tf.constant([[4, PAD, 4], [3, 4, 5]]), 4)
+    assert rows.numpy().tolist() == [[5, 3, PAD, PAD], [PAD] * 4]
+    assert best.numpy()[0] == pytest.approx([0.5, 0.1, LOWEST, LOWEST])

@@ -1,0 +1,135 @@
+import numpy as np
+import pandas as pd
+import pytest
+import tensorflow as tf
+
+from rec.errors import UserError
+from rec.features import (
+    FIRST_ITEM,
+    UNKNOWN,
+    Column,
+    Encoder,
+    Vocabulary,
+    columns_from_json,
+    columns_to_json,
+    cyclic,
+    fit_columns,
+    infer_kind,
+)
+
+ITEMS = pd.DataFrame(
+    {
+        "item_id": ["a", "b", "c", "d"],
+        "studio": ["x", "x", "y", None],
+        "genres": [["Drama", "War"], ["Drama"], [], None],
+        "title": ["The Red Sea", "Red Sun", "The Sun", None],
+        "year": [1990.0, 2000.0, np.nan, 2010.0],
+    }
+)
+ALL = np.ones(4, bool)
+
+
+def column(name: str, kind: str, trained: np.ndarray = ALL) -> Column:
+    return fit_columns(ITEMS, "item_id", {name: kind}, trained, "features.items")[0]
+
+
+def test_a_vocabulary_gives_rows_and_maps_unknown_ids():
+    vocabulary = Vocabulary(np.array(["a", "0b", 'c,"é'], object), FIRST_ITEM, 2)
+    assert vocabulary.encode(['c,"é', "0b", "b", "a"], UNKNOWN).tolist() == [5, 4, UNKNOWN, 3]
+    assert vocabulary.rows == 6
+
+
+def test_a_vocabularys_digest_depends_on_the_trained_ids_and_their_order():
+    def digest(ids: list[str], trained: int) -> str:
+        return Vocabulary(np.array(ids, object), FIRST_ITEM, trained).digest()
+
+    assert digest(["a", "b", "new"], 2) == digest(["a", "b"], 2) != digest(["b", "a"], 2)
+
+
+def test_categorical_values_become_tokens_with_one_for_rare_and_zero_for_missing():
+    # x occurs twice and is the first token (2); y occurs once: out of vocabulary (1); None: no token (0).
+    assert column("studio", "categorical").encode(ITEMS).tolist() == [[2], [2], [1], [0]]
+
+
+def test_multi_valued_columns_are_padded():
+    assert column("genres", "multi").encode(ITEMS).tolist() == [[2, 1], [2, 0], [0, 0], [0, 0]]
+
+
+def test_text_is_split_into_lower_case_tokens():
+    encoded = column("title", "text")
+    assert encoded.tokens == ("red", "sun", "the")
+    assert encoded.encode(ITEMS).tolist() == [[4, 2, 1], [2, 3, 0], [4, 3, 0], [0, 0, 0]]
+
+
+def test_numbers_are_standardised_and_missing_ones_flagged():
+    # mean 2000, standard deviation sqrt(200 / 3)
+    expected = 10 / np.sqrt(200 / 3)
+    assert column("year", "numeric").encode(ITEMS) == pytest.approx(
+        np.array([[-expected, 1], [0, 1], [0, 0], [expected, 1]]), abs=1e-5
+    )
+
+
+def test_time_adds_hour_and_weekday():
+    hour, noon = cyclic(np.array([6 * 3600])), cyclic(np.array([12 * 3600]))
+    assert [hour[0][0], hour[1][0]] == pytest.approx([1, 0], abs=1e-9)  # six o'clock is a quarter of the circle
+    assert [noon[0][0], noon[1][0]] == pytest.approx([0, -1], abs=1e-9)
+    assert np.stack(cyclic(tf.constant([6 * 3600], tf.int64)), -1) == pytest.approx(np.stack(hour, -1), abs=1e-6)
+    dates = ITEMS.assign(year=pd.to_datetime(["1990-01-01", "2000-01-01", None, "2010-01-01"]))
+    encoded = fit_columns(dates, "item_id", {"year": "time"}, ALL, "features.items")[0].encode(dates)
+    assert encoded.shape == (4, 6)
+    assert encoded[2].tolist() == [0] * 6
+
+
+def test_encodings_are_learnt_from_training_rows_only():
+    only_first = np.array([True, True, False, False])
+    assert column("title", "text", only_first).tokens == ("red",)
+    assert column("year", "numeric", only_first).mean == 1995
+
+
+def test_auto_takes_the_kind_from_the_type():
+    assert {name: infer_kind(ITEMS[name]) for name in ITEMS.columns[1:]} == {
+        "studio": "text",  # two of three values differ: too many for categories
+        "genres": "multi",
+        "title": "text",
+        "year": "numeric",
+    }
+    assert infer_kind(pd.Series(["x", "y"] * 10)) == "categorical"
+
+
+def test_a_column_that_is_not_there_is_named_with_those_that_are():
+    with pytest.raises(UserError, match=r"features.items.gnres: .*studio, genres, title, year"):
+        fit_columns(ITEMS, "item_id", {"gnres": "multi"}, ALL, "features.items")
+
+
+def test_a_numeric_column_of_words_is_an_error():
+    with pytest.raises(UserError, match=r"features.items.studio: numeric needs numbers"):
+        fit_columns(ITEMS, "item_id", {"studio": "numeric"}, ALL, "features.items")
+
+
+def test_columns_survive_json():
+    columns = fit_columns(ITEMS, "item_id", "auto", ALL, "features.items")
+    assert columns_from_json(columns_to_json(columns)) == columns
+
+
+def encoder(**kwargs: object) -> Encoder:
+    vocabulary = Vocabulary(ITEMS["item_id"].to_numpy(object), FIRST_ITEM, 3)
+    columns = fit_columns(ITEMS, "item_id", "auto", ALL, "features.items")
+    return Encoder(vocabulary, columns, ITEMS, 4, UNKNOWN, **kwargs)
+
+
+def test_an_item_without_training_has_the_unknown_ids_embedding_until_features_are_learnt():
+    layer = encoder()
+    vectors = layer(tf.constant([[3, 6], [UNKNOWN, 4]])).numpy()
+    assert vectors.shape == (2, 2, 4)
+    assert (vectors[0, 1] == vectors[1, 0]).all()
+    assert (vectors[0, 0] != vectors[1, 1]).any()
+    layer._project.set_weights([np.ones_like(w) for w in layer._project.get_weights()])
+    learnt = layer(tf.constant([[3, 6], [UNKNOWN, 4]])).numpy()
+    assert (learnt[0, 1] != learnt[1, 0]).any()
+
+
+def test_id_dropout_replaces_ids_by_the_unknown_one_in_training_only():
+    layer = encoder(id_dropout=1.0)
+    row = tf.constant([3])
+    assert (layer(row, training=True).numpy() == layer(tf.constant([UNKNOWN])).numpy()).all()
+    assert (layer(row).numpy() != layer(tf.constant([UNKNOWN])).numpy()).any()

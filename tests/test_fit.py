@@ -1,0 +1,118 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from rec.errors import UserError
+from rec.fit import LazyAdam, fit, read_run, replace_directory, restore
+
+X = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+Y = X @ np.array([[1.0], [2.0], [3.0], [4.0]], np.float32)
+
+
+class Linear(tf.keras.Model):
+    """y = x w, trained through the same train_step that TFRS models have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = self.add_weight(name="w", shape=[4, 1], initializer="zeros")
+
+    def train_step(self, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(batch["x"] @ self.w - batch["y"]))
+        self.optimizer.minimize(loss, [self.w], tape)
+        return {"loss": loss}
+
+
+def batches(epoch: int) -> tf.data.Dataset:
+    order = np.random.default_rng(epoch).permutation(64)
+    return tf.data.Dataset.from_tensor_slices({"x": X[order], "y": Y[order]}).batch(16)
+
+
+def run(directory: Path, model: Linear, on_epoch=lambda *_: None, epochs=6, validate=None, **kwargs):  # noqa: ANN
+    def error() -> dict[str, float]:
+        return {"val/ndcg@10": -float(np.mean(np.square(X @ model.w.numpy() - Y)))}
+
+    return fit(
+        model, batches, 64, directory, {"name": "test", **kwargs}, {"note.txt": "kept\n"}, epochs=epochs,
+        learning_rate=0.1, seed=0, validate=validate or error, patience=2, on_epoch=on_epoch,
+    )  # fmt: skip
+
+
+def test_a_killed_run_goes_on_to_the_same_weights_as_an_unbroken_one(tmp_path: Path):
+    unbroken = Linear()
+    run(tmp_path / "a", unbroken)
+
+    def kill(epoch: int, metrics: dict[str, float]) -> None:
+        if epoch == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", Linear(), kill)
+    assert not (tmp_path / "b").exists()
+    epochs: list[int] = []
+    resumed = Linear()
+    run(tmp_path / "b", resumed, lambda epoch, metrics: epochs.append(epoch))
+    assert epochs == [4, 5, 6]  # the killed epoch is trained again
+    assert resumed.w.numpy() == pytest.approx(unbroken.w.numpy(), abs=1e-6)
+    logged = [json.loads(line)["epoch"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+    assert logged == [1, 2, 3, 4, 5, 6]
+
+
+def test_another_configuration_starts_anew(tmp_path: Path):
+    def stop(epoch: int, metrics: dict[str, float]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", Linear(), stop)
+    epochs: list[int] = []
+    run(tmp_path / "a", Linear(), lambda epoch, metrics: epochs.append(epoch), learning="other")
+    assert epochs == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_best_epoch_is_kept_and_training_stops_early(tmp_path: Path):
+    values = iter([0.0, 0.1, 0.5, 0.4, 0.3, 0.9])  # before training, then epoch 1, 2, ...
+    model, weights = Linear(), []
+    fitted = run(
+        tmp_path / "a", model, lambda *_: weights.append(model.w.numpy()), epochs=9,
+        validate=lambda: {"val/ndcg@10": next(values)},
+    )  # fmt: skip
+    assert len(weights) == 4  # two epochs without a better one after the second
+    assert fitted.best_epoch == 2 and fitted.metrics["val/ndcg@10"] == 0.5
+    assert (model.w.numpy() == weights[1]).all()
+    other = Linear()
+    assert restore(other, tmp_path / "a") == fitted
+    assert (other.w.numpy() == weights[1]).all()
+    assert (tmp_path / "a" / "note.txt").read_text() == "kept\n"
+    assert read_run(tmp_path / "a") == {"name": "test"}
+
+
+def test_a_loss_that_is_not_a_number_is_said(tmp_path: Path):
+    def broken(epoch: int) -> tf.data.Dataset:
+        return tf.data.Dataset.from_tensor_slices({"x": X * np.nan, "y": Y}).batch(16)
+
+    with pytest.raises(UserError, match="the loss is nan after epoch 1: lower the learning rate"):
+        fit(Linear(), broken, 64, tmp_path / "a", {}, {}, epochs=1, learning_rate=0.1, seed=0)
+
+
+def test_replacing_a_directory_leaves_nothing_of_the_old(tmp_path: Path):
+    for name in ("new", "target"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    replace_directory(tmp_path / "new", tmp_path / "target")
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["target", "target/new"]
+
+
+def test_lazy_adam_is_adam_on_the_rows_it_touches_and_leaves_the_others():
+    table, dense = tf.Variable(tf.ones([4, 2])), tf.Variable(tf.ones([4, 2]))
+    lazy, adam = LazyAdam(0.1), tf.keras.optimizers.Adam(0.1)
+    gradient = np.array([[0.5, -1.0], [0, 0], [2.0, 1.0], [0, 0]], np.float32)
+    for _ in range(3):
+        rows = tf.constant([0, 2, 0])  # row 0 twice: its gradients add up
+        values = tf.constant(np.stack([gradient[0] / 2, gradient[2], gradient[0] / 2]))
+        lazy.apply_gradients([(tf.IndexedSlices(values, rows, tf.constant([4, 2])), table)])
+        adam.apply_gradients([(tf.constant(gradient), dense)])
+    assert table.numpy()[[0, 2]] == pytest.approx(dense.numpy()[[0, 2]], abs=1e-6)
+    assert (table.numpy()[[1, 3]] == 1).all()
