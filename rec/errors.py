@@ -9,7 +9,7 @@ class UserError(ValueError):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Runs a command's `main` and exits: 0, 1 with `error: <sentence>` on stderr for a user's mistake, 130 on Ctrl-C."""
+    """Runs a command's `main`; exits with 1 and `error: <sentence>` on stderr for a user's mistake, 130 on Ctrl-C."""
     try:
         main()
     except UserError as error:

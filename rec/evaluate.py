@@ -4,7 +4,7 @@
     python -m rec.evaluate --split val --baselines
 
 - Systems: `popularity`; `retrieval` (the towers, exact search), `retrieval_ann` (through the bundle's index),
-  `recommender` (retrieved, then ranked); with --baselines also recent popularity, iALS and EASE, tuned on validation data.
+  `recommender` (retrieved, then ranked); with --baselines also recent popularity, iALS, EASE, tuned on validation.
 - Every system ranks the full catalogue without what the user has interacted with in earlier splits.
 - The bundles answer from the histories given here, so that --split val hides the validation items from them.
 
@@ -80,13 +80,15 @@ class Task:
     def ranked(self, ask: Any) -> np.ndarray:
         """[U, K] catalogue rows that a bundle's function returns, -1 behind."""
         parts = [ask(users, history, history, times)["item_id"].numpy() for users, history, times in self.requests()]
-        ids = np.concatenate(parts).astype(bytes)[:, :K]
+        ids: Any = np.concatenate(parts).astype(bytes)[:, :K]
         rows = self.corpus.items.encode(np.char.decode(ids, "utf-8").astype(object).ravel(), PAD)
         rows = np.where(rows == PAD, -1, rows - FIRST_ITEM).reshape(ids.shape)
         return np.pad(rows, [(0, 0), (0, K - rows.shape[1])], constant_values=-1)
 
 
-def evaluate(config: Config, split: str, with_baselines: bool = False, pair: Recommender | None = None) -> dict[str, Any]:
+def evaluate(
+    config: Config, split: str, with_baselines: bool = False, pair: Recommender | None = None
+) -> dict[str, Any]:
     """The command's JSON document (see the module).
 
     Args:
@@ -135,12 +137,7 @@ def _baselines(task: Task, corpus: Corpus, seed: int, all_of_them: bool) -> dict
 
 def load_latest(config: Config) -> Recommender:
     """The latest ranking bundle with the retrieval bundle it belongs to; or the latest retrieval bundle alone."""
-    bundles = Path(config.output.savedmodels)
-    if not registry.versions(bundles / "ranking"):
-        return Recommender.load(registry.resolve(bundles / "retrieval"))
-    ranking = registry.resolve(bundles / "ranking")
-    version = registry.read_metadata(ranking)["built_from"]["retrieval"]["version"]
-    return Recommender.load(registry.resolve(bundles / "retrieval", version), ranking)
+    return Recommender.load(*registry.latest_pair(Path(config.output.savedmodels)))
 
 
 def show_systems(report: dict[str, Any]) -> None:
@@ -159,7 +156,7 @@ def show_recommendations(config: Config, users: int = 3, k: int = 5) -> None:
     ids = open_dataset(config.dataset).interactions("test")["user_id"].drop_duplicates().head(users).tolist()
     found, scores, _ = pair.recommend(ids, [None] * len(ids))
     for row, user in enumerate(ids):
-        stored = [item.decode() for item in pair.module.history(tf.constant([user])).numpy()[0] if item]
+        stored = pair.stored_history(user)
         print(f"\nuser {user}, after {', '.join(_title(pair, item) for item in stored[-3:])}", file=sys.stderr)
         for item, score in zip(found[row, :k], scores[row, :k], strict=True):
             print(f"  {score:8.3f}  {_title(pair, item)}", file=sys.stderr)

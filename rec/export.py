@@ -112,7 +112,7 @@ def _save(
 ) -> Path:
     stage_dir = Path(config.output.savedmodels) / stage
     with registry.draft(stage_dir) as draft:
-        items = corpus.items.ids[: WARMUP_HISTORY].tolist()
+        items = corpus.items.ids[:WARMUP_HISTORY].tolist()
         user = str(corpus.users.ids[0]) if len(corpus.users.ids) else ""
         examples = {"user_id": user, "history": items, "item_id": items}
         _write_saved_model(module, draft, examples, stage, details.get("index", {}).get("kind") == "scann")
@@ -215,11 +215,9 @@ def bundle_of(config: Config, run: dict[str, Any]) -> Path:
 
 def latest_recommender(config: Config) -> Path:
     """Composes the latest ranking bundle with the retrieval bundle that it was trained for."""
-    bundles = Path(config.output.savedmodels)
-    ranking = registry.resolve(bundles / "ranking")
-    metadata = registry.read_metadata(ranking)
-    retrieval = registry.resolve(bundles / "retrieval", metadata["built_from"]["retrieval"]["version"])
-    return export_recommender(retrieval, ranking, config, metadata["metrics"])
+    ranking = registry.resolve(Path(config.output.savedmodels) / "ranking")
+    metrics = registry.read_metadata(ranking, "ranking")["metrics"]
+    return export_recommender(registry.retrieval_of(ranking), ranking, config, metrics)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ class Column:
 
 
 def cyclic(seconds: Any) -> list[Any]:
-    """Hour of the day and day of the week (UTC) as points on a circle: 4 arrays or tensors of the shape of `seconds`."""
+    """Hour of the day and day of the week (UTC) as points on a circle: 4 arrays or tensors shaped as `seconds`."""
     waves = []
     for period in (86_400, 604_800):
         part = seconds % period
@@ -121,7 +121,7 @@ def _token_lists(values: pd.Series, kind: str) -> list[list[str]]:
 
 
 def infer_kind(values: pd.Series) -> str:
-    """The kind that `auto` gives a column: by type; a string column of mostly unique values is text, else categorical."""
+    """The kind that `auto` gives a column: by type; strings are text where most of them differ, else categorical."""
     present = values.dropna()
     if len(present) and isinstance(present.iloc[0], (list, tuple, np.ndarray)):
         return "multi"
@@ -215,7 +215,7 @@ class Encoder(tf.keras.layers.Layer):
             for column in columns
             if column.is_tokens
         }
-        self._project = tf.keras.layers.Dense(dim, kernel_initializer="zeros", name="features") if columns else None
+        self._project = tf.keras.layers.Dense(dim, kernel_initializer="zeros", name="features")
 
     def call(self, rows: tf.Tensor, training: bool = False) -> tf.Tensor:
         """int32 rows of any shape -> float32 vectors [..., dim]."""

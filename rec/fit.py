@@ -9,6 +9,7 @@
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -176,7 +177,10 @@ def _resume(partial: Path, run: dict[str, Any], files: dict[str, str], checkpoin
         state = _State(**found)
         name = f"last-{state.epoch}" if (partial / f"last-{state.epoch}.index").exists() else f"best-{state.epoch}"
         checkpoint.read(str(partial / name)).assert_consumed()
-        tqdm.write(f"resuming after epoch {state.epoch} from {partial}")
+        log = partial / "metrics.jsonl"
+        if log.exists():  # a kill between the log and the state leaves a line too many
+            replace_text(log, "".join(log.read_text().splitlines(keepends=True)[: state.epoch]))
+        print(f"resuming after epoch {state.epoch} from {partial}", file=sys.stderr)
         return state
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -202,8 +206,13 @@ def _remove(directory: Path, name: str) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
+    replace_text(path, json.dumps(value, indent=1))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file by rename: a reader or a kill sees the old content or the new."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 

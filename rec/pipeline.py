@@ -169,7 +169,7 @@ def _sequences(frame: pd.DataFrame, users: Vocabulary, items: Vocabulary) -> Seq
 
 @dataclass(frozen=True)
 class Windows:
-    """Training examples: example j is user[j]'s interactions [begin[j], end[j]), each predicted from those before it."""
+    """Training examples: number j is user[j]'s interactions [begin[j], end[j]), each predicted from those before."""
 
     user: np.ndarray
     begin: np.ndarray

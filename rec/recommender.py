@@ -38,7 +38,8 @@ class RecommenderModule(tf.Module):
         if self.ranking is None:
             return found
         items = found["item_id"][:, : self._candidates]
-        return self._ranked(items, self.ranking.serving_default(user_id, items)["score"])
+        scores = self.ranking.serving_default(user_id, items)["score"]
+        return self._ranked(found, items, scores, self.is_cold(user_id, self.history(user_id)))
 
     @tf.function(input_signature=[IDS, LISTS])
     def from_history(self, user_id: tf.Tensor, history: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -68,10 +69,17 @@ class RecommenderModule(tf.Module):
         if self.ranking is None:
             return found
         items = found["item_id"][:, : self._candidates]
-        return self._ranked(items, self.ranking.from_history(user_id, history, items)["score"])
+        scores = self.ranking.from_history(user_id, history, items)["score"]
+        return self._ranked(found, items, scores, self.is_cold(user_id, history))
 
-    def _ranked(self, items: tf.Tensor, scores: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Items in the ranker's order. It scores an empty place ("") lowest, so those stay last."""
+    def _ranked(
+        self, found: dict[str, tf.Tensor], items: tf.Tensor, scores: tf.Tensor, cold: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """Items in the ranker's order; in order of popularity, as they are, for a cold user, of whom it knows nothing.
+
+        An empty place ("") has the lowest score, so those stay last.
+        """
+        scores = tf.where(cold[:, None], found["score"][:, : self._candidates], scores)
         best, order = tf.math.top_k(scores, items.shape[1])
         return {"item_id": tf.gather(items, order, batch_dims=1), "score": best}
 
@@ -95,15 +103,19 @@ class Recommender:
           UserError: a directory is not a bundle of that stage, or the ranking bundle belongs to another retrieval
             version and `allow_mismatch` is not set.
         """
-        metadata = {"retrieval": _checked(retrieval, "retrieval")}
+        retrieval = Path(retrieval)
+        metadata = {"retrieval": read_metadata(retrieval, "retrieval")}
         if ranking is not None:
-            metadata["ranking"] = _checked(ranking, "ranking")
+            metadata["ranking"] = read_metadata(Path(ranking), "ranking")
             if not allow_mismatch:
                 check_pair(metadata["retrieval"], metadata["ranking"], ranking)
         loaded = {"retrieval": load_bundle(retrieval), "ranking": None if ranking is None else load_bundle(ranking)}
         count = metadata["ranking"]["config"]["ranking"]["candidates"] if ranking is not None else 0
         module = RecommenderModule(loaded["retrieval"], loaded["ranking"], count)
-        items = pd.read_parquet(Path(retrieval) / "items.parquet").set_index("item_id")
+        try:
+            items = pd.read_parquet(retrieval / "items.parquet").set_index("item_id")
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{retrieval}/items.parquet cannot be read: export the bundle again") from error
         return cls(module, items, metadata)
 
     def versions(self) -> dict[str, int]:
@@ -129,6 +141,10 @@ class Recommender:
             answer = self.module.from_history(users, history)
         cold = self.module.is_cold(users, history).numpy()
         return _strings(answer["item_id"]), answer["score"].numpy(), cold
+
+    def stored_history(self, user_id: str) -> list[str]:
+        """What the bundle knows of a user, oldest first, up to index.max_seen items."""
+        return [item for item in _strings(self.module.history(tf.constant([user_id])))[0].tolist() if item]
 
     def similar(self, item_ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Similar items: item ids [B, K] ("" where there is none) and their cosine [B, K]."""
@@ -169,10 +185,3 @@ def pad_lists(lists: list[list[str]]) -> tf.Tensor:
 
 def _strings(ids: tf.Tensor) -> np.ndarray:
     return np.char.decode(ids.numpy().astype(bytes), "utf-8")
-
-
-def _checked(path: Path, stage: str) -> dict[str, Any]:
-    metadata = read_metadata(Path(path))
-    if metadata["stage"] != stage:
-        raise UserError(f"{path} is a {metadata['stage']} bundle, not a {stage} bundle")
-    return metadata

@@ -48,16 +48,41 @@ def _aliases(stage_dir: Path) -> dict[str, int]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def read_metadata(bundle: Path) -> dict[str, Any]:
+def retrieval_of(ranking: Path) -> Path:
+    """The retrieval bundle that a ranking bundle was trained for, in the same directory of bundles.
+
+    Raises:
+      UserError: `ranking` is not a ranking bundle, or that version is not there.
+    """
+    version = read_metadata(ranking, "ranking")["built_from"]["retrieval"]["version"]
+    return resolve(ranking.absolute().parent.parent / "retrieval", version)
+
+
+def latest_pair(savedmodels: Path) -> tuple[Path, Path | None]:
+    """The latest ranking bundle and the retrieval bundle that it belongs to; or the latest retrieval bundle alone."""
+    if not versions(savedmodels / "ranking"):
+        return resolve(savedmodels / "retrieval"), None
+    ranking = resolve(savedmodels / "ranking")
+    return retrieval_of(ranking), ranking
+
+
+def read_metadata(bundle: Path, stage: str | None = None) -> dict[str, Any]:
     """A bundle's metadata.json.
 
     Raises:
-      UserError: the directory is not a bundle.
+      UserError: the directory is not a bundle, or not one of that stage.
     """
     path = bundle / "metadata.json"
     if not path.exists():
         raise UserError(f"{bundle} is not a bundle: it has no metadata.json (a bundle is SAVEDMODELS/STAGE/VERSION)")
-    return json.loads(path.read_text())
+    try:
+        metadata = json.loads(path.read_text())
+        found = metadata["stage"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: export the bundle again") from error
+    if stage not in (None, found):
+        raise UserError(f"{bundle} is a {found} bundle, not a {stage} bundle")
+    return metadata
 
 
 @contextmanager

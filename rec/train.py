@@ -29,13 +29,13 @@ from rec.checkpoint import TrainedRetrieval, corpus_files, describe, load_retrie
 from rec.config import Config, add_config_arguments, load_config
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError, run_command
+from rec.evaluate import evaluate, show_recommendations, show_systems
 from rec.export import bundle_of, export_ranking, export_recommender, export_retrieval
 from rec.features import FIRST_ITEM, PAD
 from rec.fit import Fitted, fit, read_run, restore
 from rec.pipeline import Corpus, Sequences, load_corpus, window_batches
 from rec.ranking.candidates import hold_out, list_batches, mine, rated_lists
 from rec.ranking.model import RankingModel, score_lists
-from rec.evaluate import evaluate, show_recommendations, show_systems
 from rec.retrieval.model import RetrievalModel
 
 FACTORIZED_KS = (10, 100)
@@ -71,8 +71,8 @@ def _fit_retrieval(
         return {**_means(lists.items, relevant), **_factorized_top_k(model, corpus)}
 
     fitted = fit(
-        model, lambda epoch: window_batches(corpus, settings, train, config.seed, epoch), len(train.items), directory, run,
-        corpus_files(corpus), epochs=settings.epochs, learning_rate=settings.learning_rate, seed=config.seed,
+        model, lambda epoch: window_batches(corpus, settings, train, config.seed, epoch), len(train.items), directory,
+        run, corpus_files(corpus), epochs=settings.epochs, learning_rate=settings.learning_rate, seed=config.seed,
         validate=validate if epochs is None else None, patience=settings.patience,
     )  # fmt: skip
     return model, fitted, run
@@ -133,9 +133,7 @@ Epochs = Callable[[int], tf.data.Dataset]
 Validate = Callable[[], dict[str, float]]
 
 
-def _by_clicks(
-    config: Config, trained: TrainedRetrieval, model: RankingModel
-) -> tuple[Epochs, int, Validate, str]:
+def _by_clicks(config: Config, trained: TrainedRetrieval, model: RankingModel) -> tuple[Epochs, int, Validate, str]:
     """Candidate lists of a retrieval model that has not seen their labels; validated on what will be served."""
     settings, corpus = config.ranking, trained.corpus
     past, labels = hold_out(corpus, settings.holdout, config.seed)
@@ -146,7 +144,9 @@ def _by_clicks(
     whole = corpus.split_strategy == "temporal"
     lists = mine(miner, corpus, past, labels, settings.candidates, whole).with_hits()
     if not len(lists.user):
-        raise UserError("no candidate list holds a right item: retrieval is too weak to train a ranker on; train it longer")
+        raise UserError(
+            "no candidate list holds a right item: retrieval is too weak to train a ranker on; train it longer"
+        )
     users = np.flatnonzero(corpus.val.lengths).astype(np.int32)
     relevant = corpus.val.matrix(users, corpus.items.rows)
     offered = mine(trained.model, corpus, corpus.train, corpus.val, settings.candidates, whole=True)
@@ -225,7 +225,9 @@ def main() -> None:
     overrides = list(args.overrides)
     if args.model_arch:
         if args.stage == "all":
-            raise UserError("--model-arch is for one stage; with --stage all use --set retrieval.arch=... or ranking.arch")
+            raise UserError(
+                "--model-arch is for one stage; with --stage all use --set retrieval.arch=... or ranking.arch"
+            )
         overrides.append(f"{args.stage}.arch={args.model_arch}")
     if args.init_from_retrieval and args.stage == "retrieval":
         raise UserError("--init-from-retrieval starts a ranker: use it with --stage ranking or all")

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -111,7 +113,7 @@ def test_columns_survive_json():
     assert columns_from_json(columns_to_json(columns)) == columns
 
 
-def encoder(**kwargs: object) -> Encoder:
+def encoder(**kwargs: Any) -> Encoder:
     vocabulary = Vocabulary(ITEMS["item_id"].to_numpy(object), FIRST_ITEM, 3)
     columns = fit_columns(ITEMS, "item_id", "auto", ALL, "features.items")
     return Encoder(vocabulary, columns, ITEMS, 4, UNKNOWN, **kwargs)

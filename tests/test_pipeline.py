@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -48,7 +50,7 @@ def test_every_interaction_is_a_target_of_exactly_one_window(seed: int):
     assert (cut.user == 2).sum() == 1  # what fits one window is never cut
 
 
-def batches(data: Sequences, epoch: int = 0, seed: int = 0, **changes: object) -> list[dict[str, np.ndarray]]:
+def batches(data: Sequences, epoch: int = 0, seed: int = 0, **changes: Any) -> list[dict[str, np.ndarray]]:
     small = corpus([[3, 4, 5, 6, 7], [6], [7, 8]], **changes)
     return list(window_batches(small, CONFIG, data, seed, epoch).as_numpy_iterator())
 

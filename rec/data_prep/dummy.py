@@ -18,7 +18,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from rec.data_prep.dataset import note, prepare
+from rec.data_prep.write import note, prepare
 from rec.errors import UserError, run_command
 
 START = 1_672_531_200  # 2023-01-01 in seconds since 1970

@@ -25,8 +25,9 @@ from pathlib import Path
 import duckdb
 from tqdm import tqdm
 
-from rec.data_prep.dataset import digest, note, prepare
+from rec.data_prep.dataset import digest
 from rec.data_prep.tabular import RawFile, load_features, load_interactions
+from rec.data_prep.write import note, prepare
 from rec.errors import UserError, run_command
 
 BASE_URL = "https://files.grouplens.org/datasets/movielens"

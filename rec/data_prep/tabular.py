@@ -24,8 +24,8 @@ from pathlib import Path
 
 import duckdb
 
-from rec.data_prep.dataset import note, prepare
 from rec.data_prep.split import SPLITS, STRATEGIES, columns_of, count_rows, quoted
+from rec.data_prep.write import note, prepare
 from rec.errors import UserError, run_command
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".parquet": ""}

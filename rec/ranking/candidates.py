@@ -122,7 +122,8 @@ def list_batches(
 ) -> tf.data.Dataset:
     """Lists 0..n-1 in shuffled batches: dicts of `CandidateLists`' fields. `take` makes lists from their numbers."""
     signature = {
-        name: tf.TensorSpec([None, *values.shape[1:]], values.dtype) for name, values in vars(take(np.arange(0))).items()
+        name: tf.TensorSpec([None, *values.shape[1:]], values.dtype)
+        for name, values in vars(take(np.arange(0))).items()
     }
     order = rng.permutation(n)
 

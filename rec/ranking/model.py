@@ -79,7 +79,9 @@ class RankingModel(tfrs.Model):
             [candidate, attended, *(tf.broadcast_to(x[:, None], tf.shape(candidate)) for x in (mean, about_user))], 2
         )
         # Ratings are learnt without retrieval scores, so they must not come in later either.
-        scores = tf.where(scores > LOWEST, scores, 0.0) if self.config.objective == "implicit" else tf.zeros_like(scores)
+        scores = (
+            tf.where(scores > LOWEST, scores, 0.0) if self.config.objective == "implicit" else tf.zeros_like(scores)
+        )
         numbers = tf.stack([scores, tf.gather(self.popularity, items)], 2)
         fields = tf.reshape(fields, [-1, 4, candidate.shape[-1]])
         added = self._out(self._arch(fields, tf.reshape(numbers, [-1, 2]), training=training))

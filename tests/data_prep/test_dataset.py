@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rec.data_prep import dataset as module
-from rec.data_prep.dataset import Dataset, open_dataset, prepare, staging, verify
+from rec.data_prep.dataset import Dataset, open_dataset, verify
+from rec.data_prep.write import prepare, staging
 from rec.errors import UserError
 
 
@@ -192,7 +193,7 @@ def test_a_killed_command_leaves_nothing_under_the_name_and_the_next_run_works(t
 
 
 def test_the_temporary_directory_of_a_running_command_is_left_alone(tmp_path: Path) -> None:
-    code = "import sys, time, pathlib; from rec.data_prep.dataset import staging\n"
+    code = "import sys, time, pathlib; from rec.data_prep.write import staging\n"
     code += "with staging(pathlib.Path(sys.argv[1])): print('ready', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "six")], stdout=subprocess.PIPE, text=True)
     try:

@@ -12,7 +12,7 @@ from rec.errors import UserError
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def run(*args: str, name: str = "dummy") -> Dataset:
         monkeypatch.setattr("sys.argv", ["dummy", "--output-dir", str(tmp_path / name), *args])
         dummy.main()
@@ -25,13 +25,13 @@ def tables(seed: int = 0, users: int = 400, items: int = 200, per_user: int = 20
     return {name: table.to_pandas() for name, table in dummy.generate(users, items, per_user, seed).items()}
 
 
-def test_same_seed_same_bytes_other_seed_other_bytes(run) -> None:  # type: ignore[no-untyped-def]
+def test_same_seed_same_bytes_other_seed_other_bytes(run) -> None:
     sizes = ["--users", "50", "--items", "40"]
     assert run(*sizes).id == run(*sizes, name="again").id
     assert run(*sizes).id != run(*sizes, "--seed", "7", name="other").id
 
 
-def test_sizes_are_as_asked_for(run) -> None:  # type: ignore[no-untyped-def]
+def test_sizes_are_as_asked_for(run) -> None:
     dataset = run("--users", "300", "--items", "200", "--interactions-per-user", "12", "--split", "temporal")
     counts = dataset.manifest["counts"]
     assert (counts["users"], counts["items"]) == (300, 200)
@@ -88,6 +88,6 @@ def test_titles_are_names_and_series_are_numbered() -> None:
 @pytest.mark.parametrize(
     "size", [("--users", "5"), ("--items", "3"), ("--interactions-per-user", "0"), ("--seed", "-1")]
 )
-def test_sizes_too_small_for_any_split_are_refused(run, size: tuple[str, str]) -> None:  # type: ignore[no-untyped-def]
+def test_sizes_too_small_for_any_split_are_refused(run, size: tuple[str, str]) -> None:
     with pytest.raises(UserError, match=f"{size[0]} must be at least"):
         run(*size)

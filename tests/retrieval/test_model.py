@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -12,9 +14,15 @@ from tests.small import corpus
 SMALL = corpus([[3, 4, 5, 6], [4, 5], [8, 3]], cold_items=2, features=True)
 
 
-def model(**changes: object) -> RetrievalModel:
+def model(**changes: Any) -> RetrievalModel:
     """A small model with random weights, so that nothing is zero by construction."""
-    settings = {"embedding_dim": 8, "window": 4, "in_batch_negatives": 3, "uniform_negatives": 3, **changes}
+    settings: dict[str, Any] = {
+        "embedding_dim": 8,
+        "window": 4,
+        "in_batch_negatives": 3,
+        "uniform_negatives": 3,
+        **changes,
+    }
     built = RetrievalModel(Retrieval(**settings), SMALL)
     rng = np.random.default_rng(0)
     for weight in built.trainable_variables:
@@ -42,9 +50,9 @@ def by_hand(temperature: float, logq: bool, mask: np.ndarray | None = None, hard
     return float(np.mean(losses))
 
 
-def loss(mask: np.ndarray | None = None, **changes: object) -> float:
+def loss(mask: np.ndarray | None = None, **changes: Any) -> float:
     task = SampledSoftmax(Retrieval(**changes))
-    return float(task.sampled_loss(*map(tf.constant, (QUERIES, TARGETS, NEGATIVES, TARGET_Q, NEGATIVE_Q)), mask))
+    return float(task.sampled_loss(QUERIES, TARGETS, NEGATIVES, TARGET_Q, NEGATIVE_Q, mask))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
@@ -63,7 +71,7 @@ def test_hard_negatives_keeps_the_highest_scored():
     assert loss(hard_negatives=3) == pytest.approx(by_hand(1.0, True), rel=1e-5)
 
 
-def mask_of(**changes: object) -> list[list[bool]] | None:
+def mask_of(**changes: Any) -> list[list[bool]] | None:
     """Two windows: one predicts 4 after 3, the other 5, then 8. The pool is 4, 5, 3."""
     batch = {"tokens": tf.constant([[3, 4, PAD], [START, 5, 8]]), "negatives": tf.constant([4, 5, 3])}
     mask = model(**changes)._score_mask(batch, tf.constant([4, 5, 8]), tf.constant([0, 1, 1]))
