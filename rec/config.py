@@ -71,11 +71,11 @@ class Retrieval:
     epochs: Count = 20  # at most: early stopping on val/ndcg@10
     patience: Count = 5  # epochs without a better val/ndcg@10 before training stops
     batch_size: Count = 64  # windows a step
-    learning_rate: Positive = 0.001
+    learning_rate: Positive = 0.005  # sasrec wants 0.002
     temperature: Positive = 1.0
     logq: bool = True  # correct sampled logits by log of the sampling probability
-    in_batch_negatives: CountOr0 = 512  # targets of other examples in the batch, shared by all; 0 = none
-    uniform_negatives: CountOr0 = 512  # items drawn uniformly from the catalogue, shared by all; 0 = none
+    in_batch_negatives: CountOr0 = 256  # targets of other examples in the batch, shared by all; 0 = none
+    uniform_negatives: CountOr0 = 256  # items drawn uniformly from the catalogue, shared by all; 0 = none
     hard_negatives: CountOr0 = 0  # keep only the n highest-scored negatives of each position; 0 = all
     mask_accidental_hits: bool = True  # a negative that is the position's own target does not count
     mask_user_positives: bool = True  # nor does one that the user has interacted with elsewhere in the window
@@ -90,12 +90,11 @@ class Ranking:
     objective: Annotated[str, one_of("implicit", "rating")] = "implicit"
     candidates: Count = 100  # length of a candidate list
     holdout: Share = 0.15  # latest share of the training interactions that labels the candidate lists
-    embedding_dim: Count = 32
     hidden: tuple[Count, ...] = (128, 64)
     dropout: Rate = 0.2
     epochs: Count = 10
     patience: Count = 2
-    batch_size: Count = 64  # candidate lists a step (implicit), 1,024 ratings a step where `rating`
+    batch_size: Count = 64  # candidate lists a step; with `rating`, 16 ratings count as one
     learning_rate: Positive = 0.001
 
 

@@ -79,7 +79,9 @@ def _fit_retrieval(
 
 
 def _means(ranked: np.ndarray, relevant: Any) -> dict[str, float]:
-    values = metrics.per_user(np.where(ranked == PAD, -1, ranked), relevant)
+    rows = np.where(ranked == PAD, -1, ranked)
+    rows = np.pad(rows, [(0, 0), (0, max(metrics.KS) - rows.shape[1])], constant_values=-1)
+    values = metrics.per_user(rows, relevant)
     return {f"val/{name}": float(value.mean()) for name, value in values.items()}
 
 

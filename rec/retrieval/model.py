@@ -80,8 +80,9 @@ class RetrievalModel(tfrs.Model):
         self.trained_users = corpus.users.first + corpus.users.trained
         self.n_items = len(corpus.items.ids)
         train = corpus.train if train is None else train
-        counts = np.bincount(train.items, minlength=corpus.items.rows).astype(np.float32)
-        self.popularity = tf.Variable(counts, trainable=False, name="popularity")
+        # The logarithm once, here: vectorised code may round it differently from one place of a batch to another.
+        prior = np.log1p(np.bincount(train.items, minlength=corpus.items.rows)).astype(np.float32)
+        self._prior = tf.Variable(prior, trainable=False, name="prior")
         probability = sampling_probability(corpus, config, train)
         self.probability = tf.Variable(probability, trainable=False, name="probability")
         self._build()
@@ -140,7 +141,7 @@ class RetrievalModel(tfrs.Model):
 
     def prior(self, rows: tf.Tensor) -> tf.Tensor:
         """The score of items for a cold user: log(1 + training interactions)."""
-        return tf.math.log1p(tf.gather(self.popularity, rows))
+        return tf.gather(self._prior, rows)
 
     def score(self, user: tf.Tensor, history: tf.Tensor, rows: tf.Tensor, time: tf.Tensor | None = None) -> tf.Tensor:
         """The scores of given items: rows [B, N] -> [B, N], LOWEST where a row is PAD. The rest as for `query`."""
