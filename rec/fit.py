@@ -22,6 +22,8 @@ from tqdm import tqdm
 
 from rec.errors import UserError
 
+OnEpoch = Callable[[int, dict[str, float]], None]
+
 
 class LazyAdam(tf.keras.optimizers.Adam):
     """Adam that leaves the rows of an embedding table that a batch did not touch as they are.
@@ -85,7 +87,7 @@ def fit(
     validate: Callable[[], dict[str, float]] | None = None,
     monitor: str = "val/ndcg@10",
     patience: int = 0,
-    on_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, metrics: None,
+    on_epoch: OnEpoch = lambda epoch, metrics: None,
 ) -> Fitted:
     """Trains `model` and leaves its best weights in it and in `directory`.
 

@@ -122,7 +122,8 @@ def main() -> None:
 
     def loaded(loading: Future[None]) -> None:
         server.should_exit = loading.exception() is not None
-        print("ready" if not server.should_exit else "stopping", file=sys.stderr)
+        if not server.should_exit:
+            print("ready", file=sys.stderr)
 
     loading = service.thread.submit(service.load)
     loading.add_done_callback(loaded)

@@ -32,11 +32,12 @@ from rec.errors import UserError, run_command
 from rec.evaluate import evaluate, show_recommendations, show_systems
 from rec.export import bundle_of, export_ranking, export_recommender, export_retrieval
 from rec.features import FIRST_ITEM, PAD
-from rec.fit import Fitted, fit, read_run, restore
+from rec.fit import Fitted, OnEpoch, fit, read_run, restore
 from rec.pipeline import Corpus, Sequences, load_corpus, window_batches
 from rec.ranking.candidates import hold_out, list_batches, mine, rated_lists
 from rec.ranking.model import RankingModel, score_lists
 from rec.retrieval.model import RetrievalModel
+from rec.tracking import track
 
 FACTORIZED_KS = (10, 100)
 RATINGS_A_LIST = 16  # a batch of ratings is so many times a batch of lists
@@ -48,13 +49,20 @@ def train_retrieval(config: Config) -> tuple[TrainedRetrieval, dict[str, Any]]:
     dataset = open_dataset(config.dataset)
     corpus = load_corpus(dataset, config.features)
     directory = Path(config.output.checkpoints) / "retrieval"
-    model, fitted, run = _fit_retrieval(config, corpus, corpus.train, directory)
-    bundle = export_retrieval(model, corpus, config, run, fitted.metrics)
+    with track(config, "retrieval") as tracker:
+        model, fitted, run = _fit_retrieval(config, corpus, corpus.train, directory, on_epoch=tracker.log)
+        bundle = export_retrieval(model, corpus, config, run, fitted.metrics)
+        tracker.log_bundle(bundle)
     return TrainedRetrieval(model, corpus, fitted, run), _answer("retrieval", bundle, fitted, start)
 
 
 def _fit_retrieval(
-    config: Config, corpus: Corpus, train: Sequences, directory: Path, epochs: int | None = None
+    config: Config,
+    corpus: Corpus,
+    train: Sequences,
+    directory: Path,
+    epochs: int | None = None,
+    on_epoch: OnEpoch = lambda epoch, metrics: None,
 ) -> tuple[RetrievalModel, Fitted, dict[str, Any]]:
     """Fits a retrieval model; a given number of `epochs` is trained in full, without looking at validation data."""
     settings = config.retrieval if epochs is None else replace(config.retrieval, epochs=epochs)
@@ -73,7 +81,7 @@ def _fit_retrieval(
     fitted = fit(
         model, lambda epoch: window_batches(corpus, settings, train, config.seed, epoch), len(train.items), directory,
         run, corpus_files(corpus), epochs=settings.epochs, learning_rate=settings.learning_rate, seed=config.seed,
-        validate=validate if epochs is None else None, patience=settings.patience,
+        validate=validate if epochs is None else None, patience=settings.patience, on_epoch=on_epoch,
     )  # fmt: skip
     return model, fitted, run
 
@@ -122,12 +130,14 @@ def train_ranking(config: Config, init_from: Path | None, trained: TrainedRetrie
     run = describe(
         config, corpus, "ranking", retrieval_run=trained.run, init_from=None if init_from is None else str(init_from)
     )
-    fitted = fit(
-        model, batches, examples, Path(config.output.checkpoints) / "ranking", run, {}, epochs=settings.epochs,
-        learning_rate=settings.learning_rate, seed=config.seed, validate=validate, monitor=monitor,
-        patience=settings.patience,
-    )  # fmt: skip
-    exported = export_ranking(model, trained, bundle, config, run, fitted.metrics)
+    with track(config, "ranking") as tracker:
+        fitted = fit(
+            model, batches, examples, Path(config.output.checkpoints) / "ranking", run, {}, epochs=settings.epochs,
+            learning_rate=settings.learning_rate, seed=config.seed, validate=validate, monitor=monitor,
+            patience=settings.patience, on_epoch=tracker.log,
+        )  # fmt: skip
+        exported = export_ranking(model, trained, bundle, config, run, fitted.metrics)
+        tracker.log_bundle(exported)
     return _answer("ranking", exported, fitted, start)
 
 

@@ -1,57 +1,56 @@
-"""What many tests share: one small data set, trained once a session by the real commands."""
+"""One small trained pair for all tests that need bundles, made once a session by the real commands."""
 
-import contextlib
-import io
 import json
+import os
+import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+dataset: {0}/dataset
+retrieval: {{embedding_dim: 16, epochs: 2}}
+ranking: {{candidates: 40, epochs: 1}}
+index: {{k: 50}}
+output: {{checkpoints: {0}/checkpoints, savedmodels: {0}/savedmodels}}
+"""
+
 
 @dataclass(frozen=True)
 class Trained:
-    """The dummy data set and everything that `train --stage all` makes of it."""
+    """What `rec.data_prep.dummy` and `rec.train --stage all` wrote: 200 users, 120 items. Tests must not change it."""
 
-    root: Path
-    config: Path
     dataset: Path
-    savedmodels: Path
+    config: Path
     checkpoints: Path
-    answer: dict[str, Any]  # the command's JSON
-
-    def bundle(self, stage: str, version: int = 1) -> Path:
-        return self.savedmodels / stage / str(version)
+    savedmodels: Path
+    report: dict[str, Any]  # the JSON of the train command
 
 
-def run(main: Callable[[], None], *arguments: str) -> dict[str, Any]:
-    """Runs a command's main in this process; returns the JSON of its last line."""
-    before, output = sys.argv, io.StringIO()
-    sys.argv = ["command", *arguments]
-    try:
-        with contextlib.redirect_stdout(output):
-            main()
-    finally:
-        sys.argv = before
-    return json.loads(output.getvalue().splitlines()[-1])
+def run(module: str, *arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """`python -m module arguments`, with its outputs as text."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=environment())
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process' environment with rec importable from any directory, and without API tokens."""
+    kept = {name: value for name, value in os.environ.items() if not name.endswith("API_TOKENS")}
+    return {**kept, "PYTHONPATH": str(ROOT), **changes}
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    from rec import train
-    from rec.data_prep import dummy
-
     root = tmp_path_factory.mktemp("trained")
-    dataset, config = root / "data", root / "small.yaml"
-    run(dummy.main, "--output-dir", str(dataset), "--users", "200", "--items", "300")
-    config.write_text(f"""
-dataset: {dataset}
-retrieval: {{epochs: 2, embedding_dim: 16}}
-ranking: {{epochs: 1, candidates: 50}}
-output: {{checkpoints: {root}/checkpoints, savedmodels: {root}/savedmodels}}
-""")
-    answer = run(train.main, "--stage", "all", "--config", str(config))
-    return Trained(root, config, dataset, root / "savedmodels", root / "checkpoints", answer)
+    config = root / "config.yaml"
+    config.write_text(CONFIG.format(root))
+    made = run("rec.data_prep.dummy", "--output-dir", root / "dataset", "--users", 200, "--items", 120)
+    assert made.returncode == 0, made.stderr
+    done = run("rec.train", "--stage", "all", "--config", config)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    return Trained(root / "dataset", config, root / "checkpoints", root / "savedmodels", report)

@@ -1,6 +1,7 @@
 """The three bundles of a small trained model: their contract, in Python and through TensorFlow's C API."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -263,6 +264,4 @@ def test_an_exact_bundle_needs_no_custom_operation_and_finds_the_same(trained: T
         shared = [len(set(items_of(exact, r)) & set(items_of(approximate, r))) / 100 for r in range(50)]
         assert np.mean(shared) >= 0.95
     finally:
-        import shutil
-
         shutil.rmtree(directory)
