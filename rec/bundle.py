@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from rec.features import FIRST_ITEM, PAD, UNKNOWN_USER, Vocabulary
+from rec.features import FIRST_ITEM, FIRST_USER, PAD, UNKNOWN_USER, Vocabulary
 from rec.pipeline import Corpus, Sequences
 from rec.ranking.model import RankingModel, score_candidates
 from rec.retrieval.index import ExactIndex, ScannIndex
@@ -28,8 +28,8 @@ class Lookup(tf.Module):
     def __init__(self, corpus: Corpus, history: Sequences, max_seen: int, assets: Path) -> None:
         """`assets` is a directory for the vocabulary files, which tf.saved_model.save copies into the bundle."""
         super().__init__(name="lookup")
-        self.users = _table(corpus.users, assets / "users.txt", UNKNOWN_USER)
-        self.items = _table(corpus.items, assets / "items.txt", PAD)
+        self._users = _table(corpus.users, assets / "users.txt")
+        self._items = _table(corpus.items, assets / "items.txt")
         ids = np.concatenate([np.full(FIRST_ITEM, "", object), corpus.items.ids])
         self._item_ids = tf.Variable(tf.constant(ids.tolist(), tf.string), trainable=False, name="item_ids")
         lengths = np.minimum(history.lengths, max_seen)
@@ -41,11 +41,13 @@ class Lookup(tf.Module):
 
     def user_rows(self, user_id: tf.Tensor) -> tf.Tensor:
         """[B] string -> [B] int32; "" and unknown ids are UNKNOWN_USER."""
-        return tf.cast(self.users.lookup(user_id), tf.int32)
+        line = tf.cast(self._users.lookup(user_id), tf.int32)
+        return tf.where(line < 0, UNKNOWN_USER, line + FIRST_USER)
 
     def item_rows(self, item_id: tf.Tensor) -> tf.Tensor:
         """string [...] -> int32 [...]; "" and unknown ids are PAD."""
-        return tf.cast(self.items.lookup(item_id), tf.int32)
+        line = tf.cast(self._items.lookup(item_id), tf.int32)
+        return tf.where(line < 0, PAD, line + FIRST_ITEM)
 
     def item_ids(self, rows: tf.Tensor) -> tf.Tensor:
         """int32 [...] -> string [...]; PAD is ""."""
@@ -59,25 +61,12 @@ class Lookup(tf.Module):
         return tf.where(inside, tf.gather(self._history, tf.where(inside, at, 0)), PAD)
 
 
-def _table(vocabulary: Vocabulary, path: Path, unknown: int) -> tf.lookup.StaticHashTable:
+def _table(vocabulary: Vocabulary, path: Path) -> tf.lookup.StaticHashTable:
     path.write_text("".join(f"{word}\n" for word in vocabulary.ids), encoding="utf-8", newline="\n")
     initializer = tf.lookup.TextFileInitializer(
         str(path), tf.string, tf.lookup.TextFileIndex.WHOLE_LINE, tf.int64, tf.lookup.TextFileIndex.LINE_NUMBER
     )
-    table = tf.lookup.StaticHashTable(initializer, default_value=-1)
-    return _Shifted(table, vocabulary.first, unknown)
-
-
-class _Shifted(tf.Module):
-    """A table whose line j is row `first + j`."""
-
-    def __init__(self, table: tf.lookup.StaticHashTable, first: int, unknown: int) -> None:
-        super().__init__()
-        self._table, self._first, self._unknown = table, first, unknown
-
-    def lookup(self, ids: tf.Tensor) -> tf.Tensor:
-        found = self._table.lookup(ids)
-        return tf.where(found < 0, tf.cast(self._unknown, tf.int64), found + self._first)
+    return tf.lookup.StaticHashTable(initializer, default_value=-1)
 
 
 class _Untracked:

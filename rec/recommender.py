@@ -39,7 +39,7 @@ class RecommenderModule(tf.Module):
             return found
         items = found["item_id"][:, : self._candidates]
         scores = self.ranking.serving_default(user_id, items)["score"]
-        return self._ranked(found, items, scores, self.is_cold(user_id, self.history(user_id)))
+        return self._ranked(found, items, scores, self.retrieval.is_cold(user_id, self.retrieval.history(user_id)))
 
     @tf.function(input_signature=[IDS, LISTS])
     def from_history(self, user_id: tf.Tensor, history: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -53,24 +53,12 @@ class RecommenderModule(tf.Module):
         """Like from_history, at a given time, without exactly `seen` [B, S]: what an evaluation needs."""
         return self._rank(user_id, history, self.retrieval.retrieve(user_id, history, seen, time))
 
-    @tf.function(input_signature=[IDS])
-    def similar_items(self, item_id: tf.Tensor) -> dict[str, tf.Tensor]:
-        return self.retrieval.similar_items(item_id)
-
-    @tf.function(input_signature=[IDS, LISTS])
-    def is_cold(self, user_id: tf.Tensor, history: tf.Tensor) -> tf.Tensor:
-        return self.retrieval.is_cold(user_id, history)
-
-    @tf.function(input_signature=[IDS])
-    def history(self, user_id: tf.Tensor) -> tf.Tensor:
-        return self.retrieval.history(user_id)
-
     def _rank(self, user_id: tf.Tensor, history: tf.Tensor, found: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         if self.ranking is None:
             return found
         items = found["item_id"][:, : self._candidates]
         scores = self.ranking.from_history(user_id, history, items)["score"]
-        return self._ranked(found, items, scores, self.is_cold(user_id, history))
+        return self._ranked(found, items, scores, self.retrieval.is_cold(user_id, history))
 
     def _ranked(
         self, found: dict[str, tf.Tensor], items: tf.Tensor, scores: tf.Tensor, cold: tf.Tensor
@@ -135,20 +123,20 @@ class Recommender:
         """
         users = tf.constant(user_ids, tf.string)
         if histories[0] is None:
-            answer, history = self.module.serving_default(users), self.module.history(users)
+            answer, history = self.module.serving_default(users), self.module.retrieval.history(users)
         else:
             history = pad_lists([h or [] for h in histories])
             answer = self.module.from_history(users, history)
-        cold = self.module.is_cold(users, history).numpy()
+        cold = self.module.retrieval.is_cold(users, history).numpy()
         return _strings(answer["item_id"]), answer["score"].numpy(), cold
 
     def stored_history(self, user_id: str) -> list[str]:
         """What the bundle knows of a user, oldest first, up to index.max_seen items."""
-        return [item for item in _strings(self.module.history(tf.constant([user_id])))[0].tolist() if item]
+        return [item for item in _strings(self.module.retrieval.history(tf.constant([user_id])))[0].tolist() if item]
 
     def similar(self, item_ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Similar items: item ids [B, K] ("" where there is none) and their cosine [B, K]."""
-        answer = self.module.similar_items(tf.constant(item_ids, tf.string))
+        answer = self.module.retrieval.similar_items(tf.constant(item_ids, tf.string))
         return _strings(answer["item_id"]), answer["score"].numpy()
 
 

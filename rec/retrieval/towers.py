@@ -21,7 +21,6 @@ class Average(tf.keras.layers.Layer):
 
     def __init__(self, config: Retrieval) -> None:
         super().__init__(name="average")
-        self._dropout = tf.keras.layers.Dropout(config.dropout)
 
     def call(self, vectors: tf.Tensor, tokens: tf.Tensor, training: bool = False) -> tf.Tensor:
         """vectors [B, L, d] of tokens [B, L] -> [B, L, d]: at t, the mean over the items up to t (START if none)."""
@@ -30,7 +29,7 @@ class Average(tf.keras.layers.Layer):
         weights = tf.linalg.band_part(tf.repeat(is_item, tf.shape(tokens)[1], 1), -1, 0)
         count = tf.reduce_sum(weights, 2, keepdims=True)
         mean = tf.matmul(weights / tf.maximum(count, 1.0), vectors)
-        return self._dropout(tf.where(count > 0, mean, vectors[:, :1]), training=training)
+        return tf.where(count > 0, mean, vectors[:, :1])
 
 
 class Gru(tf.keras.layers.Layer):
@@ -135,7 +134,8 @@ class QueryTower(tf.keras.layers.Layer):
                 corpus.users, corpus.user_columns, corpus.user_table, config.embedding_dim, UNKNOWN_USER,
                 use_id=config.user_id, id_dropout=0.1, name="users",
             )  # fmt: skip
-        self._context = tf.keras.layers.Dense(config.embedding_dim, activation="relu", name="context")
+        self._dropout = tf.keras.layers.Dropout(config.dropout)
+        self._context = tf.keras.layers.Dense(2 * config.embedding_dim, activation="relu", name="context")
         self._dense = tf.keras.layers.Dense(config.embedding_dim, kernel_initializer="zeros", name="add_context")
 
     def call(
@@ -158,8 +158,7 @@ class QueryTower(tf.keras.layers.Layer):
             parts.append(tf.broadcast_to(about_user, tf.shape(hidden)))
         if self._query_time:
             parts.append(tf.stack(cyclic(time), -1))
-        if len(parts) > 1:
-            hidden += self._dense(self._context(tf.concat(parts, -1)))
+        hidden += self._dense(self._context(self._dropout(tf.concat(parts, -1), training=training)))
         return tf.concat([hidden, tf.ones_like(hidden[..., :1])], -1)
 
 

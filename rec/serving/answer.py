@@ -3,9 +3,9 @@
 - `Engine.answer` takes a batch of requests and calls the models at most twice, whatever its size.
 - `exclude` and `filter` are honoured exactly. They choose among the ranked candidates; where too few of those are left,
   the most popular items that pass follow, with score null, never one that the user has seen.
+- The rows of a column's values are collected when a filter first names the column (0.1 s at a million items).
 
-Not covered: a filter inside the index, which would find recommendations for a narrow filter too; an index of the
-columns (a filter reads the whole column: some 2 ms at 100,000 items).
+Not covered: a filter inside the index, which would find recommendations for a narrow filter too.
 """
 
 import difflib
@@ -43,8 +43,7 @@ class Catalogue:
         self.ids: list[str] = self.columns["item_id"]
         self.row_of = {item: row for row, item in enumerate(self.ids)}
         self._shown = {name: values for name, values in self.columns.items() if name not in ("item_id", "score")}
-        # One entry a value, indexed by its row: a list column has several.
-        self._each = {name: pd.Series(values, dtype=object).explode() for name, values in self.columns.items()}
+        self._rows: dict[str, dict[Any, list[int]]] = {}  # the rows of each value, by column
 
     def show(self, row: int, score: float | None) -> dict[str, Any]:
         score = score if score is not None and LOWEST < score < float("inf") else None
@@ -54,9 +53,19 @@ class Catalogue:
         """[M] rows, ascending, that have one of the values in every one of the columns."""
         rows = np.arange(len(self.ids))
         for name, values in wanted.items():
-            each = self._each[name]
-            rows = np.intersect1d(rows, each.index[each.isin(values)])
+            if name not in self._rows:
+                self._rows[name] = _rows_by_value(self.columns[name])
+            found = [row for value in values for row in self._rows[name].get(value, ())]
+            rows = np.intersect1d(rows, np.array(found, int))
         return rows
+
+
+def _rows_by_value(column: list[Any]) -> dict[Any, list[int]]:
+    rows: dict[Any, list[int]] = {}
+    for row, value in enumerate(column):
+        for each in value if isinstance(value, list) else [value]:
+            rows.setdefault(each, []).append(row)
+    return rows
 
 
 @dataclass(frozen=True)
