@@ -69,7 +69,7 @@ class Retrieval:
     dropout: Rate = 0.2
     window: Count = 50  # positions a training example; also the longest history that a tower reads
     epochs: Count = 20  # at most: early stopping on val/ndcg@10
-    patience: Count = 5  # epochs without a better val/ndcg@10 before training stops
+    patience: Count = 8  # epochs without a better val/ndcg@10 before training stops
     batch_size: Count = 64  # windows a step
     learning_rate: Positive = 0.005  # sasrec wants 0.002
     temperature: Positive = 1.0

@@ -82,6 +82,7 @@ def fit(
     files: dict[str, str],
     *,
     epochs: int,
+    stop_after: int | None = None,
     learning_rate: float,
     seed: int,
     validate: Callable[[], dict[str, float]] | None = None,
@@ -97,6 +98,8 @@ def fit(
       directory: where the finished checkpoint belongs.
       files: texts to keep beside the weights, by name.
       run: what identifies the run (configuration, data); an interrupted one with the same `run` is resumed.
+      epochs: at most so many; the learning rate falls along a cosine that reaches zero behind the last.
+      stop_after: end after so many epochs of that schedule.
       validate: -> metrics; without it, all epochs are trained and the last is kept.
       monitor: the metric to stop on: the higher the better, but for `val/rmse`.
       patience: epochs without a better one before training stops.
@@ -118,9 +121,11 @@ def fit(
     if state.epoch == 0 and validate is not None:
         state.best = validate()
         save("best-0")
-    progress = tqdm(total=epochs, initial=state.epoch, desc=f"training {directory.name}", unit="epoch")
-    while state.epoch < epochs and (validate is None or state.epoch - state.best_epoch < patience):
+    progress = tqdm(total=stop_after or epochs, initial=state.epoch, desc=f"training {directory.name}", unit="epoch")
+    last_epoch = stop_after or epochs
+    while state.epoch < last_epoch and (validate is None or state.epoch - state.best_epoch < patience):
         start = time.perf_counter()
+        optimizer.learning_rate.assign(learning_rate * (1 + np.cos(np.pi * state.epoch / epochs)) / 2)
         tf.random.set_seed(seed + state.epoch)
         history = model.fit(batches(state.epoch), epochs=1, verbose=0)
         trained = time.perf_counter()

@@ -61,15 +61,15 @@ def _fit_retrieval(
     corpus: Corpus,
     train: Sequences,
     directory: Path,
-    epochs: int | None = None,
+    stop_after: int | None = None,
     on_epoch: OnEpoch = lambda epoch, metrics: None,
 ) -> tuple[RetrievalModel, Fitted, dict[str, Any]]:
-    """Fits a retrieval model; a given number of `epochs` is trained in full, without looking at validation data."""
-    settings = config.retrieval if epochs is None else replace(config.retrieval, epochs=epochs)
+    """Fits a retrieval model; if told when to stop, without looking at validation data."""
+    settings = config.retrieval
     tf.keras.utils.set_random_seed(config.seed)
     model = RetrievalModel(settings, corpus, train)
-    run = describe(replace(config, retrieval=settings), corpus, "retrieval", interactions=len(train.items))
-    if epochs is not None and read_run(directory) == run:
+    run = describe(config, corpus, "retrieval", interactions=len(train.items), stop_after=stop_after)
+    if stop_after is not None and read_run(directory) == run:
         return model, restore(model, directory), run
     users = np.flatnonzero(corpus.val.lengths).astype(np.int32)
     relevant = corpus.val.matrix(users, corpus.items.rows)
@@ -80,8 +80,8 @@ def _fit_retrieval(
 
     fitted = fit(
         model, lambda epoch: window_batches(corpus, settings, train, config.seed, epoch), len(train.items), directory,
-        run, corpus_files(corpus), epochs=settings.epochs, learning_rate=settings.learning_rate, seed=config.seed,
-        validate=validate if epochs is None else None, patience=settings.patience, on_epoch=on_epoch,
+        run, corpus_files(corpus), epochs=settings.epochs, stop_after=stop_after, learning_rate=settings.learning_rate, seed=config.seed,
+        validate=validate if stop_after is None else None, patience=settings.patience, on_epoch=on_epoch,
     )  # fmt: skip
     return model, fitted, run
 
@@ -151,8 +151,9 @@ def _by_clicks(config: Config, trained: TrainedRetrieval, model: RankingModel) -
     past, labels = hold_out(corpus, settings.holdout, config.seed)
     print("training a retrieval model without the ranker's labels, to mine its candidates", file=sys.stderr)
     of_miner = replace(config, retrieval=trained.model.config)
-    epochs = max(1, trained.fitted.best_epoch)
-    miner, _, _ = _fit_retrieval(of_miner, corpus, past, Path(config.output.checkpoints) / "mining", epochs)
+    stop_after = max(1, trained.fitted.best_epoch)
+    directory = Path(config.output.checkpoints) / "mining"
+    miner, _, _ = _fit_retrieval(of_miner, corpus, past, directory, stop_after)
     whole = corpus.split_strategy == "temporal"
     lists = mine(miner, corpus, past, labels, settings.candidates, whole).with_hits()
     if not len(lists.user):

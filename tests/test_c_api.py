@@ -9,9 +9,9 @@ import rec  # noqa: F401  isort: skip  # before tensorflow
 import numpy as np
 import pytest
 import tensorflow as tf
-from c_api import SavedModelSession, read_signatures
 
 from rec.retrieval.index import ExactIndex, ScannIndex, build_index
+from tests.c_api import SavedModelSession, read_signatures
 
 DIMENSION, ITEMS = 4, 300
 LONG = "ein-langer-Name-über-22-Bytes"  # longer strings are stored elsewhere than short ones

@@ -3,7 +3,7 @@
 - `Engine.answer` takes a batch of requests and calls the models at most twice, whatever its size.
 - `exclude` and `filter` are honoured exactly. They choose among the ranked candidates; where too few of those are left,
   the most popular items that pass follow, with score null, never one that the user has seen.
-- The rows of a column's values are collected when a filter first names the column (0.1 s at a million items).
+- The rows of a column's values are collected when a filter first names the column (a million items: 0.3 s for genres).
 
 Not covered: a filter inside the index, which would find recommendations for a narrow filter too.
 """
@@ -55,7 +55,7 @@ class Catalogue:
         for name, values in wanted.items():
             if name not in self._rows:
                 self._rows[name] = _rows_by_value(self.columns[name])
-            found = [row for value in values for row in self._rows[name].get(value, ())]
+            found = [row for value in set(values) for row in self._rows[name].get(value, ())]
             rows = np.intersect1d(rows, np.array(found, int))
         return rows
 

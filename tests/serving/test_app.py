@@ -10,7 +10,6 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from conftest import Trained
 from fastapi.testclient import TestClient
 from httpx import Response
 
@@ -20,6 +19,7 @@ from rec.serving.answer import Engine
 from rec.serving.app import Service, create_app
 from rec.serving.auth import Tokens
 from rec.serving.schemas import MAX_BODY, RecommendRequest
+from tests.conftest import Trained
 
 USER, K, RANKED = "u7", 50, 40
 NONE = Tokens()
@@ -356,6 +356,14 @@ def test_it_is_alive_before_it_is_ready(engine: Engine) -> None:
         assert client.get(path).json()["detail"].startswith("the models are being loaded")
     loading.load()
     assert client.get("/readyz").json() == {"status": "ready", "model": {"retrieval": 1, "ranking": 1}}
+
+
+def test_a_retrieval_bundle_answers_alone(trained: Trained) -> None:
+    service = Service(lambda: Recommender.load(trained.savedmodels / "retrieval" / "1"))
+    service.load()
+    answer = asked(client_of(service), user_id=USER, k=K).json()
+    assert answer["model"] == {"retrieval": 1}
+    assert len(answer["items"]) == K and all(item["score"] is not None for item in answer["items"])
 
 
 def test_health_is_answered_while_the_models_work(service: Service, client: TestClient) -> None:

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Trained, environment
 
 from rec import registry, serve
 from rec.errors import UserError
+from tests.conftest import ROOT, Trained, environment
 
 
 def answer(
