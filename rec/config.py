@@ -43,8 +43,7 @@ Share = Annotated[float, Rule("above 0 and below 1", lambda x: 0 < x < 1)]
 Target = Annotated[float, Rule("above 0 and at most 1", lambda x: 0 < x <= 1)]
 FeatureKind = Annotated[str, one_of("categorical", "multi", "numeric", "text", "time")]
 Columns = Annotated[
-    str | dict[str, FeatureKind],
-    Rule("auto, or {column: kind}", lambda x: x == "auto" or type(x) is dict),
+    str | dict[str, FeatureKind], Rule("auto, or {column: kind}", lambda x: x == "auto" or type(x) is dict)
 ]
 
 
@@ -93,7 +92,7 @@ class Ranking:
     hidden: tuple[Count, ...] = (128, 64)
     dropout: Rate = 0.2
     epochs: Count = 10
-    patience: Count = 2
+    patience: Count = 3
     batch_size: Count = 64  # candidate lists a step; with `rating`, 16 ratings count as one
     learning_rate: Positive = 0.001
 

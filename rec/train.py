@@ -80,7 +80,8 @@ def _fit_retrieval(
 
     fitted = fit(
         model, lambda epoch: window_batches(corpus, settings, train, config.seed, epoch), len(train.items), directory,
-        run, corpus_files(corpus), epochs=settings.epochs, stop_after=stop_after, learning_rate=settings.learning_rate, seed=config.seed,
+        run, corpus_files(corpus), epochs=settings.epochs, stop_after=stop_after,
+        learning_rate=settings.learning_rate, seed=config.seed,
         validate=validate if stop_after is None else None, patience=settings.patience, on_epoch=on_epoch,
     )  # fmt: skip
     return model, fitted, run
@@ -123,10 +124,10 @@ def train_ranking(config: Config, init_from: Path | None, trained: TrainedRetrie
     tf.keras.utils.set_random_seed(config.seed)
     settings, corpus = config.ranking, trained.corpus
     model = RankingModel(settings, trained.model.config.embedding_dim, corpus, corpus.train)
-    if init_from is not None:
-        model.start_from(load_retrieval(init_from, dataset).model)
     by = _by_rating if settings.objective == "rating" else _by_clicks
     batches, examples, validate, monitor = by(config, trained, model)
+    if init_from is not None:
+        model.start_from(load_retrieval(init_from, dataset).model)
     run = describe(
         config, corpus, "ranking", retrieval_run=trained.run, init_from=None if init_from is None else str(init_from)
     )
@@ -154,6 +155,7 @@ def _by_clicks(config: Config, trained: TrainedRetrieval, model: RankingModel) -
     stop_after = max(1, trained.fitted.best_epoch)
     directory = Path(config.output.checkpoints) / "mining"
     miner, _, _ = _fit_retrieval(of_miner, corpus, past, directory, stop_after)
+    model.start_from(miner)  # not from the final model, whose embeddings have seen the labels
     whole = corpus.split_strategy == "temporal"
     lists = mine(miner, corpus, past, labels, settings.candidates, whole).with_hits()
     if not len(lists.user):
@@ -231,7 +233,11 @@ def main() -> None:
     parser.add_argument("--stage", required=True, choices=("retrieval", "ranking", "all"))
     parser.add_argument("--model-arch", help="the stage's architecture instead of the config's (not with --stage all)")
     parser.add_argument(
-        "--init-from-retrieval", type=Path, metavar="CHECKPOINT", help="start the ranker's embeddings from these"
+        "--init-from-retrieval",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="start the ranker's embeddings from this retrieval checkpoint; by default from checkpoints/mining, the "
+        "model that mined its lists without seeing their labels",
     )
     add_config_arguments(parser)
     args = parser.parse_args()

@@ -66,13 +66,7 @@ def test_a_number_in_scientific_notation_is_a_number(write: Path, text: str) -> 
 
 def test_overrides_are_yaml_and_the_last_one_wins(write: Path) -> None:
     write.write_text("dataset: data/dummy\nretrieval: {epochs: 7, window: 9}")
-    overrides = [
-        "retrieval.epochs=3",
-        "retrieval.epochs=4",
-        "ranking.hidden=[8, 4]",
-        "dataset=a=b",
-        "index={k: 200}",
-    ]
+    overrides = ["retrieval.epochs=3", "retrieval.epochs=4", "ranking.hidden=[8, 4]", "dataset=a=b", "index={k: 200}"]
     config = load_config(write, overrides)
     assert (config.retrieval.epochs, config.retrieval.window) == (4, 9)
     assert config.ranking.hidden == (8, 4)
