@@ -130,7 +130,11 @@ def _baselines(task: Task, corpus: Corpus, seed: int, all_of_them: bool) -> dict
     val = Task.of(corpus, "val")
     found = {}
     for name, grid in baselines.grids(seed, corpus.ordered).items():
-        tuned = baselines.tune(grid, train, val.seen, val.seen, val.relevant, timestamps=corpus.train.times)
+        try:
+            tuned = baselines.tune(grid, train, val.seen, val.seen, val.relevant, timestamps=corpus.train.times)
+        except UserError as error:  # a catalogue too large for it
+            print(f"{name} is left out: {error}", file=sys.stderr)
+            continue
         found[name] = baselines.rank(tuned.baseline, task.seen, task.seen, K)
     return found
 

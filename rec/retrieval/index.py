@@ -13,6 +13,9 @@ Python loads it after `import scann`. Not covered: filters in the search, adding
 """
 
 import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import chain
 from typing import Any
@@ -185,6 +188,19 @@ class _Recall:
         return float((scores >= self.cuts - rounding).mean())
 
 
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Silences ScaNN's C++ log, which nothing else turns off. Its errors are exceptions."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _tuned_scann(
     embeddings: np.ndarray, tuning: _Recall, measuring: _Recall, target: float, k: int
 ) -> tuple[ScannIndex, dict[str, Any]] | None:
@@ -196,7 +212,9 @@ def _tuned_scann(
     # cost 1.1 to 2 times as much at equal recall (200k rows, 65 dimensions).
     builder = scann_ops.builder(embeddings, k, "dot_product").tree(leaves, leaves)
     builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(5 * k)
-    index = ScannIndex(scann_ops.scann_to_tensors(builder.build().searcher_handle), leaves=leaves, k=k)
+    with _without_stderr():
+        tensors = scann_ops.scann_to_tensors(builder.build().searcher_handle)
+    index = ScannIndex(tensors, leaves=leaves, k=k)
     search = tf.function(index.search)
     reorders = [reorder for factor in REORDER_FACTORS if (reorder := round(factor * k)) < rows]
 
