@@ -49,6 +49,7 @@ import tensorflow_recommenders as tfrs  # isort: skip
 
 TUTORIAL_EPOCHS = 3
 DIMENSION = 32
+BATCH_SIZE = 64  # windows of at most 50 interactions
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,9 @@ def train_tutorial(dataset: Dataset, batch_size: int, metrics_in_training: bool,
 
 def train_rec(dataset: Dataset, epochs: int, seed: int) -> dict[str, Any]:
     """Trains rec's two_tower on ids; returns the JSON of the epoch with the best NDCG@10 on val."""
-    config = Retrieval(arch="two_tower", in_batch_negatives=128, uniform_negatives=128)
+    config = Retrieval(
+        arch="two_tower", embedding_dim=DIMENSION, in_batch_negatives=128, uniform_negatives=128, batch_size=BATCH_SIZE
+    )
     corpus = load_corpus(dataset, Features({}, {}))
     tf.keras.utils.set_random_seed(seed)
     model = RetrievalModel(config, corpus)

@@ -10,41 +10,28 @@ Not covered: the names of architectures. Their registries check them; they need 
 import argparse
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import yaml
 
 from rec.errors import UserError
 
-
-@dataclass(frozen=True)
-class Rule:
-    """What a value must satisfy beyond its type: `retrieval.epochs: must be 1 or more, not 0`."""
-
-    text: str
-    holds: Callable[[Any], bool]
-
-
-def one_of(*choices: str) -> Rule:
-    return Rule("one of " + ", ".join(choices), lambda value: value in choices)
-
-
-Count = Annotated[int, Rule("1 or more", lambda n: n >= 1)]
-CountOr0 = Annotated[int, Rule("0 or more", lambda n: n >= 0)]
-Seed = Annotated[int, Rule("from 0 to 4294967295, as NumPy wants it", lambda n: 0 <= n < 2**32)]
-Positive = Annotated[float, Rule("above 0 and finite", lambda x: 0 < x < float("inf"))]
-Rate = Annotated[float, Rule("0 or more and below 1", lambda x: 0 <= x < 1)]
-Share = Annotated[float, Rule("above 0 and below 1", lambda x: 0 < x < 1)]
-Target = Annotated[float, Rule("above 0 and at most 1", lambda x: 0 < x <= 1)]
-FeatureKind = Annotated[str, one_of("categorical", "multi", "numeric", "text", "time")]
-Columns = Annotated[
-    str | dict[str, FeatureKind], Rule("auto, or {column: kind}", lambda x: x == "auto" or type(x) is dict)
-]
+# Beyond its type, a value has a rule: the text (`retrieval.epochs: must be 1 or more, not 0`) and its test.
+Count = Annotated[int, "1 or more", lambda n: n >= 1]
+CountOr0 = Annotated[int, "0 or more", lambda n: n >= 0]
+Seed = Annotated[int, "from 0 to 4294967295, as NumPy wants it", lambda n: 0 <= n < 2**32]
+Positive = Annotated[float, "above 0 and finite", lambda x: 0 < x < float("inf")]
+Rate = Annotated[float, "0 or more and below 1", lambda x: 0 <= x < 1]
+Share = Annotated[float, "above 0 and below 1", lambda x: 0 < x < 1]
+Target = Annotated[float, "above 0 and at most 1", lambda x: 0 < x <= 1]
+KINDS = ("categorical", "multi", "numeric", "text", "time")
+FeatureKind = Annotated[str, "one of " + ", ".join(KINDS), KINDS.__contains__]
+Columns = Annotated[str | dict[str, FeatureKind], "auto, or {column: kind}", lambda x: x == "auto" or type(x) is dict]
 
 
 @dataclass(frozen=True)
@@ -86,7 +73,7 @@ class Retrieval:
 class Ranking:
     arch: str = "mlp"  # mlp, dlrm or dcn
     # implicit: clicks on mined candidates; rating: squared error on ratings
-    objective: Annotated[str, one_of("implicit", "rating")] = "implicit"
+    objective: Annotated[str, "one of implicit, rating", ("implicit", "rating").__contains__] = "implicit"
     candidates: Count = 100  # length of a candidate list
     holdout: Share = 0.15  # latest share of the training interactions that labels the candidate lists
     hidden: tuple[Count, ...] = (128, 64)
@@ -100,7 +87,7 @@ class Ranking:
 @dataclass(frozen=True)
 class Index:
     # scann, or exact (brute force; loads in a stock TF Serving)
-    kind: Annotated[str, one_of("scann", "exact")] = "scann"
+    kind: Annotated[str, "one of scann, exact", ("scann", "exact").__contains__] = "scann"
     recall_target: Target = 0.95  # recall@k against the exact index that ScaNN's settings are searched for
     k: Count = 100  # candidates that the retrieval bundle returns
     max_seen: CountOr0 = 1000  # items of a known user's history that the bundle stores and excludes
@@ -124,10 +111,6 @@ class Config:
     output: Output = field(default_factory=Output)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# From a command line and a file
-
-
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --config and --set: a command calls `load_config(args.config, args.overrides)`."""
     default, text = "config/dummy/dummy_small.yaml", "override a key, such as --set retrieval.epochs=3"
@@ -136,13 +119,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file, and over it `overrides`, each `a.b=c`.
-
-    Raises:
-        UserError: the file cannot be read or is not YAML; a key is unknown, missing or repeated; a value has
-            the wrong type or breaks its rule; keys contradict each other.
-    """
-    tree = _parse(_read(Path(path)), str(path))
+    """Reads a YAML file, and over it `overrides`, each `a.b=c`. Raises UserError, see above, for whatever is wrong."""
+    tree = _parse(Path(path), str(path))
     if tree is None:
         raise UserError(f"{path}: the file is empty; it needs at least `dataset: data/NAME`")
     config: Config = _apply(Config(dataset=""), tree, "", str(path))
@@ -154,84 +132,65 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         for name in reversed(key.strip().split(".")):
             tree = {name: tree}
         config = _apply(config, tree, "", f"--set {override}")
-    _check_together(config, " --set ".join([str(path), *overrides]))
+    where, retrieval = " --set ".join([str(path), *overrides]), config.retrieval
+    if not config.dataset:
+        raise UserError(f"{where}: dataset: missing key; add `dataset: data/NAME` or --set dataset=data/NAME")
+    if (candidates := config.ranking.candidates) > (k := config.index.k):
+        raise UserError(f"{where}: ranking.candidates: must be at most index.k, which is {k}, not {candidates}")
+    if retrieval.in_batch_negatives + retrieval.uniform_negatives == 0:
+        keys = "retrieval.in_batch_negatives, retrieval.uniform_negatives"
+        raise UserError(f"{where}: {keys}: must not both be 0: training needs negatives")
     return config
 
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The config as plain dicts, lists and scalars, which JSON can hold."""
+    return asdict(config, dict_factory=lambda pairs: {k: list(v) if type(v) is tuple else v for k, v in pairs})
 
-    def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in pairs}
-
-    return asdict(config, dict_factory=plain)
-
-
-def _check_together(config: Config, where: str) -> None:
-    if not config.dataset:
-        raise UserError(f"{where}: dataset: missing key; add `dataset: data/NAME` or --set dataset=data/NAME")
-    retrieval, candidates, k = config.retrieval, config.ranking.candidates, config.index.k
-    if candidates > k:
-        raise UserError(f"{where}: ranking.candidates: must be at most index.k, which is {k}, not {candidates}")
-    if retrieval.in_batch_negatives + retrieval.uniform_negatives == 0:
-        keys = "retrieval.in_batch_negatives, retrieval.uniform_negatives"
-        raise UserError(f"{where}: {keys}: must not both be 0: training needs negatives")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Keys and values
 
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
-_kinds = partial(get_type_hints, include_extras=True)  # {field: type}, with the rules
+_fields = partial(get_type_hints, include_extras=True)  # {key: type}, with the rules
 
 
 def _apply(section: Any, tree: object, prefix: str, where: str) -> Any:
     """`section`, a dataclass, with what `tree` sets."""
-    kinds, changes = _kinds(type(section)), {}
+    types, changes = _fields(type(section)), {}
     if not isinstance(tree, dict):
-        name, example = prefix[:-1] or "the file", prefix + next(iter(kinds))
+        name, example = prefix[:-1] or "the file", prefix + next(iter(types))
         raise UserError(f"{where}: {name}: expected keys, such as {example}, got {_show(tree)}")
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if name not in kinds:
-            raise UserError(f"{where}: {key}: unknown key; {_nearest(str(name), prefix, kinds)}")
-        if is_dataclass(kinds[name]):
+        if name not in types:  # the nearest key is one of this section rather than of another one
+            sections = {other: kind for other, kind in _fields(Config).items() if is_dataclass(kind)}
+            keys = {own: f"{other}.{own}" for other, kind in sections.items() for own in _fields(kind)}
+            keys |= {own: prefix + own for own in types}
+            close = difflib.get_close_matches(str(name), keys, n=1)
+            hint = f"did you mean {keys[close[0]]}?" if close else f"the keys here are {', '.join(types)}"
+            raise UserError(f"{where}: {key}: unknown key; {hint}")
+        if is_dataclass(types[name]):
             changes[name] = _apply(getattr(section, name), value, f"{key}.", where)
         else:
-            changes[name] = _convert(kinds[name], value, f"{where}: {key}")
+            changes[name] = _convert(types[name], value, f"{where}: {key}")
     return replace(section, **changes)
-
-
-def _nearest(name: str, prefix: str, kinds: dict[str, Any]) -> str:
-    """The most similar key, of this section rather than of another one; or else what this section has."""
-    sections = {section: kind for section, kind in _kinds(Config).items() if is_dataclass(kind)}
-    keys = {own: f"{section}.{own}" for section, kind in sections.items() for own in _kinds(kind)}
-    keys |= {own: prefix + own for own in kinds}
-    close = difflib.get_close_matches(name, keys, n=1)
-    return f"did you mean {keys[close[0]]}?" if close else f"the keys here are {', '.join(kinds)}"
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
     """`value` as the field's type. Whole numbers pass for numbers, lists become tuples; nothing else does."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        value, rule = _convert(args[0], value, where), args[1]
-        if not rule.holds(value):
-            raise UserError(f"{where}: must be {rule.text}, not {_show(value)}")
+    if get_origin(kind) is Annotated:
+        kind, rule, holds = get_args(kind)
+        value = _convert(kind, value, where)
+        if not holds(value):
+            raise UserError(f"{where}: must be {rule}, not {_show(value)}")
         return value
-    choices = args if origin in (Union, UnionType) else (kind,)
-    if kind not in choices:
-        for choice in choices:
-            if (get_origin(choice) or choice) is type(value):
-                return _convert(choice, value, where)
-    elif origin is tuple and isinstance(value, list):
-        return tuple(_convert(args[0], entry, f"{where}[{i}]") for i, entry in enumerate(value))
-    elif origin is dict and isinstance(value, dict):
-        return {_convert(args[0], k, where): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
-    elif kind is float and type(value) is int:
-        return float(value)
-    elif type(value) is kind:  # not isinstance: True is an int, and `epochs: true` a mistake
-        return value
+    choices = get_args(kind) if get_origin(kind) is UnionType else (kind,)
+    for choice in choices:
+        outer, inner = get_origin(choice) or choice, get_args(choice)
+        if outer is tuple and type(value) is list:
+            return tuple(_convert(inner[0], entry, f"{where}[{i}]") for i, entry in enumerate(value))
+        if outer is dict and type(value) is dict:
+            return {_convert(inner[0], k, where): _convert(inner[1], v, f"{where}.{k}") for k, v in value.items()}
+        if type(value) is outer or (outer is float and type(value) is int):  # no isinstance: True is an int
+            return outer(value)
     hint = "; put it in quotes" if kind is str and not isinstance(value, list | dict | None) else ""
     expected = " or ".join(_NAMES.get(get_origin(choice) or choice, "{key: value}") for choice in choices)
     raise UserError(f"{where}: expected {expected}, got {_show(value)}{hint}")
@@ -245,11 +204,11 @@ class _Loader(yaml.SafeLoader):
     """YAML where 1e-3 is a number (PyYAML wants 1.0e-3) and a repeated key an error (it takes the last)."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        keys = [str(key.value) for key, _ in node.value]
-        for position, (key, _) in enumerate(node.value):
-            if keys.index(keys[position]) < position:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} occurs twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
         return node
 
 
@@ -257,20 +216,12 @@ _FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
-def _read(path: Path) -> bytes:
+def _parse(source: Path | str, where: str) -> Any:
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        there = [str(file) for file in sorted([*path.parent.glob("*.yaml"), *Path("config").rglob("*.yaml")])]
-        close = difflib.get_close_matches(str(path), there, n=1, cutoff=0.0)
-        raise UserError(f"{path}: no such file" + (f"; did you mean {close[0]}?" if close else "")) from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-
-
-def _parse(text: bytes | str, where: str) -> Any:
-    try:
+        text = source.read_bytes() if isinstance(source, Path) else source
         return yaml.load(text, _Loader)  # a SafeLoader: it builds plain values only
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         raise UserError(f"{where}: {f'line {mark.line + 1}: ' if mark else ''}{problem}") from None

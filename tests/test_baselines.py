@@ -51,11 +51,7 @@ def test_recent_popularity_needs_one_timestamp_an_interaction() -> None:
             RecentPopularity(days=1).fit(csr([[1, 1]]), timestamps)
 
 
-@pytest.mark.parametrize("block", [1, 3, 1024])
-def test_ease_is_the_closed_form_of_the_paper_in_blocks_of_any_size(
-    monkeypatch: pytest.MonkeyPatch, block: int
-) -> None:
-    monkeypatch.setattr(baselines, "EASE_BLOCK", block)
+def test_ease_is_the_closed_form_of_the_paper() -> None:
     X = np.array([[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [1, 0, 0, 0]], dtype=np.float32)
     baseline = EASE(regularization=2.0)
     baseline.fit(csr_matrix(X))

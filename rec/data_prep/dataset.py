@@ -6,8 +6,7 @@
 
 - The same input and flags give the same bytes, so dataset.json's own sha256 is the dataset's id.
 - Column types are few: string, int64, float (32 bits), double, list<string>; times are seconds since 1970 (UTC).
-
-Not covered: appending to a dataset.
+- A folder above it that is named `a=b` adds no column (`partitioning=None`).
 """
 
 import hashlib
@@ -17,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rec.errors import UserError
 
@@ -54,23 +51,19 @@ class Dataset:
 
     def interactions(self, split: str) -> pd.DataFrame:
         """user_id, item_id (strings), [timestamp (int64 seconds)], [rating (float32)], sorted by time."""
-        return pa.concat_tables([pq.read_table(file, partitioning=None) for file in self.files(split)]).to_pandas()
+        return pd.concat([pd.read_parquet(file, partitioning=None) for file in self.files(split)], ignore_index=True)
 
     def users(self) -> pd.DataFrame:
         """A row a user that occurs in any split, in order of ids: user_id and features, null where unknown."""
-        return pq.read_table(self.path / "users.parquet", partitioning=None).to_pandas()
+        return pd.read_parquet(self.path / "users.parquet", partitioning=None)
 
     def items(self) -> pd.DataFrame:
         """A row an item of the catalogue, whether anybody has met it or not: item_id and features."""
-        return pq.read_table(self.path / "items.parquet", partitioning=None).to_pandas()
+        return pd.read_parquet(self.path / "items.parquet", partitioning=None)
 
 
 def open_dataset(path: str | Path) -> Dataset:
-    """Opens a dataset directory.
-
-    Raises:
-        UserError: it is no dataset directory, is of another format version, or lacks a file.
-    """
+    """Opens a dataset directory. Raises UserError if it is none, is of another format version, or lacks a file."""
     file = Path(path) / "dataset.json"
     if not file.is_file():
         raise UserError(
@@ -80,13 +73,13 @@ def open_dataset(path: str | Path) -> Dataset:
     content = file.read_bytes()
     try:
         manifest = json.loads(content)
-        known, files = manifest["format_version"] == FORMAT_VERSION, [file.parent / name for name in manifest["files"]]
-    except (ValueError, KeyError, TypeError):
+        if manifest["format_version"] != FORMAT_VERSION:
+            raise UserError(f"{file} is not of format version {FORMAT_VERSION}: prepare the dataset again")
+        missing = [file.parent / name for name in manifest["files"] if not (file.parent / name).is_file()]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise UserError(f"{file} is damaged: prepare the dataset again") from None
-    if not known:
-        raise UserError(f"{file} is not of format version {FORMAT_VERSION}: prepare the dataset again")
-    for missing in (part for part in files if not part.is_file()):
-        raise UserError(f"{missing} is missing: prepare the dataset again")
+    if missing:
+        raise UserError(f"{missing[0]} is missing: prepare the dataset again")
     return Dataset(file.parent, manifest, hashlib.sha256(content).hexdigest())
 
 

@@ -2,9 +2,9 @@
 
     python -m rec.data_prep.dummy --output-dir data/dummy
 
-- Taste: a user belongs to a segment and prefers some genres, which age, segment, genres, price and titles tell about.
+- Taste: a user belongs to a segment and prefers some genres, which all features tell about.
 - Popularity follows Zipf's law inside a genre.
-- Order: an item is often followed by its sequel ("Silver Harbor" by "Silver Harbor 2"), and a genre by another one
+- Order: an item is often followed by its sequel ("Silver Western" by "Silver Western 2"), and a genre by another one
   (a Markov chain). A model of sequences beats a model of sets, which clearly beats popularity.
 - Ratings (1 to 5) rise with the user's taste for the genre; times come in sessions over one year.
 
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from rec.data_prep.write import note, prepare
@@ -28,20 +29,8 @@ SEQUEL = 0.4  # how often an item is followed by its sequel, where it has one
 FOLLOW = 0.3  # otherwise: how often its genre is followed by that genre's usual successor, not by the user's taste
 
 SEGMENTS = ["student", "commuter", "parent", "collector", "gamer", "retiree"]
-GENRES = {
-    "Adventure": "Harbor Voyage Canyon Island Compass Lagoon Summit Caravan",
-    "Comedy": "Neighbor Wedding Holiday Parrot Roommate Banquet Mixup Uncle",
-    "Crime": "Alibi Witness Heist Verdict Informer Ledger Alley Ransom",
-    "Documentary": "Glacier Archive Orchestra Reef Factory Migration Harvest Atlas",
-    "Drama": "Letter Orchard Winter Daughter Silence Bridge Promise Mirror",
-    "Fantasy": "Dragon Wizard Amulet Kingdom Rune Griffin Prophecy Tower",
-    "Horror": "Cellar Scarecrow Asylum Whisper Curse Hollow Coffin Swamp",
-    "Mystery": "Clue Cipher Manor Disguise Labyrinth Portrait Key Shadow",
-    "Romance": "Kiss Sunset Waltz Garden Serenade Rose Lighthouse Paris",
-    "Sci-Fi": "Orbit Android Nebula Station Comet Colony Reactor Signal",
-    "War": "Trench Battalion Convoy Siege Frontier Medal Armada Outpost",
-    "Western": "Saloon Mustang Sheriff Prairie Outlaw Stagecoach Ranch Canteen",
-}
+GENRES = ["Adventure", "Comedy", "Crime", "Documentary", "Drama", "Fantasy", "Horror", "Mystery", "Romance", "Space"]
+GENRES += ["War", "Western"]
 ADJECTIVES = """Silver Crimson Hidden Broken Quiet Golden Savage Frozen Electric Lonely Wandering Midnight Velvet
     Burning Distant Forgotten Restless Emerald Hollow Paper Iron Scarlet Sleeping Secret Wild Gentle Bitter Lucky Final
     Endless Northern Invisible Crooked Amber Foolish Sacred Stolen Thirsty Painted Borrowed"""
@@ -62,9 +51,7 @@ def generate(users: int, items: int, interactions_per_user: int, seed: int) -> d
     rating = np.clip(np.rint(2.2 + 2.0 * liking + quality + rng.normal(0.0, 0.5, len(item))), 1, 5)
 
     order = np.lexsort((user, time))
-    ids = [
-        table[0].combine_chunks().take(pa.array(at[order])) for table, at in ((user_table, user), (item_table, item))
-    ]
+    ids = [user_table["user_id"].take(user[order]), item_table["item_id"].take(item[order])]
     columns = [*ids, time[order], rating[order].astype(np.float32), np.arange(len(order))]
     interactions = pa.table(columns, ["user_id", "item_id", "timestamp", "rating", "source_row"])
     return {"users": user_table, "items": item_table, "interactions": interactions}
@@ -78,21 +65,17 @@ def _make_items(items: int, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
     volume = np.arange(items) - np.maximum.accumulate(np.where(first, np.arange(items), 0)) + 1
     sequel = np.where(np.r_[series[1:] == series[:-1], False], np.arange(1, items + 1), -1)
 
-    names = list(GENRES)
-    genre = rng.integers(len(names), size=items)[series]
-    second = np.where(rng.random(items) < 0.4, rng.integers(len(names), size=items), genre)[series]
-    genres = [[names[a]] if a == b else [names[a], names[b]] for a, b in zip(genre, second, strict=True)]
+    genre = rng.integers(len(GENRES), size=items)[series]
+    second = np.where(rng.random(items) < 0.4, rng.integers(len(GENRES), size=items), genre)[series]
+    genres = [list(dict.fromkeys([GENRES[a], GENRES[b]])) for a, b in zip(genre, second, strict=True)]
 
-    adjectives, places, nouns = ADJECTIVES.split(), PLACES.split(), [GENRES[name].split() for name in names]
-    name_of = rng.permutation(series[-1] + 1)[series]  # each series has its own among 5,440, then they come again
-    titles = []
-    for number, kind, nth in zip(name_of.tolist(), genre, volume, strict=True):
-        rest, adjective = divmod(number, len(adjectives))
-        rest, noun = divmod(rest, len(nouns[kind]))
-        place = f" of {places[(rest - 1) % len(places)]}" if rest else ""
-        titles.append(f"{adjectives[adjective]} {nouns[kind][noun]}{place}" + (f" {nth}" if nth > 1 else ""))
-
-    price = rng.uniform(5.0, 40.0, len(names))[genre] * rng.lognormal(0.0, 0.25, items)
+    adjectives, places = ADJECTIVES.split(), ["", *(f" of {place}" for place in PLACES.split())]
+    name_of = rng.permutation(series[-1] + 1)[series]  # each series has its own among 680, then they come again
+    titles = [
+        adjectives[number % 40] + f" {GENRES[kind]}{places[number // 40 % 17]}" + (f" {nth}" if nth > 1 else "")
+        for number, kind, nth in zip(name_of, genre, volume, strict=True)
+    ]
+    price = rng.uniform(5.0, 40.0, len(GENRES))[genre] * rng.lognormal(0.0, 0.25, items)
     released = START - 3 * YEAR - rng.integers(3650, size=items)[series] * DAY + (volume - 1) * 120 * DAY
     columns = [[f"i{number + 1}" for number in range(items)], titles, genres, price.round(2), released]
     return genre, sequel, pa.table(columns, ["item_id", "title", "genres", "price", "released"])
@@ -114,8 +97,7 @@ def _walk(
 ) -> tuple[np.ndarray, np.ndarray]:
     """User and item [interactions] of all users' walks through the catalogue, all users a step at a time.
 
-    Users never meet an item twice: walks are twice as long as asked for, then repetitions are cut out and the rest is
-    cut to length (a user of a small catalogue may end with fewer).
+    Users meet no item twice: walks are twice as long as asked for, then repetitions are cut out and the rest to length.
     """
     by_genre = np.argsort(genre, kind="stable")
     starts = np.searchsorted(genre[by_genre], np.arange(len(GENRES) + 1))
@@ -131,7 +113,7 @@ def _walk(
     longest_first = np.argsort(-per_user, kind="stable")
     steps = 2 * per_user[longest_first] + 5
     item = np.zeros(len(steps), np.int64)
-    users_at, items_at, step_at = [], [], []
+    parts = []
     for step in range(steps[0]):
         active = longest_first[: np.searchsorted(-steps, -step)]  # those with steps > step
         chance = rng.random((4, len(active)))
@@ -145,19 +127,10 @@ def _walk(
             after = sequel[item[active]]
             chosen = np.where((chance[3] < SEQUEL) & (after >= 0), after, chosen)
         item[active] = chosen
-        users_at.append(active)
-        items_at.append(chosen)
-        step_at.append(np.full(len(active), step))
-
-    user, items, steps_taken = (np.concatenate(part) for part in (users_at, items_at, step_at))
-    order = np.lexsort((steps_taken, user))
-    user, items = user[order], items[order]
-    _, first = np.unique(user * len(genre) + items, return_index=True)
-    first.sort()
-    user, items = user[first], items[first]
-    rank = np.arange(len(user)) - np.searchsorted(user, user)
-    keep = rank < per_user[user]
-    return user[keep], items[keep]
+        parts.append(pd.DataFrame({"user": active, "item": chosen}))
+    walk = pd.concat(parts).drop_duplicates().sort_values("user", kind="stable")
+    walk = walk[(walk.groupby("user").cumcount() < per_user[walk["user"]]).to_numpy()]
+    return walk["user"].to_numpy(), walk["item"].to_numpy()
 
 
 def _times(user: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -192,12 +165,11 @@ def main() -> None:
     def load(con: duckdb.DuckDBPyConnection, scratch: Path) -> dict[str, int]:
         note(f"generating {args.users:,} users and {args.items:,} items")
         for name, table in generate(args.users, args.items, args.interactions_per_user, args.seed).items():
-            con.register("generated", table)
-            con.execute(f"create table {name} as select * from generated")
+            con.from_arrow(table).create(name)
         return {}
 
     source = f"synthetic: {args.users} users, {args.items} items, seed {args.seed}"
-    prepare(args.output_dir, load, name="dummy", source=source, strategy=args.split, seed=args.seed)
+    prepare(args.output_dir, load, "dummy", source, args.split, args.seed)
 
 
 if __name__ == "__main__":

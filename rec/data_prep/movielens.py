@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import http.client
 import re
+import shutil
 import urllib.error
 import urllib.request
 import zipfile
@@ -31,108 +32,91 @@ from rec.data_prep.write import note, prepare
 from rec.errors import UserError, run_command
 
 BASE_URL = "https://files.grouplens.org/datasets/movielens"
-RATINGS = ("userId", "movieId", "rating", "timestamp")
-MOVIES = ("movieId", "title", "genres")
-PEOPLE = ("userId", "age", "gender", "occupation", "zip")
 FLAGS = ["Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy"]
 FLAGS += ["Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"]
-FLAGGED = ("movieId", "title", "date", "video", "url", "unknown", *FLAGS)
 # "Toy Story (1995)", "Land Before Time III (1995) (V)", "Fawlty Towers (1975-1979)"; "Babylon 5" has none
 YEAR = r"\s*\((\d{4})(?:[-–]\d{0,4})?\)\s*(?:\(V\))?\s*$"
 
 
-def _raw(name: str, delimiter: str, header: tuple[str, ...], encoding: str = "utf-8") -> RawFile:
-    return RawFile(Path(name), delimiter, header, "", encoding)
+def _raw(name: str, delimiter: str, header: str) -> RawFile:
+    return RawFile(Path(name), delimiter, tuple(header.split(",")))
 
 
+RATINGS, MOVIES = "userId,movieId,rating,timestamp", "movieId,title,genres"
+FLAGGED = f"movieId,title,date,video,url,unknown,{','.join(FLAGS)}"
+DAT = [_raw("ratings.dat", "::", RATINGS), _raw("movies.dat", "::", MOVIES)]
 CSV = [RawFile(Path("ratings.csv"), ","), RawFile(Path("movies.csv"), ",")]
-LAYOUTS = {  # name -> the folder in its zip; the files of ratings, movies and, if any, users
-    "100k": (
-        "ml-100k",
-        [_raw("u.data", "\t", RATINGS), _raw("u.item", "|", FLAGGED, "latin-1"), _raw("u.user", "|", PEOPLE)],
-    ),
-    "1m": (
-        "ml-1m",
-        [
-            _raw("ratings.dat", "::", RATINGS),
-            _raw("movies.dat", "::", MOVIES, "latin-1"),
-            _raw("users.dat", "::", ("userId", "gender", "age", "occupation", "zip")),
-        ],
-    ),
-    "10m": ("ml-10M100K", [_raw("ratings.dat", "::", RATINGS), _raw("movies.dat", "::", MOVIES)]),
-} | {name: (f"ml-{name}", CSV) for name in ("20m", "25m", "32m", "latest-small")}
+FLAT = [_raw("u.data", "\t", RATINGS), _raw("u.item", "|", FLAGGED)]
+FLAT += [_raw("u.user", "|", "userId,age,gender,occupation,zip")]
+LAYOUTS = {  # name -> the files of ratings, movies and, if any, users
+    "100k": FLAT,
+    "1m": [*DAT, _raw("users.dat", "::", "userId,gender,age,occupation,zip")],
+    "10m": DAT,
+} | dict.fromkeys(("20m", "25m", "32m", "latest-small"), CSV)
 
 
 def load(con: duckdb.DuckDBPyConnection, scratch: Path, name: str, source: Path) -> dict[str, int]:
     """Creates the tables `interactions`, `items` and, where there are any, `users`, from a zip or a folder.
 
-    Raises:
-        UserError: the source does not hold the files of this dataset, or they are damaged.
+    Raises UserError if the source does not hold the files of this dataset, or they are damaged.
     """
     note(f"reading {source}")
-    folder, layout = LAYOUTS[name]
-    files = [dataclasses.replace(file, path=_find(source, folder, file.path.name, scratch)) for file in layout]
-    load_interactions(con, files[0], ("userId", "movieId", "timestamp", "rating"))
-    load_features(con, files[1], "items", "movieId", ["genres"])
+    folder = "ml-10M100K" if name == "10m" else f"ml-{name}"  # in the zip
+    ratings, movies, *people = (_find(source, folder, file, scratch) for file in LAYOUTS[name])
+    if name in ("100k", "1m"):  # Latin-1, and DuckDB reads UTF-8
+        text = movies.path.read_text("latin-1")
+        movies = dataclasses.replace(movies, path=scratch / movies.path.name)
+        movies.path.write_text(text, "utf-8")
+    load_interactions(con, ratings, ("userId", "movieId", "timestamp", "rating"))
+    load_features(con, movies, "items", "movieId", ["genres"])
     genres = "list_filter(genres, lambda genre: genre <> '(no genres listed)')"
-    if "Western" in files[1].header:
+    if "Western" in movies.header:
         flags = ", ".join(f"""case when "{flag}" = 1 then '{flag.replace("'", "''")}' end""" for flag in FLAGS)
         genres = f"list_filter([{flags}], lambda genre: genre is not null)"
     con.execute(f"""
         create or replace table items as select item_id, trim(regexp_replace(title, '{YEAR}', '')) as title,
             try_cast(regexp_extract(title, '{YEAR}', 1) as bigint) as year, {genres} as genres from items""")
-    if len(files) > 2:
-        load_features(con, files[2], "users", "userId")
-        con.execute("alter table users drop zip")
-        con.execute("alter table users alter occupation type varchar")  # 1m numbers them
+    for file in people:
+        load_features(con, file, "users", "userId")
+        con.execute("alter table users drop zip; alter table users alter occupation type varchar")  # 1m numbers them
     return {}
 
 
-def _find(source: Path, folder: str, name: str, scratch: Path) -> Path:
+def _find(source: Path, folder: str, file: RawFile, scratch: Path) -> RawFile:
     """One file of the source, unpacked if that is a zip."""
-    if source.is_dir():
-        for path in (source / name, source / folder / name):
-            if path.is_file():
-                return path
-    else:
-        try:
+    member = f"{folder}/{file.path}"
+    found = [path for path in (source / file.path, source / member) if path.is_file()]
+    try:
+        if source.is_file():
             with zipfile.ZipFile(source) as archive:
-                if f"{folder}/{name}" in archive.namelist():
-                    note(f"unpacking {name}")
-                    archive.extract(f"{folder}/{name}", scratch)
-                    return scratch / folder / name
-        except (zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{source} is no intact zip file ({error}): delete it and run the command again") from None
-    raise UserError(f"{source} holds no {name}: is it really {folder}?")
+                found = [Path(archive.extract(member, scratch)) for name in archive.namelist() if name == member]
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{source} is no intact zip file ({error}): delete it and run the command again") from None
+    if not found:
+        raise UserError(f"{source} holds no {file.path}: is it really {folder}?")
+    return dataclasses.replace(file, path=found[0])
 
 
 def download(url: str, target: Path) -> None:
     """Fetches `url` to `target`, through `target`.part which the next run continues if this one is cut off.
 
-    Raises:
-        UserError: no connection, one that breaks, or a file whose md5 is not the one published at `url`.md5.
+    Raises UserError for no connection, one that breaks, or a file whose md5 is not the one published at `url`.md5.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")
     try:
         _receive(url, part)
-        try:
-            with urllib.request.urlopen(f"{url}.md5", timeout=30) as response:  # "MD5 (ml-1m.zip) = c4d9eecf..."
-                published = re.search(r"\b[0-9a-f]{32}\b", response.read().decode())
-        except urllib.error.HTTPError as error:
-            if error.code != 404:
-                raise
-            published = None
+        with urllib.request.urlopen(f"{url}.md5", timeout=30) as response:  # "MD5 (ml-1m.zip) = c4d9eecf..."
+            published = re.findall(r"\b[0-9a-f]{32}\b", response.read().decode())
     except (OSError, http.client.HTTPException) as error:  # no connection and timeouts are OSErrors
-        raise UserError(
-            f"the download of {url} failed ({error}): run the command again to resume, or fetch it yourself and "
-            "name it with --source"
-        ) from None
-    if not published:
+        if not (isinstance(error, urllib.error.HTTPError) and error.code == 404 and part.is_file()):
+            hint = "run the command again to resume, or fetch it yourself and name it with --source"
+            raise UserError(f"the download of {url} failed ({error}): {hint}") from None
         note(f"{url} has no published checksum: relying on the zip's own")
-    elif digest(part, "md5") != published.group():
+        published = []
+    if published and digest(part, "md5") != published[0]:
         part.unlink()
-        raise UserError(f"{url} arrived damaged (its md5 is not {published.group()}): run the command again")
+        raise UserError(f"{url} arrived damaged (its md5 is not {published[0]}): run the command again")
     part.rename(target)
 
 
@@ -143,22 +127,17 @@ def _receive(url: str, part: Path) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as error:
-        if error.code != 416:
-            raise
-        if error.headers.get("Content-Range") != f"bytes */{have}":  # longer than the file is now: begin again
-            part.unlink()
-            _receive(url, part)
-        return
-    with response:
-        have = have if response.status == 206 else 0  # a server without ranges sends all of it
-        total = have + int(response.headers.get("Content-Length") or 0)
-        with open(part, "ab" if have else "wb") as file:
-            with tqdm(desc=part.stem, initial=have, total=total, unit="B", unit_scale=True) as progress:
-                while block := response.read(2**16):
-                    progress.update(file.write(block))
-                    have += len(block)
-    if have < total:
-        raise OSError(f"broken off after {have:,} of {total:,} bytes")
+        if error.code == 416:  # there is no more than we have
+            return
+        raise
+    with response, open(part, "ab" if response.status == 206 else "wb") as file:  # a server may not know ranges
+        total = file.tell() + int(response.headers.get("Content-Length") or 0)
+        with tqdm.wrapattr(
+            file, "write", desc=part.stem, initial=file.tell(), total=total, unit="B", unit_scale=True
+        ) as progress:
+            shutil.copyfileobj(response, progress)
+        if file.tell() < total:
+            raise OSError(f"broken off after {file.tell():,} of {total:,} bytes")
 
 
 def main() -> None:

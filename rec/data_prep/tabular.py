@@ -17,21 +17,32 @@ import argparse
 import csv
 import difflib
 import glob
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import duckdb
+from duckdb import DuckDBPyConnection as Connection
 
-from rec.data_prep.split import SPLITS, STRATEGIES, columns_of, count_rows, quoted
+from rec.data_prep.split import SPLITS, STRATEGIES, columns_of, count_rows
 from rec.data_prep.write import note, prepare
 from rec.errors import UserError, run_command
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".parquet": ""}
-TIMES = "between -62135596800 and 253402300799"  # the years 1 to 9999: beyond them, these are not seconds
-FRACTIONS = ("FLOAT", "DOUBLE")
-WRITTEN = {"bigint": "-?(0|[1-9][0-9]{0,17})", "double": "-?(0|[1-9][0-9]*)([.][0-9]+)?([eE][+-]?[0-9]{1,2})?"}
+WHOLE, NUMBER = "-?(0|[1-9][0-9]{0,17})", "-?(0|[1-9][0-9]*)([.][0-9]+)?([eE][+-]?[0-9]{1,2})?"
+BLANK = "regexp_matches(coalesce({}, ''), '^\\s*$|[\\r\\n]')"  # vocabularies are files of lines: no line breaks
+SECONDS = "coalesce(try_cast(timestamp as double), epoch(try_cast(timestamp as timestamptz)))"
+FRACTIONS = ("FLOAT", "DOUBLE", "DECIMAL")
+RATING = "try_cast(rating as float)"
+YEARS = "between -62135596800 and 253402300799"  # 1 to 9999; beyond them, these are not seconds
+NO_TIME = "is neither seconds since 1970 (milliseconds are not taken) nor an ISO 8601 time"
+VALUES = {  # column of `interactions` -> its value, when its text is malformed, and what is wrong then
+    "user_id": ("user_id", BLANK.format("user_id"), "is empty or holds a line break"),
+    "item_id": ("item_id", BLANK.format("item_id"), "is empty or holds a line break"),
+    "timestamp": (SECONDS, f"not coalesce({SECONDS} {YEARS}, false)", NO_TIME),
+    "rating": (RATING, f"not coalesce(isfinite({RATING}), false)", "is not a number"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,234 +51,152 @@ class RawFile:
 
     path: Path
     delimiter: str  # "" for Parquet
-    header: tuple[str, ...] = ()  # column names; none: the first line holds them
-    quote: str = '"'
-    encoding: str = "utf-8"
+    header: tuple[str, ...] = ()  # column names of a file without quotes; none: the first line holds them
 
     @classmethod
     def of(cls, path: Path) -> "RawFile":
-        """A user's file, whose extension tells the format. Raises UserError if it tells none, or the file is empty."""
+        """A user's file. Raises UserError if its extension does not tell the format, or it is empty or none."""
         if path.suffix.lower() not in DELIMITERS:
             raise UserError(f"{path}: the name must end in .csv, .tsv or .parquet, so that the format is known")
         if not path.is_file() or not path.stat().st_size:
             raise UserError(f"{path} {'is empty' if path.is_file() else 'is not a file'}")
         return cls(path, DELIMITERS[path.suffix.lower()])
 
-    def records(self) -> Iterator[tuple[int, list[str]]]:
-        """The records of a text file, its header included, and the line on which each begins."""
-        encoding = "utf-8-sig" if self.encoding == "utf-8" else self.encoding
-        with open(self.path, encoding=encoding, errors="replace", newline="") as text:
-            if not self.quote:
-                yield from ((line, row.rstrip("\r\n").split(self.delimiter)) for line, row in enumerate(text, 1))
-                return
-            csv.field_size_limit(2**31 - 1)
-            reader, line = csv.reader(text, delimiter=self.delimiter, quotechar=self.quote), 1
-            for record in reader:
-                if record:
-                    yield line, record
+    def record(self, number: int, blank_too: bool = False) -> tuple[int, list[str]]:
+        """The line on which a record begins, and its fields. The first is number 1, a CSV's header number 0."""
+        if not self.delimiter or self.header:  # rows of Parquet, and files where a record is a line
+            return number, []
+        csv.field_size_limit(2**31 - 1)
+        with open(self.path, encoding="utf-8-sig", errors="replace", newline="") as text:
+            reader, line = csv.reader(text, delimiter=self.delimiter), 1
+            for fields in reader:
+                number -= bool(fields) or blank_too
+                if number < 0:
+                    break
                 line = reader.line_num + 1
+            return line, fields
 
-
-@dataclass(frozen=True)
-class Check:
-    """What makes a row of a table bad: an SQL condition, the column it is about, and what is wrong with the value."""
-
-    condition: str
-    column: str
-    reason: str
+    def relation(self, con: Connection) -> duckdb.DuckDBPyRelation:
+        """The rows, all columns of text files as text; those that cannot be read go to table `reject_errors`."""
+        path = glob.escape(str(self.path))
+        if not self.delimiter:
+            return con.read_parquet(path)
+        names = self.header or self.record(0)[1]
+        if len({name.lower() for name in names}) < len(names):
+            raise UserError(f"{self.path} cannot be read: two of its columns have the same name")
+        quote = "" if self.header else '"'
+        form: dict[str, Any] = {
+            "sep": self.delimiter,
+            "quotechar": quote,
+            "escapechar": quote,
+            "header": not self.header,
+        }
+        columns = dict.fromkeys(names, "VARCHAR")
+        return con.read_csv(path, auto_detect=False, store_rejects=True, columns=columns, **form)
 
 
 def load_interactions(
-    con: duckdb.DuckDBPyConnection,
-    file: RawFile,
-    columns: tuple[str, str, str | None, str | None],
-    split: str | None = None,
-    skip_bad_rows: bool = False,
+    con: Connection, file: RawFile, columns: Sequence[str | None], split: str | None = None, skip: bool = False
 ) -> int:
-    """Adds a file's rows to table `interactions`, under `split` if given; returns how many malformed ones it dropped.
+    """Adds a file's rows to table `interactions`, under `split` if given; returns how many malformed ones it skipped.
 
-    Args:
-        columns: what the file calls the user id, item id, time and rating; None for what it does not have.
-
-    Raises:
-        UserError: a missing column, or a malformed row unless `skip_bad_rows`.
+    `columns` is what the file calls the user id, item id, time and rating; None for what it does not have. Raises
+    UserError for a missing column, or a malformed row unless `skip`.
     """
-    user, item, time, rating = columns
-    unread = _read(con, file, [name for name in columns if name], features=False)
-    checks = [_id_check(con, file, user), _id_check(con, file, item)]
-    selected = [f"{_text(user)} as user_id", f"{_text(item)} as item_id", "source_row"]
-    if time:
-        seconds = f"coalesce(try_cast({_text(time)} as double), epoch(try_cast({_text(time)} as timestamptz)))"
-        selected.append(f"{seconds} as timestamp")
-        reason = "is neither seconds since 1970 (milliseconds are not taken) nor an ISO 8601 time"
-        checks.append(Check(f"not coalesce({seconds} {TIMES}, false)", time, reason))
-    if rating:
-        number = f"try_cast({_text(rating)} as float)"
-        selected.append(f"{number} as rating")
-        checks.append(Check(f"not coalesce(isfinite({number}), false)", rating, "is not a number"))
-    if split:
-        selected.append(f"'{split}' as split")
-    dropped = _drop_bad_rows(con, file, checks, unread, skip_bad_rows)
+    known = {name: column for name, column in zip(VALUES, columns, strict=True) if column}
+    skipped = _read(con, file, known, skip)
+    values = [f"{VALUES[name][0]} as {name}" for name in known] + ([f"'{split}' as split"] if split else [])
     target = "insert into interactions" if columns_of(con, "interactions") else "create table interactions as"
-    con.execute(f"{target} select {', '.join(selected)} from raw")
-    con.execute("drop table raw")
-    return dropped
+    con.execute(f"{target} select {', '.join(values)}, source_row from raw; drop table raw")
+    return skipped
 
 
 def load_features(
-    con: duckdb.DuckDBPyConnection,
-    file: RawFile,
-    table: str,
-    column: str,
-    lists: Sequence[str] = (),
-    skip_bad_rows: bool = False,
+    con: Connection, file: RawFile, table: str, column: str, lists: Sequence[str] = (), skip: bool = False
 ) -> int:
-    """Creates table `users` or `items` from a file; returns how many malformed rows it dropped.
+    """Creates table `users` or `items` from a file; returns how many malformed rows it skipped.
 
-    Args:
-        column: what the file calls the id.
-        lists: text columns that hold several values, separated by "|".
-
-    Raises:
-        UserError: no column of ids, or a malformed row (an id that comes again is one) unless `skip_bad_rows`.
+    `column` is what the file calls the id; `lists` are columns of text that hold several values, separated by "|".
+    Raises UserError for no column of ids, or a malformed row (an id that comes again is one) unless `skip`.
     """
     key = {"users": "user_id", "items": "item_id"}[table]
-    unread = _read(con, file, [column], features=True)
-    types = {name: kind for name, kind in columns_of(con, "raw").items() if name not in ("source_row", column)}
-    if key in (name.lower() for name in types):
-        raise UserError(f"{file.path} has a column {key} beside its id column {column}: rename one of them")
-    again = f"""source_row in (select source_row from (
-        select source_row, row_number() over (partition by {quoted(column)} order by source_row) as nth from raw)
-        where nth > 1)"""
-    checks = [_id_check(con, file, column), Check(again, column, "came before")]
-    dropped = _drop_bad_rows(con, file, checks, unread, skip_bad_rows)
-    features = [f"{_feature(con, file, name, kind, name in lists)} as {quoted(name)}" for name, kind in types.items()]
-    con.execute(f"create table {table} as select {', '.join([f'{_text(column)} as {key}', *features])} from raw")
-    con.execute("drop table raw")
-    return dropped
-
-
-Bad = tuple[int, int, str]  # bad rows of a file: how many, the line (or row) of the first, what is wrong with it
-
-
-def _read(con: duckdb.DuckDBPyConnection, file: RawFile, needed: Sequence[str], features: bool) -> Bad:
-    """Creates table `raw` of the needed columns, or all, and `source_row`. Returns the rows that could not be read."""
-    location = _literal(glob.escape(str(file.path)))
-    try:
+    skipped = _read(con, file, {key: column}, skip, features=True)
+    values = [key]
+    for name, kind in list(columns_of(con, "raw").items())[2:]:  # after source_row and the key
+        text = _quoted(name)
+        whole, number = kind.endswith(("INT", "INTEGER")), kind.startswith(FRACTIONS)
         if file.delimiter:
-            names = list(file.header) or next((record for _, record in file.records()), [])
-            types = ", ".join(f"{_literal(name)}: 'VARCHAR'" for name in names)
-            quote = f"quote = {_literal(file.quote)}, escape = {_literal(file.quote)}, encoding = '{file.encoding}'"
-            options = f"header = {not file.header}, delim = {_literal(file.delimiter)}, {quote}, columns = {{{types}}}"
-            source = f"read_csv({location}, auto_detect = false, store_rejects = true, {options})"
-        else:
-            source = f"read_parquet({location})"
-            names = [row[0] for row in con.execute(f"describe from {source}").fetchall()]
-        for name in needed:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, 1)
-                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"
-                raise UserError(f"{file.path} has no column {name}: {hint}")
-        selected = ", ".join(map(quoted, names if features else dict.fromkeys(needed)))
-        con.execute(f"create table raw as select row_number() over () as source_row, {selected} from {source}")
+            fits = ", ".join(f"bool_and(regexp_full_match({text}, '{pattern}'))" for pattern in (WHOLE, NUMBER))
+            whole, number = con.execute(f"select {fits} from raw").fetchall()[0]
+        target = "varchar[]" if kind.endswith("[]") else "bigint" if whole else "double" if number else "varchar"
+        value = f"cast({text} as {target})"
+        if name in lists and target != "varchar[]":
+            parts = f"string_split_regex(trim(cast({text} as varchar)), ' *[|] *')"
+            value = f"list_filter(coalesce({parts}, []), lambda part: part <> '')"
+        elif kind.startswith(("DATE", "TIMESTAMP")):
+            value = f"cast(floor(epoch(cast({text} as timestamptz))) as bigint)"
+        values.append(f"{value} as {text}")
+    con.execute(f"create table {table} as select {', '.join(values)} from raw; drop table raw")
+    return skipped
+
+
+def _read(con: Connection, file: RawFile, columns: dict[str, str], skip: bool, features: bool = False) -> int:
+    """Creates table `raw` of a file's well-formed rows, numbered; returns how many are malformed.
+
+    `columns`: a name in `raw` -> what the file calls that column, which is read as text. With `features` the other
+    columns are added as they are, and no id may come twice.
+    """
+    try:
+        source = file.relation(con)
+        kinds = dict(zip(source.columns, map(str, source.types), strict=True))
+        for name, column in columns.items():
+            if column not in kinds:
+                near = difflib.get_close_matches(column, kinds, 1)
+                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(kinds)}"
+                raise UserError(f"{file.path} has no column {column}: {hint}")
+            if name.endswith("_id") and (kind := kinds[column]).startswith(FRACTIONS):
+                raise UserError(f"{file.path}: column {column} holds fractions ({kind}); ids are text or whole numbers")
+            if features and name != column and name in map(str.lower, kinds):
+                raise UserError(f"{file.path} has a column {name} beside its id column {column}: rename one of them")
+        checks = [(name, *VALUES[name][1:]) for name in columns]
+        if features:
+            (key,) = columns
+            checks.append((key, f"row_number() over (partition by {key} order by source_row) > 1", "came before"))
+        bad = " ".join(f"when {wrong} then ['{at}', {name}]" for at, (name, wrong, _) in enumerate(checks))
+        selected = [f"cast({_quoted(column)} as varchar) as {name}" for name, column in columns.items()]
+        selected += [_quoted(name) for name in kinds if features and name not in columns.values()]
+        numbered = source.project(f"row_number() over () as source_row, {', '.join(selected)}")
+        numbered.project(f"*, case {bad} end as bad_row").create("raw")
     except duckdb.Error as error:
         hint = "; all its lines must end alike, and quotes inside fields be doubled" if file.delimiter else ""
         raise UserError(f"{file.path} cannot be read: {str(error).splitlines()[0]}{hint}") from None
-    rejected = []
-    if file.delimiter:
-        query = "select line_byte_position, lower(error_type) from reject_errors order by 1, column_idx"
-        rejected = con.execute(query).fetchall()
-        con.execute("drop table reject_errors")
-        con.execute("drop table reject_scans")
-    if not rejected:
-        if not count_rows(con, "raw"):
-            raise UserError(f"{file.path} has no rows")
-        return 0, 0, ""
-    line, left = 1, rejected[0][0] - 1  # DuckDB counts records, which may hold line breaks; people count lines
-    with open(file.path, "rb") as stream:
-        while block := stream.read(min(left, 2**20)):
-            line, left = line + block.count(b"\n"), left - len(block)
-    return len({row[0] for row in rejected}), line, rejected[0][1]
-
-
-def _drop_bad_rows(con: duckdb.DuckDBPyConnection, file: RawFile, checks: list[Check], unread: Bad, skip: bool) -> int:
-    """Deletes the rows of `raw` that fail a check; returns their number and that of the unread ones.
-
-    Raises:
-        UserError: there are such rows, and they are not to be skipped.
-    """
-    wrong = " or ".join(check.condition for check in checks)
-    found = [bad for bad in (unread, _failures(con, file, checks, wrong)) if bad[0]]
-    total = sum(bad[0] for bad in found)
+    found = []  # the line of the first bad row, how many there are, what is wrong
+    if file.delimiter:  # the rows that DuckDB could not read, and did not number
+        first = "min(line), arg_min(lower(error_type), [line, column_idx])"
+        count, line, reason = con.execute(f"select count(distinct line), {first} from reject_errors").fetchall()[0]
+        con.execute("drop table reject_errors; drop table reject_scans")
+        if count:  # this line counts a record as one, whatever line breaks its fields hold
+            found.append((file.record(line - (not file.header), blank_too=True)[0], count, reason))
+    first = "min(source_row), arg_min(bad_row, source_row)"
+    count, row, bad = con.execute(f"select count(bad_row), {first} from raw where bad_row is not null").fetchall()[0]
+    if count:  # its line is right if all rows before it were read; if not, it is beyond the line found above
+        name, _, wrong = checks[int(bad[0])]
+        found.append((file.record(row)[0], count, f"{columns[name]} {(bad[1] or '')[:60]!r} {wrong}"))
+    elif not found and not count_rows(con, "raw"):
+        raise UserError(f"{file.path} has no rows")
+    total = sum(count for _, count, _ in found)
     if found:
-        _, line, reason = min(found, key=lambda bad: bad[1])
+        line, _, reason = min(found, key=lambda bad: bad[0])
         if not skip:
             hint = f"{total:,} malformed row(s) in all; mend the file or drop them with --skip-bad-rows"
             raise UserError(f"{file.path}:{line}: {reason} ({hint})")
         note(f"{file.path}:{line}: {reason}; {total:,} malformed row(s) dropped")
-        con.execute(f"delete from raw where {wrong}")
+    con.execute("delete from raw where bad_row is not null; alter table raw drop bad_row")
     return total
 
 
-def _failures(con: duckdb.DuckDBPyConnection, file: RawFile, checks: list[Check], wrong: str) -> Bad:
-    """The rows of `raw` that fail a check."""
-    count = count_rows(con, "raw", wrong)
-    if not count:
-        return 0, 0, ""
-    which = " ".join(f"when {check.condition} then {number}" for number, check in enumerate(checks))
-    first = f"select case {which} end, * from raw where {wrong} order by source_row limit 1"
-    failed, *row = con.execute(first).fetchall()[0]
-    values = dict(zip(columns_of(con, "raw"), row, strict=True))
-    line = values.pop("source_row")
-    check = checks[failed]
-    reason = f"{check.column} {str(values[check.column] or '')[:60]!r} {check.reason}"
-    if file.delimiter:  # the record's line: that of the nth one with these fields, as far as Python's reader sees it
-        same = " and ".join(f"{quoted(name)} is not distinct from ?" for name in values)
-        nth = con.execute(f"select count(*) from raw where source_row <= ? and {same}", [line, *values.values()])
-        names = list(file.header) or next(record for _, record in file.records())
-        wanted = [(names.index(name), value or "") for name, value in values.items()]
-        same_lines = (
-            number
-            for number, record in file.records()
-            if len(record) == len(names) and all(record[place] == value for place, value in wanted)
-        )
-        line = next(itertools.islice(same_lines, nth.fetchall()[0][0] - 1, None), 0)
-    return count, line, reason
-
-
-def _id_check(con: duckdb.DuckDBPyConnection, file: RawFile, column: str) -> Check:
-    kind = columns_of(con, "raw")[column]
-    if kind in FRACTIONS or kind.startswith("DECIMAL"):
-        raise UserError(f"{file.path}: column {column} holds fractions ({kind}); ids are text or whole numbers")
-    text = f"coalesce({_text(column)}, '')"  # vocabularies are files of lines, hence no line breaks
-    return Check(f"regexp_matches({text}, '^\\s*$|[\\r\\n]')", column, "is empty or holds a line break")
-
-
-def _feature(con: duckdb.DuckDBPyConnection, file: RawFile, name: str, kind: str, is_list: bool) -> str:
-    """The SQL that turns a column of `raw` into one of the few types of a dataset."""
-    if kind.endswith("[]"):
-        return f"cast({quoted(name)} as varchar[])"
-    if is_list:
-        parts = f"list_transform(string_split(coalesce({_text(name)}, ''), '|'), lambda part: trim(part))"
-        return f"list_filter({parts}, lambda part: part <> '')"
-    if kind == "DATE" or kind.startswith("TIMESTAMP"):
-        return f"cast(floor(epoch(cast({quoted(name)} as timestamptz))) as bigint)"
-    fits = {"bigint": kind.endswith(("INT", "INTEGER")), "double": kind in FRACTIONS or kind.startswith("DECIMAL")}
-    for target, pattern in WRITTEN.items():
-        if file.delimiter:
-            query = f"select bool_and(regexp_full_match({quoted(name)}, '{pattern}')) from raw"
-            fits[target] = con.execute(query).fetchall()[0][0]
-        if fits[target]:
-            return f"cast({quoted(name)} as {target})"
-    return _text(name)
-
-
-def _text(column: str) -> str:
-    return f"cast({quoted(column)} as varchar)"
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
 
 
 def main() -> None:
@@ -292,32 +221,31 @@ def main() -> None:
     add("--users", type=Path, help="features of users; users without interactions are left out")
     add("--items", type=Path, help="features of items; all of them make up the catalogue")
     add("--list-col", action="append", default=[], help='a text feature with several values, "a|b|c"; repeatable')
-    add("--split", choices=STRATEGIES, help="default: temporal, or given where there is --train")
+    add("--split", choices=list(STRATEGIES), help="default: temporal, or given where there is --train")
     add("--seed", type=int, default=42, help="of what is drawn where data without times are split")
-    add("--skip-bad-rows", action="store_true", help="drop and count malformed rows")
+    add("--skip-bad-rows", dest="skip", action="store_true", help="drop and count malformed rows")
     args = parser.parse_args()
 
-    files = {split: RawFile.of(path) for split in SPLITS if (path := getattr(args, split))}
-    strategy = args.split or ("given" if files else "temporal")
-    if (strategy == "given") != bool(files) or bool(args.interactions) == bool(files):
+    files = {part: RawFile.of(path) for part in ("interactions", *SPLITS) if (path := getattr(args, part))}
+    features = {table: RawFile.of(path) for table in ("users", "items") if (path := getattr(args, table))}
+    strategy = args.split or ("temporal" if args.interactions else "given")
+    if (strategy == "given") == bool(args.interactions) or not files or (args.interactions and len(files) > 1):
         raise UserError("name --interactions, or --train and --test where the split is `given`")
-    if files and not (args.train and args.test):
+    if strategy == "given" and not (args.train and args.test):
         raise UserError(f"--{'test' if args.train else 'train'} is missing: a given split needs --train and --test")
     if args.min_rating is not None and not args.rating_col:
         raise UserError("--min-rating needs --rating-col")
-    if args.interactions:
-        files = {"": RawFile.of(args.interactions)}
-    features = {table: RawFile.of(path) for table in ("users", "items") if (path := getattr(args, table))}
 
     def load(con: duckdb.DuckDBPyConnection, scratch: Path) -> dict[str, int]:
         bad_rows, known = 0, []
         columns = (args.user_col, args.item_col, args.timestamp_col, args.rating_col)
-        for split, file in files.items():
+        for part, file in files.items():
             note(f"reading {file.path}")
-            bad_rows += load_interactions(con, file, columns, split or None, args.skip_bad_rows)
+            split = None if args.interactions else part
+            bad_rows += load_interactions(con, file, columns, split, args.skip)
         for table, file in features.items():
             column = args.user_col if table == "users" else args.item_col
-            bad_rows += load_features(con, file, table, column, args.list_col, args.skip_bad_rows)
+            bad_rows += load_features(con, file, table, column, args.list_col, args.skip)
             known += list(columns_of(con, table))
         for name in set(args.list_col) - set(known):
             near = "".join(f": did you mean {near}?" for near in difflib.get_close_matches(name, known, 1))

@@ -11,7 +11,7 @@ import duckdb
 import pyarrow.parquet as pq
 import pytest
 
-from rec.data_prep import dataset as module
+from rec.data_prep import write
 from rec.data_prep.dataset import Dataset, open_dataset, verify
 from rec.data_prep.write import prepare, staging
 from rec.errors import UserError
@@ -88,7 +88,9 @@ def test_same_input_gives_the_same_bytes_in_another_directory(tmp_path: Path) ->
 def test_large_splits_are_several_files_cut_at_the_same_rows_for_any_number_of_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SHARD_ROWS", 50_000)
+    monkeypatch.setitem(write.SHARDS, "max_rows_per_file", 50_000)
+    monkeypatch.setitem(write.SHARDS, "max_rows_per_group", 20_000)
+    monkeypatch.setitem(write.SHARDS, "min_rows_per_group", 20_000)
 
     def load_many(con: duckdb.DuckDBPyConnection, scratch: Path, threads: int) -> dict[str, int]:
         con.execute(f"set threads = {threads}")

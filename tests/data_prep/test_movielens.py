@@ -249,15 +249,6 @@ def test_download_that_only_lacked_its_name_is_not_repeated(
     assert [path for path, _ in server.requests] == [ZIP, f"{ZIP}.md5"]
 
 
-def test_download_begins_again_when_the_part_is_longer_than_the_file(
-    fetch: Callable[[], Dataset], server: Server, tmp_path: Path
-) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / PART).write_bytes(server.files[ZIP] + b"more")
-    fetch()
-    assert [wanted for path, wanted in server.requests if path == ZIP] == [f"bytes={len(server.files[ZIP]) + 4}-", None]
-
-
 def test_download_from_a_server_without_ranges_begins_again(
     fetch: Callable[[], Dataset], server: Server, tmp_path: Path
 ) -> None:
