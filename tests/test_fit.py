@@ -31,7 +31,7 @@ def batches(epoch: int) -> tf.data.Dataset:
     return tf.data.Dataset.from_tensor_slices({"x": X[order], "y": Y[order]}).batch(16)
 
 
-def run(directory: Path, model: Linear, on_epoch=lambda *_: None, epochs=6, validate=None, **kwargs):  # noqa: ANN
+def run(directory: Path, model: Linear, on_epoch=lambda *_: None, epochs=6, validate=None, **kwargs):
     def error() -> dict[str, float]:
         return {"val/ndcg@10": -float(np.mean(np.square(X @ model.w.numpy() - Y)))}
 

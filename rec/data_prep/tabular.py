@@ -72,9 +72,9 @@ class RawFile:
             for fields in reader:
                 number -= bool(fields) or blank_too
                 if number < 0:
-                    break
+                    return line, fields
                 line = reader.line_num + 1
-            return line, fields
+        return line, []
 
     def relation(self, con: Connection) -> duckdb.DuckDBPyRelation:
         """The rows, all columns of text files as text; those that cannot be read go to table `reject_errors`."""
@@ -84,15 +84,9 @@ class RawFile:
         names = self.header or self.record(0)[1]
         if len({name.lower() for name in names}) < len(names):
             raise UserError(f"{self.path} cannot be read: two of its columns have the same name")
-        quote = "" if self.header else '"'
-        form: dict[str, Any] = {
-            "sep": self.delimiter,
-            "quotechar": quote,
-            "escapechar": quote,
-            "header": not self.header,
-        }
-        columns = dict.fromkeys(names, "VARCHAR")
-        return con.read_csv(path, auto_detect=False, store_rejects=True, columns=columns, **form)
+        quote, columns = "" if self.header else '"', dict.fromkeys(names, "VARCHAR")
+        form: dict[str, Any] = {"sep": self.delimiter, "quotechar": quote, "escapechar": quote, "columns": columns}
+        return con.read_csv(path, header=not self.header, auto_detect=False, store_rejects=True, **form)
 
 
 def load_interactions(

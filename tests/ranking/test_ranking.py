@@ -16,7 +16,7 @@ from tests.small import corpus
 SMALL = corpus([[3, 4, 5, 6], [4, 5], [8, 3, 5]], features=True)
 
 
-def retrieval(data=SMALL) -> RetrievalModel:  # noqa: ANN001
+def retrieval(data=SMALL) -> RetrievalModel:
     return RetrievalModel(Retrieval(embedding_dim=8, window=4, uniform_negatives=6), data)
 
 
@@ -79,7 +79,8 @@ def test_an_architecture_learns_to_prefer_the_labelled_item(arch: str):
     model = ranker(arch=arch, dropout=0.0)
     model.compile(tf.keras.optimizers.Adam(0.01))
     batch = {
-        "user": np.array([1, 2]), "history": np.array([[3, 4], [5, PAD]]), "items": np.array([[5, 6, 7], [6, 7, PAD]]),
+        "user": np.array([1, 2], np.int32), "history": np.array([[3, 4], [5, PAD]], np.int32),
+        "items": np.array([[5, 6, 7], [6, 7, PAD]], np.int32),
         "scores": np.zeros((2, 3), np.float32), "labels": np.array([[0, 0, 1], [1, 0, 0]], np.float32),
     }  # fmt: skip
     model.fit(tf.data.Dataset.from_tensors(batch).repeat(60), verbose=0)
