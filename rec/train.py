@@ -226,8 +226,7 @@ def train_all(config: Config, init_from: Path | None) -> dict[str, Any]:
     report = evaluate(config, "test")
     show_systems(report)
     show_recommendations(config)
-    systems = {name: system for name, system in report["systems"].items() if name == "recommender"}
-    metrics_of_test = {f"test/{name}": value for name, value in systems["recommender"].items()}
+    metrics_of_test = {f"test/{name}": value for name, value in report["systems"]["recommender"].items()}
     return {
         "retrieval": retrieval,
         "ranking": ranking,

@@ -25,7 +25,7 @@ import tensorflow as tf
 
 from rec.errors import UserError
 
-LOWEST = float(np.finfo(np.float32).min)  # the score of a place for which no row was found
+LOWEST = float(np.finfo(np.float32).min)  # the score of "nothing": finite, so that it survives JSON
 MIN_SCANN_ROWS = 16  # ScaNN trains 16 centres a block and fails with fewer rows
 SAMPLE = 500  # queries to search settings on, and as many to measure with: standard error about 0.004
 REORDER_FACTORS = (1.5, 2, 3, 5, 10, 20, 50)  # rows that are scored again, as a multiple of k

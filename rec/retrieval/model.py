@@ -12,9 +12,9 @@ import tensorflow_recommenders as tfrs
 from rec.config import Retrieval
 from rec.features import FIRST_ITEM, PAD, UNKNOWN_USER
 from rec.pipeline import Corpus, Sequences, sampling_probability
+from rec.retrieval.index import LOWEST
 from rec.retrieval.towers import CandidateTower, QueryTower, history_tokens
 
-LOWEST = float(np.finfo(np.float32).min)  # the score of "nothing": finite, so that it survives JSON
 MASKED = LOWEST / 100  # a logit that must not count; far from overflow when losses add up
 
 
