@@ -29,21 +29,9 @@ class Dataset:
     path: Path
     manifest: dict[str, Any]  # dataset.json
     id: str  # sha256 of dataset.json's bytes
-
-    @property
-    def ordered(self) -> bool:
-        """Whether interactions have timestamps; if not, their order means nothing."""
-        return "timestamp" in self.manifest["columns"]["interactions"]
-
-    @property
-    def has_ratings(self) -> bool:
-        """Whether interactions have ratings."""
-        return "rating" in self.manifest["columns"]["interactions"]
-
-    @property
-    def split_strategy(self) -> str:
-        """`temporal`, `leave_one_out` or `given`."""
-        return self.manifest["split"]["strategy"]
+    ordered: bool  # whether interactions have timestamps; if not, their order means nothing
+    has_ratings: bool
+    split_strategy: str  # temporal, leave_one_out or given
 
     def files(self, split: str) -> list[Path]:
         """The Parquet files of train, val or test, in their order."""
@@ -66,21 +54,23 @@ def open_dataset(path: str | Path) -> Dataset:
     """Opens a dataset directory. Raises UserError if it is none, is of another format version, or lacks a file."""
     file = Path(path) / "dataset.json"
     if not file.is_file():
-        raise UserError(
-            f"{path} is not a dataset directory, it has no dataset.json: run "
-            f"`python -m rec.data_prep.dummy --output-dir {path}` first, or movielens or tabular in place of dummy"
+        hint = (
+            f"run `python -m rec.data_prep.dummy --output-dir {path}` first, or movielens or tabular in place of dummy"
         )
+        raise UserError(f"{path} is not a dataset directory, it has no dataset.json: {hint}")
     content = file.read_bytes()
     try:
         manifest = json.loads(content)
         if manifest["format_version"] != FORMAT_VERSION:
             raise UserError(f"{file} is not of format version {FORMAT_VERSION}: prepare the dataset again")
         missing = [file.parent / name for name in manifest["files"] if not (file.parent / name).is_file()]
+        columns, strategy = manifest["columns"]["interactions"], manifest["split"]["strategy"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise UserError(f"{file} is damaged: prepare the dataset again") from None
     if missing:
         raise UserError(f"{missing[0]} is missing: prepare the dataset again")
-    return Dataset(file.parent, manifest, hashlib.sha256(content).hexdigest())
+    identity = hashlib.sha256(content).hexdigest()
+    return Dataset(file.parent, manifest, identity, "timestamp" in columns, "rating" in columns, strategy)
 
 
 def verify(dataset: Dataset) -> None:

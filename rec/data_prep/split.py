@@ -6,11 +6,10 @@
 - `given`: the source's own files. Without one for val, it is a tenth of train: the latest where there are
   timestamps, otherwise drawn from the seed, such that every user keeps an interaction in train.
 
-Filter, split, order and count are SQL in standard forms: DuckDB runs it out of core, a cluster could. Every order ends
-in `source_row`, so ties in time keep the source's order and threads change nothing. Not covered: filtering rare items.
+All of it is SQL, which DuckDB runs out of core and a cluster could run. Every order ends in `source_row`, so ties in
+time keep the source's order and threads change nothing. Not covered: filtering rare items.
 """
 
-import duckdb
 from duckdb import DuckDBPyConnection as Connection
 
 from rec.errors import UserError
@@ -23,45 +22,27 @@ STRATEGIES = {  # each with what to do where it leaves a part empty
 }
 
 
-def columns_of(con: Connection, table: str) -> dict[str, str]:
-    """The table's columns and their SQL types; empty if there is no such table."""
-    try:
-        return {name: kind for name, kind, *_ in con.execute(f"describe {table}").fetchall()}
-    except duckdb.CatalogException:
-        return {}
-
-
-def count_rows(con: Connection, table: str, where: str = "true") -> int:
-    """How many rows of the table fulfil the SQL condition."""
-    return con.execute(f"select count(*) from {table} where {where}").fetchall()[0][0]
-
-
 def filter_interactions(con: Connection, min_rating: float | None, min_interactions: int) -> dict[str, int]:
     """Replaces table `interactions` by table `kept`; returns how many rows each filter dropped.
 
     In this order: ratings below `min_rating`; a (user, item) pair that comes again, of which the earliest is kept
     (of a given split the one in the earliest split, since what a user has seen is not recommended again); users with
-    fewer than `min_interactions` in all splits together.
-
-    Raises UserError if nothing is left.
+    fewer than `min_interactions` in all splits together. Raises UserError if nothing is left.
     """
-    columns = columns_of(con, "interactions")
-    names = ", ".join(columns)
+    interactions = con.table("interactions")
     rated = f"rating >= cast('{min_rating}' as float)" if min_rating is not None else "true"
     keys = {"split": "case split when 'train' then 1 when 'val' then 2 else 3 end", "timestamp": "timestamp"}
-    order = ", ".join([key for name, key in keys.items() if name in columns] + ["source_row"])
+    order = ", ".join([*(key for name, key in keys.items() if name in interactions.columns), "source_row"])
     con.execute(f"""
-        create table kept as select {names} from (
-            select {names}, row_number() over (partition by user_id, item_id order by {order}) as occurrence
-            from interactions where {rated}) as numbered
-        where occurrence = 1""")
-    total, good = count_rows(con, "interactions"), count_rows(con, "interactions", rated)
+        create table kept as select * from interactions where {rated}
+        qualify row_number() over (partition by user_id, item_id order by {order}) = 1""")
+    total, good = len(interactions), len(interactions.filter(rated))
     con.execute("drop table interactions")
-    firsts = left = count_rows(con, "kept")
+    firsts = left = len(con.table("kept"))
     if min_interactions > 1:
         inactive = f"select user_id from kept group by user_id having count(*) < {min_interactions}"
         con.execute(f"delete from kept where user_id in ({inactive})")
-        left = count_rows(con, "kept")
+        left = len(con.table("kept"))
     if not left:
         raise UserError(f"nothing is left of {total:,} interactions: loosen --min-rating or --min-interactions")
     return {"below_min_rating": total - good, "duplicates": good - firsts, "of_inactive_users": firsts - left}
@@ -72,17 +53,15 @@ def split_interactions(con: Connection, strategy: str, seed: int) -> dict[str, s
 
     Raises UserError for a split that these data cannot give, or a test set without any item of train.
     """
-    columns = columns_of(con, "kept")
-    ordered = "timestamp" in columns
-    names = ", ".join(name for name in columns if name != "split")
-    drawn = f"md5(concat('{seed}', '/', user_id, '/', item_id))"  # the same on every engine, in any order of rows
+    kept = con.table("kept")
+    ordered = "timestamp" in kept.columns
     facts: dict[str, str | int] = {"strategy": strategy} | ({} if ordered else {"seed": seed})
-    source = "kept"
+    drawn = f"md5(concat('{seed}', '/', user_id, '/', item_id))"  # the same on every engine, in any order of rows
 
     def second_after(share: float) -> int:
-        disc = f"percentile_disc({share}) within group (order by floor(timestamp))"
-        where = "where split = 'train'" if strategy == "given" else ""
-        return int(con.execute(f"select {disc} from kept {where}").fetchall()[0][0]) + 1
+        rows = kept.filter("split = 'train'") if strategy == "given" else kept
+        cut = rows.aggregate(f"percentile_disc({share}) within group (order by floor(timestamp))")
+        return int(cut.fetchall()[0][0]) + 1
 
     if strategy == "temporal":
         if not ordered:
@@ -91,25 +70,24 @@ def split_interactions(con: Connection, strategy: str, seed: int) -> dict[str, s
         facts |= {"val_from": second_after(0.8), "test_from": second_after(0.9)}
         when = "timestamp < {val_from} then 'train' when timestamp < {test_from} then 'val' else 'test'".format(**facts)
     elif strategy == "leave_one_out":
-        recent = "timestamp desc, source_row desc" if ordered else f"{drawn}, source_row"
-        when = "history < 3 or recency > 2 then 'train' when recency = 1 then 'test' else 'val'"
-        source = f"""(select *, row_number() over (partition by user_id order by {recent}) as recency,
-                             count(*) over (partition by user_id) as history from kept) as numbered"""
-    elif count_rows(con, "kept", "split = 'val'"):
+        latest = "timestamp desc, source_row desc" if ordered else f"{drawn}, source_row"
+        recency = f"row_number() over (partition by user_id order by {latest})"
+        history = "count(*) over (partition by user_id)"
+        when = f"{history} < 3 or {recency} > 2 then 'train' when {recency} = 1 then 'test' else 'val'"
+    elif len(kept.filter("split = 'val'")):
         when = "true then split"
     elif ordered:
         facts["val_from"] = second_after(0.9)
         when = f"split = 'train' and timestamp >= {facts['val_from']} then 'val' else split"
     else:  # hexadecimal digits below 199a: one in ten
-        when = f"split = 'train' and position > 1 and {drawn} < '199a' then 'val' else split"
-        source = (
-            "(select *, row_number() over (partition by user_id, split order by source_row) as position from kept) as p"
-        )
-    con.execute(f"create table splits as select {names}, case when {when} end as split from {source}")
-    for part in SPLITS:
-        if not count_rows(con, "splits", f"split = '{part}'"):
+        position = "row_number() over (partition by user_id, split order by source_row)"
+        when = f"split = 'train' and {position} > 1 and {drawn} < '199a' then 'val' else split"
+    names = ", ".join(name for name in kept.columns if name != "split")
+    con.execute(f"create table splits as select {names}, case when {when} end as split from kept")
+    parts = {part: con.table("splits").filter(f"split = '{part}'") for part in SPLITS}
+    for part, rows in parts.items():
+        if not len(rows):
             raise UserError(f"the {strategy} split leaves {part} empty: {STRATEGIES[strategy]}")
-    shared = "split = 'test' and item_id in (select item_id from splits where split = 'train')"
-    if not count_rows(con, "splits", shared):
+    if not len(parts["test"].filter("item_id in (select item_id from splits where split = 'train')")):
         raise UserError("no item of test occurs in train, so nothing can be learnt: compare the item ids of both")
     return facts

@@ -25,7 +25,7 @@ from typing import Any
 import duckdb
 from duckdb import DuckDBPyConnection as Connection
 
-from rec.data_prep.split import SPLITS, STRATEGIES, columns_of, count_rows
+from rec.data_prep.split import SPLITS, STRATEGIES
 from rec.data_prep.write import note, prepare
 from rec.errors import UserError, run_command
 
@@ -100,8 +100,9 @@ def load_interactions(
     known = {name: column for name, column in zip(VALUES, columns, strict=True) if column}
     skipped = _read(con, file, known, skip)
     values = [f"{VALUES[name][0]} as {name}" for name in known] + ([f"'{split}' as split"] if split else [])
-    target = "insert into interactions" if columns_of(con, "interactions") else "create table interactions as"
-    con.execute(f"{target} select {', '.join(values)}, source_row from raw; drop table raw")
+    rows = f"select {', '.join(values)}, source_row from raw"
+    con.execute(f"create table if not exists interactions as {rows} limit 0; insert into interactions {rows}")
+    con.execute("drop table raw")
     return skipped
 
 
@@ -116,7 +117,8 @@ def load_features(
     key = {"users": "user_id", "items": "item_id"}[table]
     skipped = _read(con, file, {key: column}, skip, features=True)
     values = [key]
-    for name, kind in list(columns_of(con, "raw").items())[2:]:  # after source_row and the key
+    raw = con.table("raw")
+    for name, kind in zip(raw.columns[2:], map(str, raw.types[2:]), strict=True):  # after source_row and the key
         text = _quoted(name)
         whole, number = kind.endswith(("INT", "INTEGER")), kind.startswith(FRACTIONS)
         if file.delimiter:
@@ -164,28 +166,28 @@ def _read(con: Connection, file: RawFile, columns: dict[str, str], skip: bool, f
     except duckdb.Error as error:
         hint = "; all its lines must end alike, and quotes inside fields be doubled" if file.delimiter else ""
         raise UserError(f"{file.path} cannot be read: {str(error).splitlines()[0]}{hint}") from None
-    found = []  # the line of the first bad row, how many there are, what is wrong
+    found = []  # of each kind of malformed rows: the line of the first, what is wrong with it, how many there are
     if file.delimiter:  # the rows that DuckDB could not read, and did not number
         first = "min(line), arg_min(lower(error_type), [line, column_idx])"
-        count, line, reason = con.execute(f"select count(distinct line), {first} from reject_errors").fetchall()[0]
+        row, reason, count = con.execute(f"select {first}, count(distinct line) from reject_errors").fetchall()[0]
         con.execute("drop table reject_errors; drop table reject_scans")
-        if count:  # this line counts a record as one, whatever line breaks its fields hold
-            found.append((file.record(line - (not file.header), blank_too=True)[0], count, reason))
+        if count:  # this row counts blank lines, and the header
+            found.append((file.record(row - (not file.header), blank_too=True)[0], reason, count))
     first = "min(source_row), arg_min(bad_row, source_row)"
-    count, row, bad = con.execute(f"select count(bad_row), {first} from raw where bad_row is not null").fetchall()[0]
+    row, bad, count = con.execute(f"select {first}, count(*) from raw where bad_row is not null").fetchall()[0]
     if count:  # its line is right if all rows before it were read; if not, it is beyond the line found above
         name, _, wrong = checks[int(bad[0])]
-        found.append((file.record(row)[0], count, f"{columns[name]} {(bad[1] or '')[:60]!r} {wrong}"))
-    elif not found and not count_rows(con, "raw"):
+        found.append((file.record(row)[0], f"{columns[name]} {(bad[1] or '')[:60]!r} {wrong}", count))
+    if not found and not len(con.table("raw")):
         raise UserError(f"{file.path} has no rows")
-    total = sum(count for _, count, _ in found)
+    con.execute("delete from raw where bad_row is not null; alter table raw drop bad_row")
+    total = sum(count for *_, count in found)
     if found:
-        line, _, reason = min(found, key=lambda bad: bad[0])
+        line, reason, _ = min(found)
         if not skip:
             hint = f"{total:,} malformed row(s) in all; mend the file or drop them with --skip-bad-rows"
             raise UserError(f"{file.path}:{line}: {reason} ({hint})")
         note(f"{file.path}:{line}: {reason}; {total:,} malformed row(s) dropped")
-    con.execute("delete from raw where bad_row is not null; alter table raw drop bad_row")
     return total
 
 
@@ -195,11 +197,7 @@ def _quoted(name: str) -> str:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description="Makes a dataset from your own CSV, TSV or Parquet files.",
-        epilog="example: python -m rec.data_prep.tabular --interactions clicks.csv --user-col user --item-col product "
-        "--timestamp-col time --items products.csv --output-dir data/mine",
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output-dir", required=True, type=Path, help="the dataset directory to write")
     add("--interactions", type=Path, help="all interactions, to be split")
@@ -220,35 +218,34 @@ def main() -> None:
     add("--skip-bad-rows", dest="skip", action="store_true", help="drop and count malformed rows")
     args = parser.parse_args()
 
-    files = {part: RawFile.of(path) for part in ("interactions", *SPLITS) if (path := getattr(args, part))}
-    features = {table: RawFile.of(path) for table in ("users", "items") if (path := getattr(args, table))}
-    strategy = args.split or ("temporal" if args.interactions else "given")
-    if (strategy == "given") == bool(args.interactions) or not files or (args.interactions and len(files) > 1):
+    strategy, given = args.split or ("temporal" if args.interactions else "given"), args.train or args.val or args.test
+    if bool(given) == bool(args.interactions) or bool(given) != (strategy == "given"):
         raise UserError("name --interactions, or --train and --test where the split is `given`")
-    if strategy == "given" and not (args.train and args.test):
+    if given and not (args.train and args.test):
         raise UserError(f"--{'test' if args.train else 'train'} is missing: a given split needs --train and --test")
     if args.min_rating is not None and not args.rating_col:
         raise UserError("--min-rating needs --rating-col")
+    files = {part: RawFile.of(path) for part in ("interactions", *SPLITS) if (path := getattr(args, part))}
+    features = {table: RawFile.of(path) for table in ("users", "items") if (path := getattr(args, table))}
 
-    def load(con: duckdb.DuckDBPyConnection, scratch: Path) -> dict[str, int]:
+    def load(con: Connection, scratch: Path) -> dict[str, int]:
         bad_rows, known = 0, []
         columns = (args.user_col, args.item_col, args.timestamp_col, args.rating_col)
         for part, file in files.items():
             note(f"reading {file.path}")
-            split = None if args.interactions else part
-            bad_rows += load_interactions(con, file, columns, split, args.skip)
+            bad_rows += load_interactions(con, file, columns, part if given else None, args.skip)
         for table, file in features.items():
-            column = args.user_col if table == "users" else args.item_col
-            bad_rows += load_features(con, file, table, column, args.list_col, args.skip)
-            known += list(columns_of(con, table))
+            key = args.user_col if table == "users" else args.item_col
+            bad_rows += load_features(con, file, table, key, args.list_col, args.skip)
+            known += con.table(table).columns
         for name in set(args.list_col) - set(known):
             near = "".join(f": did you mean {near}?" for near in difflib.get_close_matches(name, known, 1))
             raise UserError(f"--list-col {name}: neither --users nor --items has such a column{near}")
         return {"bad_rows": bad_rows}
 
-    every = [*files.values(), *features.values()]
-    source, filters = ", ".join(file.path.name for file in every), (args.min_rating, args.min_interactions)
-    prepare(args.output_dir, load, every[0].path.stem, source, strategy, args.seed, *filters)
+    every = [file.path for file in (*files.values(), *features.values())]
+    source, filters = ", ".join(path.name for path in every), (args.min_rating, args.min_interactions)
+    prepare(args.output_dir, load, every[0].stem, source, strategy, args.seed, *filters)
 
 
 if __name__ == "__main__":

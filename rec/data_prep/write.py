@@ -18,9 +18,10 @@ from pathlib import Path
 import duckdb
 import pyarrow.dataset
 import pyarrow.parquet as pq
+from duckdb import DuckDBPyConnection as Connection
 
 from rec.data_prep.dataset import FORMAT_VERSION, digest, open_dataset
-from rec.data_prep.split import SPLITS, columns_of, count_rows, filter_interactions, split_interactions
+from rec.data_prep.split import SPLITS, filter_interactions, split_interactions
 from rec.errors import UserError
 
 GROUP_ROWS = 2**17  # rows a row group: what a streaming reader holds at a time
@@ -33,13 +34,8 @@ REASONS = {
     "of_inactive_users": "interactions of users with fewer than --min-interactions",
 }
 # Users are those who occur; items make up the catalogue, whether anybody has met them or not.
-FEATURES = {
-    "users": "select * from (select distinct user_id from splits) left join users using (user_id) order by user_id",
-    "items": "select * from (select distinct item_id from splits) full join items using (item_id) order by item_id",
-}
+JOINS = {"users": "left", "items": "full"}
 CASTS = {"timestamp": "cast(floor(timestamp) as bigint)", "rating": "cast(rating as float)"}
-
-Load = Callable[[duckdb.DuckDBPyConnection, Path], dict[str, int]]
 
 
 def note(line: str) -> None:
@@ -49,7 +45,7 @@ def note(line: str) -> None:
 
 def prepare(
     output_dir: Path,
-    load: Load,
+    load: Callable[[Connection, Path], dict[str, int]],
     name: str,
     source: str,
     strategy: str,
@@ -64,16 +60,16 @@ def prepare(
     features) where the source has them. It returns what it dropped: reason -> rows. Raises UserError for bad rows, an
     impossible split, or an output directory that holds something else.
     """
-    with staging(output_dir) as (directory, scratch):
+    with staging(output_dir) as directory:
         try:
-            with duckdb.connect(scratch / "work.duckdb") as con:
+            with duckdb.connect(directory.parent / "work.duckdb") as con:
                 con.execute(f"set memory_limit = '{MEMORY}'; set TimeZone = 'UTC'; set enable_progress_bar = false")
-                dropped = load(con, scratch)
+                dropped = load(con, directory.parent)
                 note("filtering and splitting")
                 dropped |= filter_interactions(con, min_rating, min_interactions)
                 split = split_interactions(con, strategy, seed)
                 known = "split = 'test' and user_id in (select user_id from splits where split = 'train')"
-                if not count_rows(con, "splits", known):
+                if not len(con.table("splits").filter(known)):
                     note("warning: no user of test occurs in train, so all of them are new")
                 note("writing")
                 counts, columns = _write_tables(con, directory)
@@ -96,46 +92,52 @@ def prepare(
 
 
 @contextmanager
-def staging(output_dir: Path) -> Iterator[tuple[Path, Path]]:
-    """A new directory that replaces `output_dir` when the block ends without an exception, and one for scratch files.
+def staging(output_dir: Path) -> Iterator[Path]:
+    """A new directory that replaces `output_dir` when the block ends without an exception; its parent is for scratch.
 
     Raises UserError if `output_dir` holds something that is not a dataset.
     """
     final = output_dir.resolve()  # a link stays a link
-    if final.exists() and not (final / "dataset.json").is_file() and not (final.is_dir() and not any(final.iterdir())):
-        raise UserError(f"{output_dir} exists and is no dataset: remove it, or choose another --output-dir")
-    final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     for leftover in final.parent.glob(f".{glob.escape(final.name)}.*.tmp"):
         if leftover == temporary or not Path("/proc", leftover.suffixes[-2][1:]).exists():  # its process was killed
-            shutil.rmtree(leftover)
-    new, scratch = temporary / "new", temporary / "scratch"
+            _discard(leftover, final)
+    if final.exists() and not (final / "dataset.json").is_file() and (final.is_file() or any(final.iterdir())):
+        raise UserError(f"{output_dir} exists and is no dataset: remove it, or choose another --output-dir")
+    new = temporary / "new"
+    new.mkdir(parents=True)
     try:
-        new.mkdir(parents=True)
-        scratch.mkdir()
-        yield new, scratch
-        if final.exists():  # a kill between the two renames loses the old one, and leaves no half of either
+        yield new
+        if final.exists():
             final.rename(temporary / "old")
         new.rename(final)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _discard(temporary, final)
 
 
-def _write_tables(con: duckdb.DuckDBPyConnection, directory: Path) -> tuple[dict[str, int], dict[str, dict[str, str]]]:
+def _discard(temporary: Path, final: Path) -> None:
+    """Removes a temporary directory; if its command was stopped between the two renames, `final` is as it was."""
+    if (temporary / "old").exists() and not final.exists():
+        (temporary / "old").rename(final)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_tables(con: Connection, directory: Path) -> tuple[dict[str, int], dict[str, dict[str, str]]]:
     """Writes the tables `splits`, `users` and `items` as Parquet; returns the counts of rows and the columns' types."""
-    con.execute(
-        "create table if not exists users (user_id varchar); create table if not exists items (item_id varchar)"
-    )
     counts, schemas = {}, {}
-    for table, query in FEATURES.items():
-        rows = con.sql(query).to_arrow_table()
+    for table, join in JOINS.items():
+        key = f"{table[:-1]}_id"
+        con.execute(f"create table if not exists {table} ({key} varchar)")
+        occurring = f"(select distinct {key} from splits)"
+        rows = con.sql(f"select * from {occurring} {join} join {table} using ({key}) order by {key}").to_arrow_table()
         pq.write_table(rows, directory / f"{table}.parquet")
         counts[table], schemas[table] = len(rows), rows.schema
-    has = columns_of(con, "splits")
-    selected = ", ".join(f"{CASTS.get(name, name)} as {name}" for name in has if name not in ("source_row", "split"))
+    splits = con.table("splits")
+    has = [name for name in splits.columns if name not in ("source_row", "split")]
+    selected = ", ".join(f"{CASTS.get(name, name)} as {name}" for name in has)
     order = "splits.timestamp, source_row" if "timestamp" in has else "source_row"
     for part in SPLITS:
-        counts[part] = count_rows(con, "splits", f"split = '{part}'")
+        counts[part] = len(splits.filter(f"split = '{part}'"))
         query = f"select {selected} from splits where split = '{part}' order by {order}"
         reader = con.sql(query).to_arrow_reader(GROUP_ROWS)  # its batches end wherever the threads did
         names = {"format": "parquet", "basename_template": "0000{i}.parquet"}

@@ -194,6 +194,20 @@ def test_a_killed_command_leaves_nothing_under_the_name_and_the_next_run_works(t
     assert [path.name for path in tmp_path.iterdir()] == ["dummy"]
 
 
+def test_the_old_dataset_survives_a_command_stopped_between_its_two_renames(tmp_path: Path) -> None:
+    six = prepare_six(tmp_path / "six")
+    killed = tmp_path / ".six.99999999.tmp"  # larger than any process id
+    killed.mkdir()
+    six.path.rename(killed / "old")
+    with pytest.raises(RuntimeError), staging(tmp_path / "six"):
+        assert open_dataset(tmp_path / "six").id == six.id  # the next run puts it back first
+        raise RuntimeError
+    with pytest.raises(FileNotFoundError), staging(tmp_path / "six") as new:
+        new.rmdir()  # so that the second rename fails
+    assert open_dataset(tmp_path / "six").id == six.id
+    assert [path.name for path in tmp_path.iterdir()] == ["six"]
+
+
 def test_the_temporary_directory_of_a_running_command_is_left_alone(tmp_path: Path) -> None:
     code = "import sys, time, pathlib; from rec.data_prep.write import staging\n"
     code += "with staging(pathlib.Path(sys.argv[1])): print('ready', flush=True); time.sleep(60)"
