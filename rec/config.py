@@ -11,8 +11,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -36,14 +35,9 @@ Columns = Annotated[str | dict[str, FeatureKind], "auto, or {column: kind}", lam
 
 @dataclass(frozen=True)
 class Features:
-    """Which columns of users.parquet and items.parquet the models read: `auto`, or {column: kind}.
-
-    Kinds: categorical, multi (a list, such as genres), numeric, text (title tokens), time (seconds since
-    1970). `auto` takes every column and its kind from its type; `{}` takes none.
-    """
-
-    users: Columns = "auto"
-    items: Columns = "auto"
+    # kinds: categorical, multi (a list, such as genres), numeric, text (title tokens), time (seconds since 1970)
+    users: Columns = "auto"  # of users.parquet, {column: kind}; auto = all, each its kind from its type; {} = none
+    items: Columns = "auto"  # of items.parquet
 
 
 @dataclass(frozen=True)
@@ -104,11 +98,11 @@ class Config:
     dataset: str  # a dataset directory, as written by rec.data_prep
     use_wandb: bool = False
     seed: Seed = 42
-    features: Features = field(default_factory=Features)
-    retrieval: Retrieval = field(default_factory=Retrieval)
-    ranking: Ranking = field(default_factory=Ranking)
-    index: Index = field(default_factory=Index)
-    output: Output = field(default_factory=Output)
+    features: Features = Features()
+    retrieval: Retrieval = Retrieval()
+    ranking: Ranking = Ranking()
+    index: Index = Index()
+    output: Output = Output()
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,26 +114,33 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file, and over it `overrides`, each `a.b=c`. Raises UserError, see above, for whatever is wrong."""
-    tree = _parse(Path(path), str(path))
-    if tree is None:
-        raise UserError(f"{path}: the file is empty; it needs at least `dataset: data/NAME`")
-    config: Config = _apply(Config(dataset=""), tree, "", str(path))
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not key.strip() or not equals:
-            raise UserError(f"--set {override}: needs a key and a value, such as --set retrieval.epochs=3")
-        tree = _parse(text, f"--set {override}")
-        for name in reversed(key.strip().split(".")):
-            tree = {name: tree}
-        config = _apply(config, tree, "", f"--set {override}")
-    where, retrieval = " --set ".join([str(path), *overrides]), config.retrieval
-    if not config.dataset:
-        raise UserError(f"{where}: dataset: missing key; add `dataset: data/NAME` or --set dataset=data/NAME")
-    if (candidates := config.ranking.candidates) > (k := config.index.k):
-        raise UserError(f"{where}: ranking.candidates: must be at most index.k, which is {k}, not {candidates}")
-    if retrieval.in_batch_negatives + retrieval.uniform_negatives == 0:
-        keys = "retrieval.in_batch_negatives, retrieval.uniform_negatives"
-        raise UserError(f"{where}: {keys}: must not both be 0: training needs negatives")
+    config, where = Config(dataset=""), str(path)
+    try:
+        if (tree := yaml.load(Path(path).read_bytes(), _Loader)) is None:  # a SafeLoader: it builds plain values only
+            raise ValueError("the file is empty; it needs at least `dataset: data/NAME`")
+        config = _update(config, tree, "")
+        for override in overrides:
+            where = f"--set {override}"
+            key, equals, text = override.partition("=")
+            if not key.strip() or not equals:
+                raise ValueError("needs a key and a value, such as --set retrieval.epochs=3")
+            tree = yaml.load(text, _Loader)
+            for name in reversed(key.strip().split(".")):
+                tree = {name: tree}
+            config = _update(config, tree, "")
+        where = " --set ".join([str(path), *overrides])
+        if not config.dataset:
+            raise ValueError("dataset: missing key; add `dataset: data/NAME` or --set dataset=data/NAME")
+        if (candidates := config.ranking.candidates) > (k := config.index.k):
+            raise ValueError(f"ranking.candidates: must be at most index.k, which is {k}, not {candidates}")
+        if config.retrieval.in_batch_negatives + config.retrieval.uniform_negatives == 0:
+            keys = "retrieval.in_batch_negatives, retrieval.uniform_negatives"
+            raise ValueError(f"{keys}: must not both be 0: training needs negatives")
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:  # YAML raises the latter for a date such as 2024-13-45
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        raise UserError(f"{where}: {f'line {mark.line + 1}: ' if mark else ''}{problem}") from None
     return config
 
 
@@ -148,52 +149,47 @@ def to_dict(config: Config) -> dict[str, Any]:
     return asdict(config, dict_factory=lambda pairs: {k: list(v) if type(v) is tuple else v for k, v in pairs})
 
 
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
-_fields = partial(get_type_hints, include_extras=True)  # {key: type}, with the rules
-
-
-def _apply(section: Any, tree: object, prefix: str, where: str) -> Any:
-    """`section`, a dataclass, with what `tree` sets."""
-    types, changes = _fields(type(section)), {}
+def _update(section: Any, tree: object, prefix: str) -> Any:
+    """`section`, a dataclass, with what `tree` sets. Raises ValueError, without the file's name."""
+    types, changes = get_type_hints(type(section), include_extras=True), {}
     if not isinstance(tree, dict):
         name, example = prefix[:-1] or "the file", prefix + next(iter(types))
-        raise UserError(f"{where}: {name}: expected keys, such as {example}, got {_show(tree)}")
+        raise ValueError(f"{name}: expected keys, such as {example}, got {_show(tree)}")
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if name not in types:  # the nearest key is one of this section rather than of another one
-            sections = {other: kind for other, kind in _fields(Config).items() if is_dataclass(kind)}
-            keys = {own: f"{other}.{own}" for other, kind in sections.items() for own in _fields(kind)}
+            sections = {field.name: field.default for field in fields(Config) if is_dataclass(field.default)}
+            keys = {own.name: f"{other}.{own.name}" for other, kind in sections.items() for own in fields(kind)}
             keys |= {own: prefix + own for own in types}
             close = difflib.get_close_matches(str(name), keys, n=1)
             hint = f"did you mean {keys[close[0]]}?" if close else f"the keys here are {', '.join(types)}"
-            raise UserError(f"{where}: {key}: unknown key; {hint}")
-        if is_dataclass(types[name]):
-            changes[name] = _apply(getattr(section, name), value, f"{key}.", where)
-        else:
-            changes[name] = _convert(types[name], value, f"{where}: {key}")
+            raise ValueError(f"{key}: unknown key; {hint}")
+        now = getattr(section, name)
+        changes[name] = _update(now, value, f"{key}.") if is_dataclass(now) else _convert(types[name], value, key)
     return replace(section, **changes)
 
 
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    """`value` as the field's type. Whole numbers pass for numbers, lists become tuples; nothing else does."""
+def _convert(kind: Any, value: Any, key: str) -> Any:
+    """`value` as `kind`, or ValueError. Whole numbers pass for numbers, lists become tuples; nothing else does."""
     if get_origin(kind) is Annotated:
         kind, rule, holds = get_args(kind)
-        value = _convert(kind, value, where)
+        value = _convert(kind, value, key)
         if not holds(value):
-            raise UserError(f"{where}: must be {rule}, not {_show(value)}")
+            raise ValueError(f"{key}: must be {rule}, not {_show(value)}")
         return value
-    choices = get_args(kind) if get_origin(kind) is UnionType else (kind,)
+    choices = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     for choice in choices:
         outer, inner = get_origin(choice) or choice, get_args(choice)
         if outer is tuple and type(value) is list:
-            return tuple(_convert(inner[0], entry, f"{where}[{i}]") for i, entry in enumerate(value))
+            return tuple(_convert(inner[0], entry, f"{key}[{i}]") for i, entry in enumerate(value))
         if outer is dict and type(value) is dict:
-            return {_convert(inner[0], k, where): _convert(inner[1], v, f"{where}.{k}") for k, v in value.items()}
+            return {_convert(inner[0], k, key): _convert(inner[1], v, f"{key}.{k}") for k, v in value.items()}
         if type(value) is outer or (outer is float and type(value) is int):  # no isinstance: True is an int
             return outer(value)
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
+    expected = " or ".join(names.get(get_origin(choice) or choice, "{key: value}") for choice in choices)
     hint = "; put it in quotes" if kind is str and not isinstance(value, list | dict | None) else ""
-    expected = " or ".join(_NAMES.get(get_origin(choice) or choice, "{key: value}") for choice in choices)
-    raise UserError(f"{where}: expected {expected}, got {_show(value)}{hint}")
+    raise ValueError(f"{key}: expected {expected}, got {_show(value)}{hint}")
 
 
 def _show(value: object) -> str:
@@ -214,14 +210,3 @@ class _Loader(yaml.SafeLoader):
 
 _FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-
-
-def _parse(source: Path | str, where: str) -> Any:
-    try:
-        text = source.read_bytes() if isinstance(source, Path) else source
-        return yaml.load(text, _Loader)  # a SafeLoader: it builds plain values only
-    except OSError as error:
-        raise UserError(f"{where}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
-        raise UserError(f"{where}: {f'line {mark.line + 1}: ' if mark else ''}{problem}") from None
