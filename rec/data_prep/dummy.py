@@ -14,10 +14,10 @@ The same flags give the same bytes. Not covered: drift of taste and fashion over
 import argparse
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from duckdb import DuckDBPyConnection as Connection
 
 from rec.data_prep.write import note, prepare
 from rec.errors import UserError, run_command
@@ -61,9 +61,8 @@ def _make_items(items: int, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
     """Main genre [items], sequel [items] (-1 where there is none) and the table of features."""
     lengths = np.minimum(rng.geometric(0.35, items), 8)
     series = np.repeat(np.arange(items), lengths)[:items]
-    first = np.r_[True, series[1:] != series[:-1]]
-    volume = np.arange(items) - np.maximum.accumulate(np.where(first, np.arange(items), 0)) + 1
-    sequel = np.where(np.r_[series[1:] == series[:-1], False], np.arange(1, items + 1), -1)
+    volume = pd.Series(series).groupby(series).cumcount().to_numpy() + 1
+    sequel = np.where(np.diff(series, append=-1) == 0, np.arange(1, items + 1), -1)
 
     genre = rng.integers(len(GENRES), size=items)[series]
     second = np.where(rng.random(items) < 0.4, rng.integers(len(GENRES), size=items), genre)[series]
@@ -105,29 +104,27 @@ def _walk(
     weight[sequel[sequel >= 0]] *= 0.3  # few begin a series in the middle
     cumulative = np.r_[0.0, np.cumsum(weight[by_genre])]
     low, high = cumulative[starts[:-1]], cumulative[starts[1:]]
-    successor = np.roll(np.arange(len(GENRES)), 1)
-    allowed = np.where(high > low, 1.0, 0.0)  # genres that have items
-    likes = np.cumsum(taste * allowed, axis=1)
+    has_items = high > low
+    likes = np.cumsum(taste * has_items, axis=1)
     likes /= likes[:, -1:]
+    successor = np.roll(np.arange(len(GENRES)), 1)
 
+    steps = 2 * per_user + 5
     longest_first = np.argsort(-per_user, kind="stable")
-    steps = 2 * per_user[longest_first] + 5
-    item = np.zeros(len(steps), np.int64)
+    item = np.full(len(steps), -1)  # the one that each user is at
     parts = []
-    for step in range(steps[0]):
-        active = longest_first[: np.searchsorted(-steps, -step)]  # those with steps > step
-        chance = rng.random((4, len(active)))
+    for step in range(steps.max()):
+        active = longest_first[steps[longest_first] > step]
+        here, chance = item[active], rng.random((4, len(active)))
         wanted = (likes[active] < chance[0, :, None]).sum(axis=1)
         if step:
-            follower = successor[genre[item[active]]]
-            wanted = np.where((chance[1] < FOLLOW) & (allowed[follower] > 0), follower, wanted)
+            follower = successor[genre[here]]
+            wanted = np.where((chance[1] < FOLLOW) & has_items[follower], follower, wanted)
         position = np.searchsorted(cumulative, low[wanted] + chance[2] * (high - low)[wanted], side="right") - 1
-        chosen = by_genre[np.clip(position, starts[wanted], starts[wanted + 1] - 1)]
+        item[active] = by_genre[np.clip(position, starts[wanted], starts[wanted + 1] - 1)]
         if step:
-            after = sequel[item[active]]
-            chosen = np.where((chance[3] < SEQUEL) & (after >= 0), after, chosen)
-        item[active] = chosen
-        parts.append(pd.DataFrame({"user": active, "item": chosen}))
+            item[active] = np.where((chance[3] < SEQUEL) & (sequel[here] >= 0), sequel[here], item[active])
+        parts.append(pd.DataFrame({"user": active, "item": item[active]}))
     walk = pd.concat(parts).drop_duplicates().sort_values("user", kind="stable")
     walk = walk[(walk.groupby("user").cumcount() < per_user[walk["user"]]).to_numpy()]
     return walk["user"].to_numpy(), walk["item"].to_numpy()
@@ -147,22 +144,20 @@ def _times(user: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description="Makes a synthetic dataset, offline.",
-        epilog="example: python -m rec.data_prep.dummy --output-dir data/dummy --users 6000 --items 3700",
-    )
-    parser.add_argument("--output-dir", required=True, type=Path, help="the dataset directory to write")
-    parser.add_argument("--users", type=int, default=1000)
-    parser.add_argument("--items", type=int, default=500)
-    parser.add_argument("--interactions-per-user", type=int, default=30, help="on average; at least 3")
-    parser.add_argument("--seed", type=int, default=42, help="the same seed and sizes give the same bytes")
-    parser.add_argument("--split", choices=["temporal", "leave_one_out"], default="leave_one_out")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output-dir", required=True, type=Path, help="the dataset directory to write")
+    add("--users", type=int, default=1000)
+    add("--items", type=int, default=500)
+    add("--interactions-per-user", type=int, default=30, help="on average; at least 3")
+    add("--seed", type=int, default=42, help="the same seed and sizes give the same bytes")
+    add("--split", choices=["temporal", "leave_one_out"], default="leave_one_out")
     args = parser.parse_args()
     for name, least in (("users", 10), ("items", 20), ("interactions_per_user", 3), ("seed", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
 
-    def load(con: duckdb.DuckDBPyConnection, scratch: Path) -> dict[str, int]:
+    def load(con: Connection, scratch: Path) -> dict[str, int]:
         note(f"generating {args.users:,} users and {args.items:,} items")
         for name, table in generate(args.users, args.items, args.interactions_per_user, args.seed).items():
             con.from_arrow(table).create(name)

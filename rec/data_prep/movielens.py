@@ -1,6 +1,6 @@
 """MovieLens, each in GroupLens' own file format -> a dataset directory.
 
-    python -m rec.data_prep.movielens --name 100k --output-dir data/ml-100k
+    python -m rec.data_prep.movielens --name 100k --split leave_one_out --output-dir data/ml-100k
 
 - 100k (tabs, genre flags, Latin-1), 1m and 10m (`::`), 20m, 25m, 32m and latest-small (CSV).
 - Downloads the zip beside the output directory, resuming where an earlier run was cut off, and compares the md5 that
@@ -12,7 +12,6 @@ Source: F. M. Harper and J. A. Konstan, The MovieLens Datasets: History and Cont
 """
 
 import argparse
-import dataclasses
 import functools
 import http.client
 import re
@@ -23,7 +22,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-import duckdb
+from duckdb import DuckDBPyConnection as Connection
 from tqdm import tqdm
 
 from rec.data_prep.dataset import digest
@@ -34,43 +33,36 @@ from rec.errors import UserError, run_command
 BASE_URL = "https://files.grouplens.org/datasets/movielens"
 FLAGS = ["Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy"]
 FLAGS += ["Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"]
+FORMATS = {  # file -> its delimiter and columns; a CSV names them in its first line
+    "u.data": ("\t", "userId movieId rating timestamp"),
+    "u.item": ("|", f"movieId title date video url unknown {' '.join(FLAGS)}"),
+    "u.user": ("|", "userId age gender occupation zip"),
+    "ratings.dat": ("::", "userId movieId rating timestamp"),
+    "movies.dat": ("::", "movieId title genres"),
+    "users.dat": ("::", "userId gender age occupation zip"),
+    "ratings.csv": (",", ""),
+    "movies.csv": (",", ""),
+}
+FILES = {  # name -> its files of ratings, movies and, if any, users
+    "100k": ["u.data", "u.item", "u.user"],
+    "1m": ["ratings.dat", "movies.dat", "users.dat"],
+    "10m": ["ratings.dat", "movies.dat"],
+} | dict.fromkeys(["20m", "25m", "32m", "latest-small"], ["ratings.csv", "movies.csv"])
 # "Toy Story (1995)", "Land Before Time III (1995) (V)", "Fawlty Towers (1975-1979)"; "Babylon 5" has none
 YEAR = r"\s*\((\d{4})(?:[-–]\d{0,4})?\)\s*(?:\(V\))?\s*$"
 
 
-def _raw(name: str, delimiter: str, header: str) -> RawFile:
-    return RawFile(Path(name), delimiter, tuple(header.split(",")))
-
-
-RATINGS, MOVIES = "userId,movieId,rating,timestamp", "movieId,title,genres"
-FLAGGED = f"movieId,title,date,video,url,unknown,{','.join(FLAGS)}"
-DAT = [_raw("ratings.dat", "::", RATINGS), _raw("movies.dat", "::", MOVIES)]
-CSV = [RawFile(Path("ratings.csv"), ","), RawFile(Path("movies.csv"), ",")]
-FLAT = [_raw("u.data", "\t", RATINGS), _raw("u.item", "|", FLAGGED)]
-FLAT += [_raw("u.user", "|", "userId,age,gender,occupation,zip")]
-LAYOUTS = {  # name -> the files of ratings, movies and, if any, users
-    "100k": FLAT,
-    "1m": [*DAT, _raw("users.dat", "::", "userId,gender,age,occupation,zip")],
-    "10m": DAT,
-} | dict.fromkeys(("20m", "25m", "32m", "latest-small"), CSV)
-
-
-def load(con: duckdb.DuckDBPyConnection, scratch: Path, name: str, source: Path) -> dict[str, int]:
+def load(con: Connection, scratch: Path, name: str, source: Path) -> dict[str, int]:
     """Creates the tables `interactions`, `items` and, where there are any, `users`, from a zip or a folder.
 
     Raises UserError if the source does not hold the files of this dataset, or they are damaged.
     """
     note(f"reading {source}")
-    folder = "ml-10M100K" if name == "10m" else f"ml-{name}"  # in the zip
-    ratings, movies, *people = (_find(source, folder, file, scratch) for file in LAYOUTS[name])
-    if name in ("100k", "1m"):  # Latin-1, and DuckDB reads UTF-8
-        text = movies.path.read_text("latin-1")
-        movies = dataclasses.replace(movies, path=scratch / movies.path.name)
-        movies.path.write_text(text, "utf-8")
+    ratings, movies, *people = (_find(name, file, source, scratch) for file in FILES[name])
     load_interactions(con, ratings, ("userId", "movieId", "timestamp", "rating"))
     load_features(con, movies, "items", "movieId", ["genres"])
     genres = "list_filter(genres, lambda genre: genre <> '(no genres listed)')"
-    if "Western" in movies.header:
+    if name == "100k":
         flags = ", ".join(f"""case when "{flag}" = 1 then '{flag.replace("'", "''")}' end""" for flag in FLAGS)
         genres = f"list_filter([{flags}], lambda genre: genre is not null)"
     con.execute(f"""
@@ -82,19 +74,25 @@ def load(con: duckdb.DuckDBPyConnection, scratch: Path, name: str, source: Path)
     return {}
 
 
-def _find(source: Path, folder: str, file: RawFile, scratch: Path) -> RawFile:
-    """One file of the source, unpacked if that is a zip."""
-    member = f"{folder}/{file.path}"
-    found = [path for path in (source / file.path, source / member) if path.is_file()]
+def _find(name: str, file: str, source: Path, scratch: Path) -> RawFile:
+    """One file of the source: unpacked to `scratch` if that is a zip, and there in UTF-8, which DuckDB reads."""
+    folder = "ml-10M100K" if name == "10m" else f"ml-{name}"  # in the zip
+    found = [path for path in (source / file, source / folder / file) if path.is_file()]
     try:
         if source.is_file():
             with zipfile.ZipFile(source) as archive:
-                found = [Path(archive.extract(member, scratch)) for name in archive.namelist() if name == member]
+                member = f"{folder}/{file}"
+                found = [Path(archive.extract(member, scratch)) for each in archive.namelist() if each == member]
     except (zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{source} is no intact zip file ({error}): delete it and run the command again") from None
     if not found:
-        raise UserError(f"{source} holds no {file.path}: is it really {folder}?")
-    return dataclasses.replace(file, path=found[0])
+        raise UserError(f"{source} holds no {file}: is it really {folder}?")
+    path, (delimiter, columns) = found[0], FORMATS[file]
+    if file == "u.item" or (name, file) == ("1m", "movies.dat"):  # titles in Latin-1
+        text = path.read_text("latin-1")
+        path = scratch / file
+        path.write_text(text, "utf-8")
+    return RawFile(path, delimiter, tuple(columns.split()))
 
 
 def download(url: str, target: Path) -> None:
@@ -132,26 +130,22 @@ def _receive(url: str, part: Path) -> None:
         raise
     with response, open(part, "ab" if response.status == 206 else "wb") as file:  # a server may not know ranges
         total = file.tell() + int(response.headers.get("Content-Length") or 0)
-        with tqdm.wrapattr(
-            file, "write", desc=part.stem, initial=file.tell(), total=total, unit="B", unit_scale=True
-        ) as progress:
-            shutil.copyfileobj(response, progress)
+        with tqdm.wrapattr(response, "read", desc=part.stem, initial=file.tell(), total=total) as received:
+            shutil.copyfileobj(received, file)
         if file.tell() < total:
             raise OSError(f"broken off after {file.tell():,} of {total:,} bytes")
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description="Makes a dataset from MovieLens.",
-        epilog="example: python -m rec.data_prep.movielens --name 100k --output-dir data/ml-100k --split leave_one_out",
-    )
-    parser.add_argument("--name", required=True, choices=list(LAYOUTS))
-    parser.add_argument("--output-dir", required=True, type=Path, help="the dataset directory to write")
-    parser.add_argument("--source", type=Path, help="a zip or folder of GroupLens', instead of a download")
-    parser.add_argument("--split", choices=["temporal", "leave_one_out"], default="temporal")
-    parser.add_argument("--min-rating", type=float, help="keep only ratings of at least this as interactions")
-    parser.add_argument("--base-url", default=BASE_URL, help="where the zip and its .md5 lie")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--name", required=True, choices=list(FILES))
+    add("--output-dir", required=True, type=Path, help="the dataset directory to write")
+    add("--source", type=Path, help="a zip or folder of GroupLens', instead of a download")
+    add("--split", choices=["temporal", "leave_one_out"], default="temporal")
+    add("--min-rating", type=float, help="keep only ratings of at least this as interactions")
+    add("--base-url", default=BASE_URL, help="where the zip and its .md5 lie")
     args = parser.parse_args()
 
     archive = f"ml-{args.name}.zip"
