@@ -31,17 +31,16 @@ from rec.errors import UserError, run_command
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".parquet": ""}
 WHOLE, NUMBER = "-?(0|[1-9][0-9]{0,17})", "-?(0|[1-9][0-9]*)([.][0-9]+)?([eE][+-]?[0-9]{1,2})?"
-BLANK = "regexp_matches(coalesce({}, ''), '^\\s*$|[\\r\\n]')"  # vocabularies are files of lines: no line breaks
-SECONDS = "coalesce(try_cast(timestamp as double), epoch(try_cast(timestamp as timestamptz)))"
 FRACTIONS = ("FLOAT", "DOUBLE", "DECIMAL")
-RATING = "try_cast(rating as float)"
-YEARS = "between -62135596800 and 253402300799"  # 1 to 9999; beyond them, these are not seconds
-NO_TIME = "is neither seconds since 1970 (milliseconds are not taken) nor an ISO 8601 time"
-VALUES = {  # column of `interactions` -> its value, when its text is malformed, and what is wrong then
-    "user_id": ("user_id", BLANK.format("user_id"), "is empty or holds a line break"),
-    "item_id": ("item_id", BLANK.format("item_id"), "is empty or holds a line break"),
-    "timestamp": (SECONDS, f"not coalesce({SECONDS} {YEARS}, false)", NO_TIME),
-    "rating": (RATING, f"not coalesce(isfinite({RATING}), false)", "is not a number"),
+ID = "case when regexp_matches({0}, '\\S') and not regexp_matches({0}, '[\\r\\n]') then {0} end"  # a vocabulary's line
+SECONDS = "coalesce(try_cast(timestamp as double), epoch(try_cast(timestamp as timestamptz)))"
+TIME = f"case when {SECONDS} between -62135596800 and 253402300799 then {SECONDS} end"  # the years 1 to 9999
+RATING = "case when isfinite(try_cast(rating as float)) then cast(rating as float) end"
+VALUES = {  # column of `interactions` -> its value, null if the text is malformed, and what is wrong then
+    "user_id": (ID.format("user_id"), "is empty or holds a line break"),
+    "item_id": (ID.format("item_id"), "is empty or holds a line break"),
+    "timestamp": (TIME, "is neither seconds since 1970 (milliseconds are not taken) nor an ISO 8601 time"),
+    "rating": (RATING, "is not a number"),
 }
 
 
@@ -97,10 +96,8 @@ def load_interactions(
     `columns` is what the file calls the user id, item id, time and rating; None for what it does not have. Raises
     UserError for a missing column, or a malformed row unless `skip`.
     """
-    known = {name: column for name, column in zip(VALUES, columns, strict=True) if column}
-    skipped = _read(con, file, known, skip)
-    values = [f"{VALUES[name][0]} as {name}" for name in known] + ([f"'{split}' as split"] if split else [])
-    rows = f"select {', '.join(values)}, source_row from raw"
+    skipped = _read(con, file, {name: column for name, column in zip(VALUES, columns, strict=True) if column}, skip)
+    rows = f"select *, '{split}' as split from raw" if split else "from raw"
     con.execute(f"create table if not exists interactions as {rows} limit 0; insert into interactions {rows}")
     con.execute("drop table raw")
     return skipped
@@ -116,21 +113,23 @@ def load_features(
     """
     key = {"users": "user_id", "items": "item_id"}[table]
     skipped = _read(con, file, {key: column}, skip, features=True)
-    values = [key]
-    raw = con.table("raw")
+    values, raw = [key], con.table("raw")
     for name, kind in zip(raw.columns[2:], map(str, raw.types[2:]), strict=True):  # after source_row and the key
         text = _quoted(name)
-        whole, number = kind.endswith(("INT", "INTEGER")), kind.startswith(FRACTIONS)
         if file.delimiter:
             fits = ", ".join(f"bool_and(regexp_full_match({text}, '{pattern}'))" for pattern in (WHOLE, NUMBER))
-            whole, number = con.execute(f"select {fits} from raw").fetchall()[0]
-        target = "varchar[]" if kind.endswith("[]") else "bigint" if whole else "double" if number else "varchar"
-        value = f"cast({text} as {target})"
-        if name in lists and target != "varchar[]":
+            whole, number = raw.aggregate(fits).fetchall()[0]
+            kind = "BIGINT" if whole else "DOUBLE" if number else "VARCHAR"
+        if kind.endswith("[]"):
+            value = f"cast({text} as varchar[])"
+        elif name in lists:
             parts = f"string_split_regex(trim(cast({text} as varchar)), ' *[|] *')"
             value = f"list_filter(coalesce({parts}, []), lambda part: part <> '')"
         elif kind.startswith(("DATE", "TIMESTAMP")):
             value = f"cast(floor(epoch(cast({text} as timestamptz))) as bigint)"
+        else:
+            whole, number = kind.endswith(("INT", "INTEGER")), kind.startswith(FRACTIONS)
+            value = f"cast({text} as {'bigint' if whole else 'double' if number else 'varchar'})"
         values.append(f"{value} as {text}")
     con.execute(f"create table {table} as select {', '.join(values)} from raw; drop table raw")
     return skipped
@@ -154,15 +153,16 @@ def _read(con: Connection, file: RawFile, columns: dict[str, str], skip: bool, f
                 raise UserError(f"{file.path}: column {column} holds fractions ({kind}); ids are text or whole numbers")
             if features and name != column and name in map(str.lower, kinds):
                 raise UserError(f"{file.path} has a column {name} beside its id column {column}: rename one of them")
-        checks = [(name, *VALUES[name][1:]) for name in columns]
+        checks = [(name, f"{VALUES[name][0]} is null", VALUES[name][1]) for name in columns]
         if features:
             (key,) = columns
             checks.append((key, f"row_number() over (partition by {key} order by source_row) > 1", "came before"))
+        others = [_quoted(name) for name in kinds if features and name not in columns.values()]
+        texts = [f"cast({_quoted(column)} as varchar) as {name}" for name, column in columns.items()]
+        values = [f"{VALUES[name][0]} as {name}" for name in columns]
         bad = " ".join(f"when {wrong} then ['{at}', {name}]" for at, (name, wrong, _) in enumerate(checks))
-        selected = [f"cast({_quoted(column)} as varchar) as {name}" for name, column in columns.items()]
-        selected += [_quoted(name) for name in kinds if features and name not in columns.values()]
-        numbered = source.project(f"row_number() over () as source_row, {', '.join(selected)}")
-        numbered.project(f"*, case {bad} end as bad_row").create("raw")
+        numbered = source.project(", ".join(["row_number() over () as source_row", *texts, *others]))
+        numbered.project(", ".join(["source_row", *values, *others, f"case {bad} end as bad_row"])).create("raw")
     except duckdb.Error as error:
         hint = "; all its lines must end alike, and quotes inside fields be doubled" if file.delimiter else ""
         raise UserError(f"{file.path} cannot be read: {str(error).splitlines()[0]}{hint}") from None
