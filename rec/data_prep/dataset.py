@@ -4,9 +4,9 @@
     interactions/{train,val,test}/00000.parquet ..   user_id, item_id, [timestamp], [rating]; sorted by time
     users.parquet  items.parquet                     one row an id, sorted by id; feature columns
 
-- The same input and flags give the same bytes, so dataset.json's own sha256 is the dataset's id.
-- Column types are few: string, int64, float (32 bits), double, list<string>; times are seconds since 1970 (UTC).
-- A folder above it that is named `a=b` adds no column (`partitioning=None`).
+The same input and flags give the same bytes, so dataset.json's own sha256 is the dataset's id. Column types are few:
+string, int64, float (32 bits), double, list<string>; times are seconds since 1970 (UTC). Files are read with
+`partitioning=None`, since a folder above them that is named `a=b` adds no column.
 """
 
 import hashlib
@@ -63,12 +63,12 @@ def open_dataset(path: str | Path) -> Dataset:
         manifest = json.loads(content)
         if manifest["format_version"] != FORMAT_VERSION:
             raise UserError(f"{file} is not of format version {FORMAT_VERSION}: prepare the dataset again")
-        missing = [file.parent / name for name in manifest["files"] if not (file.parent / name).is_file()]
+        for name in manifest["files"]:
+            if not (file.parent / name).is_file():
+                raise UserError(f"{file.parent / name} is missing: prepare the dataset again")
         columns, strategy = manifest["columns"]["interactions"], manifest["split"]["strategy"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise UserError(f"{file} is damaged: prepare the dataset again") from None
-    if missing:
-        raise UserError(f"{missing[0]} is missing: prepare the dataset again")
     identity = hashlib.sha256(content).hexdigest()
     return Dataset(file.parent, manifest, identity, "timestamp" in columns, "rating" in columns, strategy)
 

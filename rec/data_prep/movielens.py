@@ -156,7 +156,7 @@ def main() -> None:
         download(f"{args.base_url}/{archive}", source)
     where = f"MovieLens {args.name}, https://grouplens.org/datasets/movielens/"
     reader = functools.partial(load, name=args.name, source=source)
-    prepare(args.output_dir, reader, f"ml-{args.name}", where, args.split, 0, args.min_rating)
+    prepare(args.output_dir, reader, f"ml-{args.name}", where, args.split, 0, (args.min_rating, 1))
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def main() -> None:
 
     every = [file.path for file in (*files.values(), *features.values())]
     source, filters = ", ".join(path.name for path in every), (args.min_rating, args.min_interactions)
-    prepare(args.output_dir, load, every[0].stem, source, strategy, args.seed, *filters)
+    prepare(args.output_dir, load, every[0].stem, source, strategy, args.seed, filters)
 
 
 if __name__ == "__main__":

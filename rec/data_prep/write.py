@@ -38,20 +38,17 @@ JOINS = {"users": "left", "items": "full"}
 CASTS = {"timestamp": "cast(floor(timestamp) as bigint)", "rating": "cast(rating as float)"}
 
 
+Load = Callable[[Connection, Path], dict[str, int]]
+Filters = tuple[float | None, int]  # the least rating of an interaction, and the fewest interactions of a user
+
+
 def note(line: str) -> None:
     """Progress for a person, on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 def prepare(
-    output_dir: Path,
-    load: Callable[[Connection, Path], dict[str, int]],
-    name: str,
-    source: str,
-    strategy: str,
-    seed: int,
-    min_rating: float | None = None,
-    min_interactions: int = 1,
+    output_dir: Path, load: Load, name: str, source: str, strategy: str, seed: int, filters: Filters = (None, 1)
 ) -> None:
     """Writes a dataset directory, and prints the counts and the JSON line that end every command.
 
@@ -66,7 +63,7 @@ def prepare(
                 con.execute(f"set memory_limit = '{MEMORY}'; set TimeZone = 'UTC'; set enable_progress_bar = false")
                 dropped = load(con, directory.parent)
                 note("filtering and splitting")
-                dropped |= filter_interactions(con, min_rating, min_interactions)
+                dropped |= filter_interactions(con, *filters)
                 split = split_interactions(con, strategy, seed)
                 known = "split = 'test' and user_id in (select user_id from splits where split = 'train')"
                 if not len(con.table("splits").filter(known)):
@@ -77,8 +74,8 @@ def prepare(
             raise UserError(f"preparing {output_dir} failed: {str(error).splitlines()[0]}") from None
         parts = sorted(directory.rglob("*.parquet"), key=lambda file: (len(file.name), file))  # 00009 before 000010
         files = {str(file.relative_to(directory)): digest(file) for file in parts}
-        filters = {"min_rating": min_rating, "min_interactions": min_interactions}
-        manifest = {"format_version": FORMAT_VERSION, "name": name, "source": source, "filters": filters}
+        manifest = {"format_version": FORMAT_VERSION, "name": name, "source": source}
+        manifest |= {"filters": {"min_rating": filters[0], "min_interactions": filters[1]}}
         manifest |= {"split": split, "counts": counts, "columns": columns, "files": files}
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         (directory / "dataset.json").write_text(text, encoding="utf-8")
@@ -132,19 +129,17 @@ def _write_tables(con: Connection, directory: Path) -> tuple[dict[str, int], dic
         rows = con.sql(f"select * from {occurring} {join} join {table} using ({key}) order by {key}").to_arrow_table()
         pq.write_table(rows, directory / f"{table}.parquet")
         counts[table], schemas[table] = len(rows), rows.schema
-    splits = con.table("splits")
-    has = [name for name in splits.columns if name not in ("source_row", "split")]
+    has = [name for name in con.table("splits").columns if name not in ("source_row", "split")]
     selected = ", ".join(f"{CASTS.get(name, name)} as {name}" for name in has)
     order = "splits.timestamp, source_row" if "timestamp" in has else "source_row"
     for part in SPLITS:
-        counts[part] = len(splits.filter(f"split = '{part}'"))
-        query = f"select {selected} from splits where split = '{part}' order by {order}"
-        reader = con.sql(query).to_arrow_reader(GROUP_ROWS)  # its batches end wherever the threads did
+        counts[part] = len(con.table("splits").filter(f"split = '{part}'"))
+        rows = con.sql(f"select {selected} from splits where split = '{part}' order by {order}")
+        reader = rows.to_arrow_reader(GROUP_ROWS)  # its batches end wherever the threads did
         names = {"format": "parquet", "basename_template": "0000{i}.parquet"}
         pyarrow.dataset.write_dataset(reader, directory / "interactions" / part, preserve_order=True, **names, **SHARDS)
         schemas["interactions"] = reader.schema
-    columns = {
-        table: {field.name: str(field.type).replace("list<l: ", "list<") for field in schema}
-        for table, schema in schemas.items()
-    }
+    columns = {}
+    for table, schema in schemas.items():
+        columns[table] = {field.name: str(field.type).replace("list<l: ", "list<") for field in schema}
     return counts, columns
