@@ -23,7 +23,8 @@ from scipy.sparse import csr_matrix
 from threadpoolctl import threadpool_limits
 
 from rec.errors import UserError
-from rec.metrics import binary, per_user
+from rec.metrics import binary, per_user, rmse
+from rec.pipeline import Sequences
 
 EASE_MAX_ITEMS = 30_000  # its N x N float32 matrix is then 3.6 GB; solving takes minutes
 SECONDS_A_DAY = 86_400
@@ -203,3 +204,93 @@ def tune(
         return Tuned(name, params, value, baseline)
 
     return max(starmap(fitted, candidates), key=lambda tuned: tuned.value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ratings
+
+
+class GlobalMean:
+    """Every rating is the mean of the training ratings."""
+
+    name = "global_mean"
+
+    def fit(self, user: np.ndarray, item: np.ndarray, rating: np.ndarray, users: int, items: int) -> None:
+        """Learns from ratings [n] of user and item rows [n]."""
+        self.mean = float(rating.mean())
+
+    def predict(self, user: np.ndarray, item: np.ndarray) -> np.ndarray:
+        """[n] user and item rows -> [n] ratings."""
+        return np.full(len(user), self.mean)
+
+
+@dataclass
+class RatingBiases(GlobalMean):
+    """The mean, and how far a user and an item are off it, shrunk to zero (Koren, Bell and Volinsky 2009)."""
+
+    regularization: float = 5.0
+    name = "biases"
+
+    def fit(self, user: np.ndarray, item: np.ndarray, rating: np.ndarray, users: int, items: int) -> None:
+        super().fit(user, item, rating, users, items)
+        self.of_user, self.of_item = np.zeros(users), np.zeros(items)
+        for _ in range(10):  # by turns: each is the ridge solution given the other
+            self.of_item = self._solved(item, rating - self.mean - self.of_user[user], items)
+            self.of_user = self._solved(user, rating - self.mean - self.of_item[item], users)
+
+    def _solved(self, rows: np.ndarray, rest: np.ndarray, n: int) -> np.ndarray:
+        return np.bincount(rows, weights=rest, minlength=n) / (np.bincount(rows, minlength=n) + self.regularization)
+
+    def predict(self, user: np.ndarray, item: np.ndarray) -> np.ndarray:
+        return self.mean + self.of_user[user] + self.of_item[item]
+
+
+@dataclass
+class MatrixFactorization(RatingBiases):
+    """Biases, then factors for what they leave, by alternating least squares (Zhou et al. 2008, ALS-WR)."""
+
+    factors: int = 16
+    weight: float = 0.1  # of the squared factors, for each rating of a row
+    seed: int = 0
+    name = "mf"
+
+    def fit(self, user: np.ndarray, item: np.ndarray, rating: np.ndarray, users: int, items: int) -> None:
+        super().fit(user, item, rating, users, items)
+        rest = csr_matrix((rating - super().predict(user, item), (user, item)), shape=(users, items))
+        self.P = np.zeros((users, self.factors))
+        self.Q = np.random.default_rng(self.seed).normal(0, 0.1, (items, self.factors))
+        for _ in range(10):
+            self.P = self._half(rest, self.Q)
+            self.Q = self._half(rest.T.tocsr(), self.P)
+
+    def _half(self, rest: csr_matrix, fixed: np.ndarray) -> np.ndarray:
+        """The factors [rows, F] of each row of `rest`, given those of its columns."""
+        solved = np.zeros((rest.shape[0], self.factors))
+        for row in np.flatnonzero(np.diff(rest.indptr)):
+            at = slice(rest.indptr[row], rest.indptr[row + 1])
+            known = fixed[rest.indices[at]]
+            gram = known.T @ known + self.weight * len(known) * np.eye(self.factors)
+            solved[row] = np.linalg.solve(gram, known.T @ rest.data[at])
+        return solved
+
+    def predict(self, user: np.ndarray, item: np.ndarray) -> np.ndarray:
+        return super().predict(user, item) + np.einsum("nf,nf->n", self.P[user], self.Q[item])
+
+
+def rating_baselines(train: Sequences, val: Sequences, items: int) -> dict[str, GlobalMean]:
+    """Each rating baseline, fitted on `train` with the settings that have the lowest RMSE on `val`."""
+    ratings, held = train.ratings, val.ratings
+    assert ratings is not None and held is not None
+    weights = product((4, 16), (0.03, 0.1, 0.3))
+    grids: dict[type[GlobalMean], list[dict[str, Any]]] = {
+        GlobalMean: [{}],
+        RatingBiases: [{"regularization": r} for r in (1.0, 3.0, 10.0)],
+        MatrixFactorization: [{"factors": f, "weight": w} for f, w in weights],
+    }
+    found = {}
+    for make, grid in grids.items():
+        candidates = [make(**parameters) for parameters in grid]
+        for candidate in candidates:
+            candidate.fit(train.users, train.items, ratings, len(train.lengths), items)
+        found[make.name] = min(candidates, key=lambda each: rmse(each.predict(val.users, val.items), held))
+    return found

@@ -15,7 +15,8 @@ from rec.features import FIRST_ITEM, FIRST_USER, PAD, UNKNOWN_USER, Vocabulary
 from rec.pipeline import Corpus, Sequences
 from rec.ranking.model import RankingModel, score_candidates
 from rec.retrieval.index import ExactIndex, ScannIndex
-from rec.retrieval.model import LOWEST, RetrievalModel, best_unseen
+from rec.retrieval.model import LOWEST, RetrievalModel, best_unseen, now
+from rec.trend import Trend
 
 IDS = tf.TensorSpec([None], tf.string)
 LISTS = tf.TensorSpec([None, None], tf.string)
@@ -149,9 +150,8 @@ class RetrievalModule(tf.Module):
         query = self.model.get.query(user, history, time)
         widest = tf.reduce_max(tf.reduce_sum(tf.cast(seen != PAD, tf.int32), 1))
         scores, found = self._search(query, self.k + widest)
-        # Rows are in order of popularity, so the most popular items are simply the first.
-        popular = tf.range(FIRST_ITEM, FIRST_ITEM + tf.shape(found)[1])
-        popular = tf.where(popular < FIRST_ITEM + self.model.get.n_items, popular, PAD)
+        depth = tf.shape(found)[1]
+        popular = tf.pad(self.model.get.popular, [[0, depth]], constant_values=PAD)[:depth]
         prior = tf.where(popular == PAD, LOWEST, self.model.get.prior(popular))
         cold = self.model.get.is_cold(user, history)[:, None]
         scores, found = tf.where(cold, prior, scores), tf.where(cold, popular, found)
@@ -184,9 +184,9 @@ class RankingModule(tf.Module):
     It holds the retrieval model that it was trained for (its towers, not its index), whose score is one of its inputs.
     """
 
-    def __init__(self, model: RankingModel, retrieval: RetrievalModel, lookup: Lookup) -> None:
+    def __init__(self, model: RankingModel, retrieval: RetrievalModel, trend: Trend, lookup: Lookup) -> None:
         super().__init__(name="ranking")
-        self.lookup = lookup
+        self.trend, self.lookup = trend, lookup
         self.model, self.retrieval = _Untracked(model), _Untracked(retrieval)
         self.weights = model.variables + retrieval.variables
 
@@ -194,16 +194,23 @@ class RankingModule(tf.Module):
     def serving_default(self, user_id: tf.Tensor, item_id: tf.Tensor) -> dict[str, tf.Tensor]:
         """A known user's scores, from the history that the bundle stores."""
         user = self.lookup.user_rows(user_id)
-        return self._answer(user, self.lookup.stored(user), item_id)
+        return self._answer(user, self.lookup.stored(user), item_id, now(user))
 
     @tf.function(input_signature=[IDS, LISTS, LISTS])
     def from_history(self, user_id: tf.Tensor, history: tf.Tensor, item_id: tf.Tensor) -> dict[str, tf.Tensor]:
         """Scores from the caller's history. An item that the bundle does not know scores lowest."""
-        return self._answer(self.lookup.user_rows(user_id), self.lookup.item_rows(history), item_id)
+        return self.score_at(user_id, history, item_id, now(user_id))
 
-    def _answer(self, user: tf.Tensor, history: tf.Tensor, item_id: tf.Tensor) -> dict[str, tf.Tensor]:
+    @tf.function(input_signature=[IDS, LISTS, LISTS, TIMES])
+    def score_at(
+        self, user_id: tf.Tensor, history: tf.Tensor, item_id: tf.Tensor, time: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """Like from_history, at a given time: what an evaluation needs."""
+        return self._answer(self.lookup.user_rows(user_id), self.lookup.item_rows(history), item_id, time)
+
+    def _answer(self, user: tf.Tensor, history: tf.Tensor, item_id: tf.Tensor, time: tf.Tensor) -> dict[str, tf.Tensor]:
         rows = self.lookup.item_rows(item_id)
-        scores = score_candidates(self.model.get, self.retrieval.get, user, history, rows)
+        scores = score_candidates(self.model.get, self.retrieval.get, self.trend, user, history, rows, time)
         return {"score": tf.where(rows == PAD, LOWEST, scores)}
 
     def signatures(self) -> dict[str, tf.types.experimental.ConcreteFunction]:

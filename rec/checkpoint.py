@@ -4,13 +4,13 @@ Beside the weights (fit.py) a checkpoint keeps what gives their rows a meaning: 
 encoding of each feature column. So a model can be exported for a data set that has come to hold more items.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rec.config import Config, Features, Ranking, Retrieval
+from rec.config import Config, Features, Ranking, Retrieval, to_dict
 from rec.data_prep.dataset import Dataset
 from rec.errors import UserError
 from rec.features import FIRST_ITEM, FIRST_USER, Vocabulary, columns_from_json, columns_to_json
@@ -30,16 +30,8 @@ class TrainedRetrieval:
 
 def describe(config: Config, corpus: Corpus, stage: str, **more: Any) -> dict[str, Any]:
     """What identifies a training run: the same description, the same result. JSON-able."""
-    section = asdict(getattr(config, stage))
-    section = {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
-    return {
-        "stage": stage,
-        "dataset": corpus.dataset_id,
-        "seed": config.seed,
-        "features": asdict(config.features),
-        stage: section,
-        **more,
-    }
+    kept = {key: value for key, value in to_dict(config).items() if key in ("seed", "features", stage)}
+    return {"stage": stage, "dataset": corpus.dataset_id, **kept, **more}
 
 
 def corpus_files(corpus: Corpus) -> dict[str, str]:
@@ -54,26 +46,17 @@ def corpus_files(corpus: Corpus) -> dict[str, str]:
 
 def load_trained_corpus(directory: Path, dataset: Dataset) -> Corpus:
     """A data set with the rows and encodings of a checkpoint."""
-
-    def vocabulary(name: str, first: int) -> Vocabulary:
-        ids = np.array((directory / name).read_text(encoding="utf-8").split("\n")[:-1], object)
-        return Vocabulary(ids, first, len(ids))
-
-    user_columns, item_columns = (
-        columns_from_json((directory / f"{side}_columns.json").read_text(encoding="utf-8")) for side in ("user", "item")
-    )
-    return load_corpus(
-        dataset, Features(), vocabulary("users.txt", FIRST_USER), vocabulary("items.txt", FIRST_ITEM),
-        (user_columns, item_columns),
-    )  # fmt: skip
+    sides = []
+    for side, first in (("user", FIRST_USER), ("item", FIRST_ITEM)):
+        ids = (directory / f"{side}s.txt").read_text(encoding="utf-8").split("\n")[:-1]
+        columns = columns_from_json((directory / f"{side}_columns.json").read_text(encoding="utf-8"))
+        sides.append((Vocabulary(np.array(ids, object), first, len(ids)), columns))
+    (users, user_columns), (items, item_columns) = sides
+    return load_corpus(dataset, Features(), users, items, (user_columns, item_columns))
 
 
 def load_retrieval(directory: Path, dataset: Dataset) -> TrainedRetrieval:
-    """The retrieval model of a finished checkpoint.
-
-    Raises:
-      UserError: there is no finished retrieval checkpoint.
-    """
+    """The retrieval model of a finished checkpoint. Raises UserError if there is none."""
     run = _run(directory, "retrieval")
     corpus = load_trained_corpus(directory, dataset)
     model = RetrievalModel(Retrieval(**run["retrieval"]), corpus)
@@ -83,14 +66,14 @@ def load_retrieval(directory: Path, dataset: Dataset) -> TrainedRetrieval:
 def load_ranking(directory: Path, retrieval: TrainedRetrieval) -> tuple[RankingModel, Fitted, dict[str, Any]]:
     """The ranking model of a finished checkpoint, its result and its run.
 
-    Raises:
-      UserError: there is no finished ranking checkpoint, or it was trained for another retrieval model.
+    Raises UserError if there is no finished ranking checkpoint, or if it was trained for another retrieval model.
     """
     run = _run(directory, "ranking")
     if run["retrieval_run"] != retrieval.run:
         raise UserError(f"{directory} was trained for another retrieval model: train ranking again")
     config = Ranking(**{**run["ranking"], "hidden": tuple(run["ranking"]["hidden"])})
-    model = RankingModel(config, retrieval.model.config.embedding_dim, retrieval.corpus, retrieval.corpus.train)
+    settings = retrieval.model.config
+    model = RankingModel(config, settings.window, settings.embedding_dim, retrieval.corpus)
     return model, restore(model, directory), run
 
 

@@ -28,6 +28,8 @@ Positive = Annotated[float, "above 0 and finite", lambda x: 0 < x < float("inf")
 Rate = Annotated[float, "0 or more and below 1", lambda x: 0 <= x < 1]
 Share = Annotated[float, "above 0 and below 1", lambda x: 0 < x < 1]
 Target = Annotated[float, "above 0 and at most 1", lambda x: 0 < x <= 1]
+NotNegative = Annotated[float, "0 or more and finite", lambda x: 0 <= x < float("inf")]
+OBJECTIVES = ("implicit", "listwise", "rating")
 KINDS = ("categorical", "multi", "numeric", "text", "time")
 FeatureKind = Annotated[str, "one of " + ", ".join(KINDS), KINDS.__contains__]
 Columns = Annotated[str | dict[str, FeatureKind], "auto, or {column: kind}", lambda x: x == "auto" or type(x) is dict]
@@ -42,32 +44,34 @@ class Features:
 
 @dataclass(frozen=True)
 class Retrieval:
-    arch: str = "two_tower"  # query tower; see rec/retrieval/towers.py
+    # query tower (rec/retrieval/towers.py); auto = sasrec, or two_tower where interactions have no timestamps
+    arch: str = "auto"
     embedding_dim: Count = 64
     layers: Count = 2  # transformer blocks or recurrent layers; two_tower ignores it
     heads: Count = 2  # attention heads of sasrec
     dropout: Rate = 0.2
-    window: Count = 50  # positions a training example; also the longest history that a tower reads
-    epochs: Count = 20  # at most: early stopping on val/ndcg@10
+    window: CountOr0 = 0  # positions a training example, and the longest history that is read; 0 = 50, unordered 1000
+    epochs: CountOr0 = 0  # at most: early stopping on val/ndcg@10; 0 = 12 to 100, for about 1,500 steps
     patience: Count = 8  # epochs without a better val/ndcg@10 before training stops
-    batch_size: Count = 64  # windows a step
-    learning_rate: Positive = 0.005  # sasrec wants 0.002
+    batch_size: Count = 64  # windows a step, at 50 positions each: more of them where they are shorter
+    learning_rate: Positive = 0.002  # falls to 0 along a cosine
+    l2: NotNegative = 0.0  # penalty on the squared vectors of each batch's negatives; 0.03 helps unordered data
     temperature: Positive = 1.0
     logq: bool = True  # correct sampled logits by log of the sampling probability
-    in_batch_negatives: CountOr0 = 256  # targets of other examples in the batch, shared by all; 0 = none
-    uniform_negatives: CountOr0 = 256  # items drawn uniformly from the catalogue, shared by all; 0 = none
+    in_batch_negatives: CountOr0 = 512  # targets of other examples in the batch, shared by all; 0 = none
+    uniform_negatives: CountOr0 = 2048  # items drawn uniformly, shared by all; a catalogue no larger is taken whole
     hard_negatives: CountOr0 = 0  # keep only the n highest-scored negatives of each position; 0 = all
     mask_accidental_hits: bool = True  # a negative that is the position's own target does not count
     mask_user_positives: bool = True  # nor does one that the user has interacted with elsewhere in the window
-    user_id: bool = True  # the query tower embeds the user id
+    user_id: bool = False  # the query tower embeds the user id
     query_time: bool = False  # the query tower reads the hour and weekday of the request
 
 
 @dataclass(frozen=True)
 class Ranking:
     arch: str = "mlp"  # mlp, dlrm or dcn
-    # implicit: clicks on mined candidates; rating: squared error on ratings
-    objective: Annotated[str, "one of implicit, rating", ("implicit", "rating").__contains__] = "implicit"
+    # implicit: clicks on mined candidates, one by one; listwise: a softmax over each list; rating: squared error
+    objective: Annotated[str, f"one of {', '.join(OBJECTIVES)}", OBJECTIVES.__contains__] = "implicit"
     candidates: Count = 100  # length of a candidate list
     holdout: Share = 0.15  # latest share of the training interactions that labels the candidate lists
     hidden: tuple[Count, ...] = (128, 64)
@@ -75,6 +79,7 @@ class Ranking:
     epochs: Count = 10
     patience: Count = 3
     batch_size: Count = 64  # candidate lists a step; with `rating`, 16 ratings count as one
+    l2: NotNegative = 0.05  # with `rating`: penalty on the squared vectors of the users and items of a batch
     learning_rate: Positive = 0.001
 
 
@@ -142,6 +147,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         raise UserError(f"{where}: {f'line {mark.line + 1}: ' if mark else ''}{problem}") from None
     return config
+
+
+def settled(config: Retrieval, ordered: bool, interactions: int) -> Retrieval:
+    """`auto` and 0 replaced by what suits a data set, with or without timestamps, of so many training interactions."""
+    chosen: dict[str, Any] = {
+        "arch": ("sasrec" if ordered else "two_tower") if config.arch == "auto" else config.arch,
+        "window": config.window or (50 if ordered else 1000),
+        "epochs": config.epochs or min(max(round(5_000_000 / interactions), 12), 100),
+    }
+    return replace(config, **chosen)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from rec.recommender import Recommender
 
 K = max(metrics.KS)
 BATCH = 256  # users a call
-SHOWN = ("ndcg@10", "recall@10", "recall@100", "mrr", "coverage@10")
+SHOWN = ("ndcg@10", "recall@10", "recall@100", "mrr", "coverage@10", "popularity@10")
 
 
 @dataclass(frozen=True)
@@ -46,24 +46,26 @@ class Task:
     held: Sequences
     history: Sequences
     users: np.ndarray  # [U] user rows with held-out items
+    relevant: sp.csr_matrix  # [U, catalogue]
+    seen: sp.csr_matrix  # [U, catalogue]
 
     @classmethod
     def of(cls, corpus: Corpus, split: str) -> "Task":
-        held = corpus.val if split == "val" else corpus.test
+        """Raises UserError where the split is empty, or holds what is in a user's history."""
+        held, history = corpus.val if split == "val" else corpus.test, corpus.history(split)
         users = np.flatnonzero(held.lengths).astype(np.int32)
         if not len(users):
             raise UserError(f"the {split} split holds no interactions: there is nothing to measure")
-        task = cls(corpus, held, corpus.history(split), users)
-        metrics.check_no_overlap(task.seen, task.relevant)
-        return task
+        relevant, seen = (part.matrix(users, corpus.items.rows)[:, FIRST_ITEM:] for part in (held, history))
+        metrics.check_no_overlap(seen, relevant)
+        return cls(corpus, held, history, users, relevant, seen)
 
-    @property
-    def relevant(self) -> sp.csr_matrix:
-        return self.held.matrix(self.users, self.corpus.items.rows)[:, FIRST_ITEM:]
-
-    @property
-    def seen(self) -> sp.csr_matrix:
-        return self.history.matrix(self.users, self.corpus.items.rows)[:, FIRST_ITEM:]
+    def segments(self) -> dict[str, np.ndarray]:
+        """[U] bool masks: users without a history, and those with one up to the median length, or a longer one."""
+        lengths = self.history.lengths[self.users]
+        median = np.median(lengths[lengths > 0]) if lengths.any() else 0
+        masks = {"cold": lengths == 0, "light": (lengths > 0) & (lengths <= median), "heavy": lengths > median}
+        return {name: mask for name, mask in masks.items() if mask.any()}
 
     def requests(self) -> Iterator[tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
         """Batches of user_id [B], history [B, S] and request time [B], as a bundle takes them."""
@@ -84,6 +86,16 @@ class Task:
         rows = self.corpus.items.encode(np.char.decode(ids, "utf-8").astype(object).ravel(), PAD)
         rows = np.where(rows == PAD, -1, rows - FIRST_ITEM).reshape(ids.shape)
         return np.pad(rows, [(0, 0), (0, K - rows.shape[1])], constant_values=-1)
+
+    def predicted_ratings(self, pair: Recommender) -> np.ndarray:
+        """The ranking bundle's predictions of all held-out ratings, in the order of `held`."""
+        by_row, parts = np.concatenate([np.full(FIRST_ITEM, "", object), self.corpus.items.ids]), []
+        for begin, (users, history, times) in zip(range(0, len(self.users), BATCH), self.requests(), strict=True):
+            asked = self.users[begin : begin + BATCH]
+            rows = self.held.last(asked, self.held.longest(asked))
+            items = tf.reshape(tf.constant(by_row[rows].tolist(), tf.string), rows.shape)
+            parts.append(pair.module.ranking.score_at(users, history, items, times)["score"].numpy()[rows != PAD])
+        return np.concatenate(parts)
 
 
 def evaluate(
@@ -107,16 +119,63 @@ def evaluate(
             "first, or name another output.savedmodels"
         )
     ranked = _baselines(task, corpus, config.seed, with_baselines)
+    named = list(ranked)
     ranked["retrieval"] = task.ranked(pair.module.retrieval.retrieve_exactly)
     ranked["retrieval_ann"] = task.ranked(pair.module.retrieval.retrieve)
     if pair.module.ranking is not None:
         ranked["recommender"] = task.ranked(pair.module.recommend_from)
-    relevant = task.relevant
-    systems = {}
-    for name, rows in ranked.items():
-        systems[name] = metrics.summarise(metrics.per_user(rows, relevant), config.seed)
-        systems[name] |= {f"coverage@{k}": metrics.coverage(rows, k, relevant.shape[1]) for k in metrics.KS}
-    return {"dataset": str(config.dataset), "split": split, "users": len(task.users), "systems": systems}
+    values = {name: metrics.per_user(rows, task.relevant) for name, rows in ranked.items()}
+    best = max(named, key=lambda name: values[name]["ndcg@10"].mean())
+    report: dict[str, Any] = {
+        "dataset": str(config.dataset),
+        "split": split,
+        "users": len(task.users),
+        "best_baseline": best,
+    }
+    report["systems"] = {name: _summary(task, rows, values[name], config.seed) for name, rows in ranked.items()}
+    for name, summary in report["systems"].items():
+        difference = metrics.paired_bootstrap(values[name]["ndcg@10"], values[best]["ndcg@10"], config.seed)
+        summary["ndcg@10_vs_best_baseline"] = difference
+    report["segments"] = {name: _where(values, mask, config.seed) for name, mask in task.segments().items()}
+    if pair.predicts_ratings:
+        report["ratings"] = _rating_errors(task, corpus, pair)
+    return report
+
+
+def _summary(task: Task, rows: np.ndarray, values: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
+    """What the report says of one system."""
+    popularity, top = task.corpus.popularity[FIRST_ITEM:], rows[:, :10]
+    coverage = {f"coverage@{k}": metrics.coverage(rows, k, task.relevant.shape[1]) for k in metrics.KS}
+    return metrics.summarise(values, seed) | coverage | {"popularity@10": float(popularity[top[top >= 0]].mean())}
+
+
+def _where(values: dict[str, dict[str, np.ndarray]], mask: np.ndarray, seed: int) -> dict[str, Any]:
+    """Where quality is won or lost among the users of `mask` [U]: each system, the index, the ranker."""
+    shown = ("ndcg@10", "recall@10", "recall@100")
+    part: dict[str, Any] = {"users": int(mask.sum())}
+    part["systems"] = {
+        name: {metric: float(of[metric][mask].mean()) for metric in shown} for name, of in values.items()
+    }
+    ndcg = {name: of["ndcg@10"][mask] for name, of in values.items()}
+    part["index_cost"] = metrics.paired_bootstrap(ndcg["retrieval"], ndcg["retrieval_ann"], seed)
+    if "recommender" in ndcg:
+        found = values["retrieval_ann"]["recall@100"][mask] > 0  # whom the ranker can help at all
+        if found.any():
+            gain = metrics.paired_bootstrap(ndcg["recommender"][found], ndcg["retrieval_ann"][found], seed)
+            part["ranking_gain"] = gain | {"users": int(found.sum())}
+    return part
+
+
+def _rating_errors(task: Task, corpus: Corpus, pair: Recommender) -> dict[str, dict[str, float]]:
+    """RMSE of the ranker and of rating baselines on the held-out ratings."""
+    held, ratings = task.held, task.held.ratings
+    assert ratings is not None
+    predicted = {
+        name: baseline.predict(held.users, held.items)
+        for name, baseline in baselines.rating_baselines(corpus.train, corpus.val, corpus.items.rows).items()
+    }
+    predicted["recommender"] = task.predicted_ratings(pair)
+    return {name: {"rmse": metrics.rmse(values, ratings)} for name, values in predicted.items()}
 
 
 def _baselines(task: Task, corpus: Corpus, seed: int, all_of_them: bool) -> dict[str, np.ndarray]:
@@ -145,13 +204,30 @@ def load_latest(config: Config) -> Recommender:
 
 
 def show_systems(report: dict[str, Any]) -> None:
-    """Prints the systems as a table on stderr."""
+    """Prints the systems as tables on stderr: all users, then where quality is won or lost."""
     print(f"\n{report['dataset']}, {report['split']}, {report['users']:,} users", file=sys.stderr)
-    print(f"{'':20}" + "".join(f"{name:>12}" for name in SHOWN) + f"{'95 % of ndcg@10':>22}", file=sys.stderr)
+    against = f"{'less ' + report['best_baseline']:>22}"
+    print(f"{'':20}" + "".join(f"{name:>12}" for name in SHOWN) + f"{'95 % of ndcg@10':>18}{against}", file=sys.stderr)
     for name, values in report["systems"].items():
-        low, high = values["ndcg@10_ci"]
+        (low, high), (least, most) = values["ndcg@10_ci"], values["ndcg@10_vs_best_baseline"]["ci"]
         cells = "".join(f"{values[metric]:12.4f}" for metric in SHOWN)
-        print(f"{name:20}{cells}{f'{low:.4f} to {high:.4f}':>22}", file=sys.stderr)
+        print(f"{name:20}{cells}{f'{low:.4f} - {high:.4f}':>18}{f'{least:+.4f} {most:+.4f}':>22}", file=sys.stderr)
+    for segment, part in report["segments"].items():
+        print(f"\n{segment}, {part['users']:,} users", file=sys.stderr)
+        for name, values in part["systems"].items():
+            print(
+                f"  {name:18}" + "".join(f"{metric:>12} {value:.4f}" for metric, value in values.items()),
+                file=sys.stderr,
+            )
+        for name in ("index_cost", "ranking_gain"):
+            if name in part:
+                low, high = part[name]["ci"]
+                print(
+                    f"  {name:18}{part[name]['difference']:+.4f} of ndcg@10, 95 % {low:+.4f} {high:+.4f}",
+                    file=sys.stderr,
+                )
+    for name, values in report.get("ratings", {}).items():
+        print(f"{name:20}{'rmse':>12} {values['rmse']:.4f}", file=sys.stderr)
 
 
 def show_recommendations(config: Config, users: int = 3, k: int = 5) -> None:

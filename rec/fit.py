@@ -1,9 +1,13 @@
 """The training loop that both stages share: epochs, validation, early stopping, checkpoints, resume.
 
 - After every epoch the weights, the optimiser and the state are on disk: a killed run, started again with the same
-  command, goes on with the epoch after the last complete one. Batches depend on (seed, epoch) only.
+  command, goes on with the epoch after the last complete one, and ends as an unbroken one does, to the last digit.
 - A run lives in `CHECKPOINTS/STAGE.partial` until it is finished; then it replaces `CHECKPOINTS/STAGE` by rename.
-- A checkpoint is weights plus `run.json`, which says what they belong to, and is compared before they are used.
+
+    run.json        what the checkpoint belongs to: compared before its weights are used
+    epoch-N.*       weights and optimiser after epoch N (0: before training): of the best epoch, and of the last one
+    state.json      how far the run has come; an epoch counts from the moment this file says so
+    metrics.jsonl   a line an epoch
 """
 
 import json
@@ -46,31 +50,24 @@ class LazyAdam(tf.keras.optimizers.Adam):
         variable.scatter_sub(tf.IndexedSlices(rate * first / (tf.sqrt(second) + self.epsilon), rows))
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """How a run ended. The model holds the weights of its best epoch."""
-
-    best_epoch: int  # 1 is the first epoch; 0 is the model before training
-    metrics: dict[str, float]  # of the best epoch
-    examples_per_second: float  # training interactions, validation not counted
-    seconds: float  # of training and validation, over all sessions of the run
-
-
 @dataclass
-class _State:
-    """What a resumed run must know beside the weights."""
+class Fitted:
+    """How far a run has come. When it is finished, the model holds the weights of its best epoch."""
 
-    epoch: int = 0
+    examples: int  # training interactions an epoch
+    history: list[dict[str, float]]  # the metrics after each epoch; number 0 is the model before training
+    epoch: int = 0  # the last complete one
     best_epoch: int = 0
-    best: dict[str, float] | None = None
-    examples: int = 0
-    train_seconds: float = 0.0
-    seconds: float = 0.0
-    finished: bool = False
+    train_seconds: float = 0.0  # without validation, over all sessions of the run
 
-    def fitted(self) -> Fitted:
-        rate = self.examples / self.train_seconds if self.train_seconds else 0.0
-        return Fitted(self.best_epoch, self.best or {}, rate, self.seconds)
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The best epoch's."""
+        return self.history[self.best_epoch]
+
+    @property
+    def examples_per_second(self) -> float:
+        return self.epoch * self.examples / self.train_seconds if self.epoch else 0.0
 
 
 def fit(
@@ -90,14 +87,13 @@ def fit(
     patience: int = 0,
     on_epoch: OnEpoch = lambda epoch, metrics: None,
 ) -> Fitted:
-    """Trains `model` and leaves its best weights in it and in `directory`.
+    """Trains `model` and leaves its best weights in it and in `directory`. Raises UserError if the loss diverges.
 
     Args:
-      batches: epoch (0 first) -> that epoch's data.
-      examples: training interactions an epoch, for the throughput.
+      batches: epoch (0 first) -> that epoch's data, of `examples` training interactions.
       directory: where the finished checkpoint belongs.
-      files: texts to keep beside the weights, by name.
       run: what identifies the run (configuration, data); an interrupted one with the same `run` is resumed.
+      files: texts to keep beside the weights, by name.
       epochs: at most so many; the learning rate falls along a cosine that reaches zero behind the last.
       stop_after: end after so many epochs of that schedule.
       validate: -> metrics; without it, all epochs are trained and the last is kept.
@@ -105,123 +101,104 @@ def fit(
       patience: epochs without a better one before training stops.
       on_epoch: called with each epoch's number and metrics.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.with_name(directory.name + ".partial")
+    partial = Path(f"{directory}.partial")
     optimizer = LazyAdam(learning_rate)
     optimizer.build(model.trainable_variables)
     model.compile(optimizer=optimizer)
     checkpoint = tf.train.Checkpoint(weights=list(model.trainable_variables), optimizer=optimizer)
-    state = _resume(partial, run, files, checkpoint)
+    state = _resume(partial, run, checkpoint)
+    if state is None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, text in {**files, "run.json": json.dumps(run, indent=1)}.items():
+            (partial / name).write_text(text, encoding="utf-8", newline="\n")
+        state = Fitted(examples, [validate() if validate else {}])
+        _save(partial, checkpoint, state)
     sign = -1.0 if monitor == "val/rmse" else 1.0
-
-    def save(name: str) -> None:
-        checkpoint.write(str(partial / name))
-        _write_json(partial / "state.json", vars(state))
-
-    if state.epoch == 0 and validate is not None:
-        state.best = validate()
-        save("best-0")
-    progress = tqdm(total=stop_after or epochs, initial=state.epoch, desc=f"training {directory.name}", unit="epoch")
-    last_epoch = stop_after or epochs
-    while state.epoch < last_epoch and (validate is None or state.epoch - state.best_epoch < patience):
+    last = stop_after or epochs
+    progress = tqdm(range(state.epoch + 1, last + 1), directory.name, last, unit="epoch", initial=state.epoch)
+    for epoch in progress:
+        if validate is not None and state.epoch - state.best_epoch >= patience:
+            break
         start = time.perf_counter()
         optimizer.learning_rate.assign(learning_rate * (1 + np.cos(np.pi * state.epoch / epochs)) / 2)
-        tf.random.set_seed(seed + state.epoch)
-        history = model.fit(batches(state.epoch), epochs=1, verbose=0)
-        trained = time.perf_counter()
-        state.epoch += 1
-        state.examples += examples
-        state.train_seconds += trained - start
-        values = {"loss": float(history.history["loss"][-1])}
+        # Takes dropout back to the start of its sequence, which is fixed when the training step is traced. With
+        # another seed every epoch, a resumed run would be traced with another one than an unbroken run.
+        tf.random.set_seed(seed)
+        trained = model.fit(batches(state.epoch), epochs=1, verbose=0)
+        state.train_seconds += time.perf_counter() - start
+        values = {"loss": float(trained.history["loss"][-1])}
         if not np.isfinite(values["loss"]):
-            raise UserError(f"the loss is {values['loss']} after epoch {state.epoch}: lower the learning rate")
+            raise UserError(f"the loss is {values['loss']} after epoch {epoch}: lower the learning rate")
         if validate is not None:
             values |= validate()
-        is_best = validate is None or state.best is None or sign * values[monitor] > sign * state.best[monitor]
-        before = state.best_epoch
-        if is_best:
-            state.best_epoch, state.best = state.epoch, values
-        state.seconds += time.perf_counter() - start
-        with open(partial / "metrics.jsonl", "a") as log:
-            log.write(json.dumps({"epoch": state.epoch, **values}) + "\n")
-        on_epoch(state.epoch, values)
-        if is_best:
-            checkpoint.write(str(partial / f"best-{state.epoch}"))
-        save(f"last-{state.epoch}")
-        _remove(partial, f"last-{state.epoch - 1}")
-        if is_best:
-            _remove(partial, f"best-{before}")
-        shown = {"loss": values["loss"], monitor: values.get(monitor), "best": (state.best or {}).get(monitor)}
-        progress.set_postfix({name: f"{value:.4f}" for name, value in shown.items() if value is not None})
-        progress.update()
-    progress.close()
-    checkpoint.read(str(partial / f"best-{state.best_epoch}")).expect_partial()
-    _remove(partial, f"last-{state.epoch}")
-    state.finished = True
-    _write_json(partial / "state.json", vars(state))
+        if validate is None or sign * values[monitor] > sign * state.metrics[monitor]:
+            state.best_epoch = epoch
+        state.epoch = epoch
+        state.history.append(values)
+        on_epoch(epoch, values)
+        _save(partial, checkpoint, state)
+        shown = {name: values[name] for name in ("loss", monitor) if name in values}
+        progress.set_postfix(shown, best_epoch=state.best_epoch)
+    checkpoint.read(str(partial / f"epoch-{state.best_epoch}")).assert_consumed()
+    _keep(partial, state.best_epoch)
     replace_directory(partial, directory)
-    return state.fitted()
+    return state
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:
     """What identifies the finished run in `directory`; None if there is none."""
-    state = _read_json(directory / "state.json")
-    return _read_json(directory / "run.json") if state and state["finished"] else None
+    old = Path(f"{directory}.old")
+    if old.exists() and not directory.exists():  # killed in the middle of `replace_directory`
+        os.replace(old, directory)
+    path = directory / "run.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def restore(model: tf.keras.Model, directory: Path) -> Fitted:
     """Loads a finished run's best weights into `model`."""
-    state = _State(**_read_json(directory / "state.json"))
+    state = _read_state(directory)
     checkpoint = tf.train.Checkpoint(weights=list(model.trainable_variables))
-    checkpoint.read(str(directory / f"best-{state.best_epoch}")).expect_partial()
-    return state.fitted()
+    status = checkpoint.read(str(directory / f"epoch-{state.best_epoch}"))
+    status.assert_existing_objects_matched().expect_partial()  # the optimiser is not read
+    return state
 
 
-def _resume(partial: Path, run: dict[str, Any], files: dict[str, str], checkpoint: tf.train.Checkpoint) -> _State:
-    """Restores an interrupted run, if `partial` holds one with the same `run`; else begins a new one there."""
-    found = _read_json(partial / "state.json")
-    if found and _read_json(partial / "run.json") == run:
-        state = _State(**found)
-        name = f"last-{state.epoch}" if (partial / f"last-{state.epoch}.index").exists() else f"best-{state.epoch}"
-        checkpoint.read(str(partial / name)).assert_consumed()
-        log = partial / "metrics.jsonl"
-        if log.exists():  # a kill between the log and the state leaves a line too many
-            replace_text(log, "".join(log.read_text().splitlines(keepends=True)[: state.epoch]))
-        print(f"resuming after epoch {state.epoch} from {partial}", file=sys.stderr)
-        return state
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for name, text in files.items():
-        (partial / name).write_text(text, encoding="utf-8", newline="\n")
-    _write_json(partial / "run.json", run)
-    return _State()
+def _resume(partial: Path, run: dict[str, Any], checkpoint: tf.train.Checkpoint) -> Fitted | None:
+    """Restores an interrupted run; None if `partial` holds none with the same `run`."""
+    if not (partial / "state.json").exists() or read_run(partial) != run:
+        return None
+    state = _read_state(partial)
+    checkpoint.read(str(partial / f"epoch-{state.epoch}")).assert_consumed()
+    print(f"resuming after epoch {state.epoch} from {partial}", file=sys.stderr)
+    return state
+
+
+def _read_state(directory: Path) -> Fitted:
+    return Fitted(**json.loads((directory / "state.json").read_text()))
+
+
+def _save(partial: Path, checkpoint: tf.train.Checkpoint, state: Fitted) -> None:
+    checkpoint.write(str(partial / f"epoch-{state.epoch}"))
+    rows = [json.dumps({"epoch": epoch, **values}) for epoch, values in enumerate(state.history)]
+    (partial / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows[1:]))
+    (partial / "state.tmp").write_text(json.dumps(vars(state)))
+    os.replace(partial / "state.tmp", partial / "state.json")
+    _keep(partial, state.epoch, state.best_epoch)
+
+
+def _keep(partial: Path, *epochs: int) -> None:
+    """Removes the weights of all other epochs."""
+    for path in partial.glob("epoch-*"):
+        if path.stem not in [f"epoch-{epoch}" for epoch in epochs]:
+            path.unlink()
 
 
 def replace_directory(new: Path, target: Path) -> None:
-    """Puts `new` in the place of `target`; what was there stays until the very rename."""
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    """Puts `new` in the place of `target`, in two renames; `read_run` takes back the first if the second is missing."""
+    old = Path(f"{target}.old")
     if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(target, old)
     os.replace(new, target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove(directory: Path, name: str) -> None:
-    for path in directory.glob(f"{name}.*"):
-        path.unlink()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    replace_text(path, json.dumps(value, indent=1))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file by rename: a reader or a kill sees the old content or the new."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None

@@ -87,6 +87,11 @@ def coverage(ranked: np.ndarray, k: int, catalogue_size: int) -> float:
     return float(np.count_nonzero(np.bincount(top[top >= 0], minlength=catalogue_size)) / catalogue_size)
 
 
+def rmse(predicted: np.ndarray, ratings: np.ndarray) -> float:
+    """The root of the mean squared error of predicted ratings, of the shape of `ratings`."""
+    return float(np.sqrt(np.mean(np.square(np.asarray(predicted, np.float64) - ratings))))
+
+
 def summarise(values: dict[str, np.ndarray], seed: int = 0, resamples: int = 1000) -> dict:
     """Means over users with 95 % bootstrap intervals: {"ndcg@10": mean, "ndcg@10_ci": [low, high], ...}.
 

@@ -20,6 +20,7 @@ from rec.config import Features, Retrieval
 from rec.data_prep.dataset import Dataset
 from rec.features import FIRST_ITEM, FIRST_USER, PAD, START, UNKNOWN, UNKNOWN_USER, Column, Vocabulary, fit_columns
 
+WINDOW_POSITIONS = 50  # a batch holds batch_size times so many targets
 SORT_BATCHES = 20  # windows of so many batches are sorted by length before batching: less padding, still shuffled
 
 
@@ -69,10 +70,12 @@ class Sequences:
         return Sequences(offsets, self.items[keep], *parts)
 
     def shuffled(self, rng: np.random.Generator) -> "Sequences":
-        """Each user's interactions in a new random order (for data without timestamps)."""
-        order = np.lexsort([rng.random(len(self.items)), self.users])
-        parts = [None if part is None else part[order] for part in (self.times, self.ratings)]
-        return Sequences(self.offsets, self.items[order], *parts)
+        """Each user's interactions of one and the same second in a new random order; without times, all of them."""
+        times = () if self.times is None else (self.times,)
+        order = np.lexsort((rng.random(len(self.items)), *times, self.users))
+        return Sequences(
+            self.offsets, self.items[order], self.times, None if self.ratings is None else self.ratings[order]
+        )
 
 
 @dataclass(frozen=True)
@@ -212,8 +215,7 @@ def window_batches(corpus: Corpus, config: Retrieval, train: Sequences, seed: in
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         rng = np.random.default_rng([seed, epoch])
-        sequences = train if corpus.ordered else train.shuffled(rng)
-        yield from _batches(sequences, config, corpus.items, rng)
+        yield from _batches(train.shuffled(rng), config, corpus.items, rng)
 
     return tf.data.Dataset.from_generator(batches, output_signature=signature).prefetch(4)
 
@@ -222,11 +224,14 @@ def _batches(
     sequences: Sequences, config: Retrieval, items: Vocabulary, rng: np.random.Generator
 ) -> Iterator[dict[str, np.ndarray]]:
     cut = windows(sequences, config.window, rng)
-    order = rng.permutation(len(cut.user))
+    size = config.batch_size * WINDOW_POSITIONS
+    length = cut.end - cut.begin
+    order = rng.permutation(len(length))
     batches: list[np.ndarray] = []
-    for pool in np.array_split(order, max(1, len(order) // (config.batch_size * SORT_BATCHES))):
-        by_length = pool[np.argsort((cut.end - cut.begin)[pool], kind="stable")]
-        batches += np.array_split(by_length, max(1, round(len(pool) / config.batch_size)))
+    for pool in np.array_split(order, max(1, length.sum() // (size * SORT_BATCHES))):
+        by_length = pool[np.argsort(length[pool], kind="stable")]
+        positions = np.cumsum(length[by_length])
+        batches += np.split(by_length, np.flatnonzero(np.diff(positions // size)) + 1)
     for j in rng.permutation(len(batches)):
         user, begin, end = (part[batches[j]] for part in (cut.user, cut.begin, cut.end))
         columns = np.arange((end - begin).max() + 1)

@@ -44,20 +44,23 @@ class RecommenderModule(tf.Module):
     @tf.function(input_signature=[IDS, LISTS])
     def from_history(self, user_id: tf.Tensor, history: tf.Tensor) -> dict[str, tf.Tensor]:
         """Recommendations from the caller's history."""
-        return self._rank(user_id, history, self.retrieval.from_history(user_id, history))
+        found = self.retrieval.from_history(user_id, history)
+        if self.ranking is None:
+            return found
+        items = found["item_id"][:, : self._candidates]
+        scores = self.ranking.from_history(user_id, history, items)["score"]
+        return self._ranked(found, items, scores, self.retrieval.is_cold(user_id, history))
 
     @tf.function(input_signature=[IDS, LISTS, LISTS, TIMES])
     def recommend_from(
         self, user_id: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor
     ) -> dict[str, tf.Tensor]:
         """Like from_history, at a given time, without exactly `seen` [B, S]: what an evaluation needs."""
-        return self._rank(user_id, history, self.retrieval.retrieve(user_id, history, seen, time))
-
-    def _rank(self, user_id: tf.Tensor, history: tf.Tensor, found: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        found = self.retrieval.retrieve(user_id, history, seen, time)
         if self.ranking is None:
             return found
         items = found["item_id"][:, : self._candidates]
-        scores = self.ranking.from_history(user_id, history, items)["score"]
+        scores = self.ranking.score_at(user_id, history, items, time)["score"]
         return self._ranked(found, items, scores, self.retrieval.is_cold(user_id, history))
 
     def _ranked(
@@ -105,6 +108,11 @@ class Recommender:
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{retrieval}/items.parquet cannot be read: export the bundle again") from error
         return cls(module, items, metadata)
+
+    @property
+    def predicts_ratings(self) -> bool:
+        """Whether the ranking bundle's scores are ratings."""
+        return "ranking" in self.metadata and self.metadata["ranking"]["config"]["ranking"]["objective"] == "rating"
 
     def versions(self) -> dict[str, int]:
         return {stage: metadata["version"] for stage, metadata in self.metadata.items()}

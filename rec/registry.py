@@ -8,12 +8,13 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rec.data_prep.dataset import digest
 from rec.errors import UserError
 
 STAGES = ("retrieval", "ranking", "recommender")
@@ -25,11 +26,7 @@ def versions(stage_dir: Path) -> list[int]:
 
 
 def resolve(stage_dir: Path, reference: str | int = "latest") -> Path:
-    """The bundle that a version number or an alias names.
-
-    Raises:
-      UserError: there is none.
-    """
+    """The bundle that a version number or an alias names. Raises UserError if there is none."""
     found = versions(stage_dir)
     if not found:
         raise UserError(f"{stage_dir} holds no bundle: train one with python -m rec.train, or name a bundle directory")
@@ -49,11 +46,7 @@ def _aliases(stage_dir: Path) -> dict[str, int]:
 
 
 def retrieval_of(ranking: Path) -> Path:
-    """The retrieval bundle that a ranking bundle was trained for, in the same directory of bundles.
-
-    Raises:
-      UserError: `ranking` is not a ranking bundle, or that version is not there.
-    """
+    """The retrieval bundle that a ranking bundle was trained for, beside it. Raises UserError if it is not there."""
     version = read_metadata(ranking, "ranking")["built_from"]["retrieval"]["version"]
     return resolve(ranking.absolute().parent.parent / "retrieval", version)
 
@@ -67,11 +60,7 @@ def latest_pair(savedmodels: Path) -> tuple[Path, Path | None]:
 
 
 def read_metadata(bundle: Path, stage: str | None = None) -> dict[str, Any]:
-    """A bundle's metadata.json.
-
-    Raises:
-      UserError: the directory is not a bundle, or not one of that stage.
-    """
+    """A bundle's metadata.json. Raises UserError if the directory is not a bundle, or not one of `stage`."""
     path = bundle / "metadata.json"
     if not path.exists():
         raise UserError(f"{bundle} is not a bundle: it has no metadata.json (a bundle is SAVEDMODELS/STAGE/VERSION)")
@@ -96,8 +85,8 @@ def draft(stage_dir: Path) -> Iterator[Path]:
     for stale in stage_dir.glob("draft-*"):
         if not _is_running(stale):
             shutil.rmtree(stale, ignore_errors=True)
-    directory = Path(tempfile.mkdtemp(prefix=f"draft-{os.getpid()}-", dir=stage_dir))
-    directory.chmod(0o755)  # mkdtemp makes it private; TF Serving may run as another user
+    directory = stage_dir / f"draft-{os.getpid()}-{uuid.uuid4().hex}"
+    directory.mkdir()  # not by tempfile, which makes it private: TF Serving may run as another user
     try:
         yield directory
     finally:
@@ -127,17 +116,11 @@ def publish(directory: Path, stage_dir: Path, metadata: dict[str, Any]) -> int:
 def _is_running(draft: Path) -> bool:
     try:
         os.kill(int(draft.name.split("-")[1]), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)  # it runs, as another user
     return True
 
 
 def file_digests(directory: Path) -> dict[str, str]:
     """sha256 of every file below a directory, by its path in it."""
-    digests = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        with open(path, "rb") as file:
-            digests[str(path.relative_to(directory))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    return {str(path.relative_to(directory)): digest(path) for path in sorted(directory.rglob("*")) if path.is_file()}

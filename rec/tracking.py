@@ -21,35 +21,41 @@ PROJECT = "rec"
 class Tracker:
     """Logs to a W&B run, or to nothing."""
 
-    def __init__(self, run: Any | None) -> None:
-        self._run = run
+    _run: Any = None
+
+    def start(self, config: Config, stage: str) -> None:
+        if not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") != "offline":
+            message = "use_wandb is set, but neither WANDB_API_KEY nor WANDB_MODE=offline: not tracking"
+            print(f"warning: {message}", file=sys.stderr)
+            return
+        with self._forgiving():
+            import wandb
+
+            project = os.environ.get("WANDB_PROJECT", PROJECT)
+            self._run = wandb.init(project=project, job_type=stage, config=to_dict(config))
 
     def log(self, epoch: int, metrics: dict[str, float]) -> None:
         """Logs an epoch's metrics under their names."""
-        self._safely(lambda run: run.log({"epoch": epoch, **metrics}))
+        with self._forgiving():
+            if self._run:
+                self._run.log({"epoch": epoch, **metrics})
 
     def log_bundle(self, bundle: Path) -> None:
         """Logs a published bundle as the artifact STAGE_bundle, with its metrics, data set and versions."""
+        with self._forgiving():
+            if self._run:
+                import wandb
 
-        def log(run: Any) -> None:
-            import wandb
+                metadata = read_metadata(bundle)
+                kept = {key: metadata[key] for key in ("metrics", "dataset", "version", "built_from", "id")}
+                artifact = wandb.Artifact(f"{metadata['stage']}_bundle", type="model", metadata=kept)
+                artifact.add_dir(str(bundle))
+                self._run.log_artifact(artifact)
 
-            metadata = read_metadata(bundle)
-            kept = {key: metadata[key] for key in ("metrics", "dataset", "version", "built_from", "id")}
-            artifact = wandb.Artifact(f"{metadata['stage']}_bundle", type="model", metadata=kept)
-            artifact.add_dir(str(bundle))
-            run.log_artifact(artifact)
-
-        self._safely(log)
-
-    def finish(self) -> None:
-        self._safely(lambda run: run.finish())
-
-    def _safely(self, call: Any) -> None:
-        if self._run is None:
-            return
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
         try:
-            call(self._run)
+            yield
         except Exception as error:  # whatever W&B raises, training is worth more
             print(f"warning: W&B failed, tracking ends: {error}", file=sys.stderr)
             self._run = None
@@ -58,23 +64,12 @@ class Tracker:
 @contextmanager
 def track(config: Config, stage: str) -> Iterator[Tracker]:
     """A tracker for one stage's training, finished when the block ends."""
-    tracker = Tracker(_start(config, stage) if config.use_wandb else None)
+    tracker = Tracker()
+    if config.use_wandb:
+        tracker.start(config, stage)
     try:
         yield tracker
     finally:
-        tracker.finish()
-
-
-def _start(config: Config, stage: str) -> Any | None:
-    if not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") != "offline":
-        print(
-            "warning: use_wandb is set, but neither WANDB_API_KEY nor WANDB_MODE=offline: not tracking", file=sys.stderr
-        )
-        return None
-    try:
-        import wandb
-
-        return wandb.init(project=os.environ.get("WANDB_PROJECT", PROJECT), job_type=stage, config=to_dict(config))
-    except Exception as error:
-        print(f"warning: W&B failed, not tracking: {error}", file=sys.stderr)
-        return None
+        with tracker._forgiving():
+            if tracker._run:
+                tracker._run.finish()

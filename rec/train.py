@@ -26,7 +26,7 @@ import tensorflow_recommenders as tfrs
 
 from rec import metrics
 from rec.checkpoint import TrainedRetrieval, corpus_files, describe, load_retrieval
-from rec.config import Config, add_config_arguments, load_config
+from rec.config import Config, add_config_arguments, load_config, settled
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError, run_command
 from rec.evaluate import evaluate, show_recommendations, show_systems
@@ -34,15 +34,18 @@ from rec.export import bundle_of, export_ranking, export_recommender, export_ret
 from rec.features import FIRST_ITEM, PAD
 from rec.fit import Fitted, OnEpoch, fit, read_run, restore
 from rec.pipeline import Corpus, Sequences, load_corpus, window_batches
-from rec.ranking.candidates import hold_out, list_batches, mine, rated_lists
+from rec.ranking.candidates import first_queries, hold_out, list_batches, mine, rated_lists, training_queries
 from rec.ranking.model import RankingModel, score_lists
 from rec.retrieval.model import RetrievalModel
 from rec.tracking import track
+from rec.trend import Trend
 
 FACTORIZED_KS = (10, 100)
 # What a ranker is chosen by: the low end of the 95 % interval of what it adds to retrieval's order, which has 0. The
 # best of several epochs by NDCG alone is often luck, and worse than retrieval on test.
 GAIN = "val/ndcg@10_gain_low"
+VALIDATION_USERS = 10_000  # more would take longer to validate than to train
+MOST_LISTS = 50_000  # that a ranker is trained on
 RATINGS_A_LIST = 16  # a batch of ratings is so many times a batch of lists
 
 
@@ -54,9 +57,10 @@ def train_retrieval(config: Config) -> tuple[TrainedRetrieval, dict[str, Any]]:
     directory = Path(config.output.checkpoints) / "retrieval"
     with track(config, "retrieval") as tracker:
         model, fitted, run = _fit_retrieval(config, corpus, corpus.train, directory, on_epoch=tracker.log)
-        bundle = export_retrieval(model, corpus, config, run, fitted.metrics)
+        trained = TrainedRetrieval(model, corpus, fitted, run)
+        bundle = export_retrieval(trained, config)
         tracker.log_bundle(bundle)
-    return TrainedRetrieval(model, corpus, fitted, run), _answer("retrieval", bundle, fitted, start)
+    return trained, _answer("retrieval", bundle, fitted, start)
 
 
 def _fit_retrieval(
@@ -68,17 +72,18 @@ def _fit_retrieval(
     on_epoch: OnEpoch = lambda epoch, metrics: None,
 ) -> tuple[RetrievalModel, Fitted, dict[str, Any]]:
     """Fits a retrieval model; if told when to stop, without looking at validation data."""
+    config = replace(config, retrieval=settled(config.retrieval, corpus.ordered, len(corpus.train.items)))
     settings = config.retrieval
     tf.keras.utils.set_random_seed(config.seed)
     model = RetrievalModel(settings, corpus, train)
     run = describe(config, corpus, "retrieval", interactions=len(train.items), stop_after=stop_after)
     if stop_after is not None and read_run(directory) == run:
         return model, restore(model, directory), run
-    users = np.flatnonzero(corpus.val.lengths).astype(np.int32)
-    relevant = corpus.val.matrix(users, corpus.items.rows)
+    queries = _validation_queries(corpus, config.seed)
+    relevant = corpus.val.matrix(queries[0], corpus.items.rows)
 
     def validate() -> dict[str, float]:
-        lists = mine(model, corpus, corpus.train, corpus.val, max(metrics.KS), whole=True)
+        lists = mine(model, corpus.train, corpus.val, queries, max(metrics.KS), whole=True)
         return {**_means(_per_user(lists.items, relevant)), **_factorized_top_k(model, corpus)}
 
     fitted = fit(
@@ -88,6 +93,13 @@ def _fit_retrieval(
         validate=validate if stop_after is None else None, patience=settings.patience, on_epoch=on_epoch,
     )  # fmt: skip
     return model, fitted, run
+
+
+def _validation_queries(corpus: Corpus, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first query of each validation user, or of VALIDATION_USERS drawn ones."""
+    users, places = first_queries(corpus.val)
+    at = np.sort(np.random.default_rng(seed).permutation(len(users))[:VALIDATION_USERS])
+    return users[at], places[at]
 
 
 def _per_user(ranked: np.ndarray, relevant: Any) -> dict[str, np.ndarray]:
@@ -127,10 +139,10 @@ def train_ranking(config: Config, init_from: Path | None, trained: TrainedRetrie
             f"{config.output.checkpoints}/retrieval was trained on another data set than {config.dataset}: "
             "run python -m rec.train --stage retrieval first"
         )
-    bundle = bundle_of(config, trained.run)
+    bundle_of(config, trained.run)  # there must be one: say so before training
     tf.keras.utils.set_random_seed(config.seed)
     settings, corpus = config.ranking, trained.corpus
-    model = RankingModel(settings, trained.model.config.embedding_dim, corpus, corpus.train)
+    model = RankingModel(settings, trained.model.config.window, trained.model.config.embedding_dim, corpus)
     by = _by_rating if settings.objective == "rating" else _by_clicks
     batches, examples, validate, monitor = by(config, trained, model)
     if init_from is not None:
@@ -144,7 +156,7 @@ def train_ranking(config: Config, init_from: Path | None, trained: TrainedRetrie
             learning_rate=settings.learning_rate, seed=config.seed, validate=validate, monitor=monitor,
             patience=settings.patience, on_epoch=tracker.log,
         )  # fmt: skip
-        exported = export_ranking(model, trained, bundle, config, run, fitted.metrics)
+        exported = export_ranking(model, trained, config, run, fitted.metrics)
         tracker.log_bundle(exported)
     return _answer("ranking", exported, fitted, start)
 
@@ -163,44 +175,46 @@ def _by_clicks(config: Config, trained: TrainedRetrieval, model: RankingModel) -
     directory = Path(config.output.checkpoints) / "mining"
     miner, _, _ = _fit_retrieval(of_miner, corpus, past, directory, stop_after)
     model.start_from(miner)  # not from the final model, whose embeddings have seen the labels
-    whole = corpus.split_strategy == "temporal"
-    lists = mine(miner, corpus, past, labels, settings.candidates, whole).with_hits()
+    is_next = corpus.split_strategy == "leave_one_out"  # the test asks for the next item, not for all that follow
+    asked = training_queries(labels, is_next, MOST_LISTS, config.seed)
+    lists = mine(miner, past, labels, asked, settings.candidates, not is_next).with_hits()
     if not len(lists.user):
         raise UserError(
             "no candidate list holds a right item: retrieval is too weak to train a ranker on; train it longer"
         )
-    users = np.flatnonzero(corpus.val.lengths).astype(np.int32)
-    relevant = corpus.val.matrix(users, corpus.items.rows)
-    offered = mine(trained.model, corpus, corpus.train, corpus.val, settings.candidates, whole=True)
-
+    queries = _validation_queries(corpus, config.seed)
+    relevant = corpus.val.matrix(queries[0], corpus.items.rows)
+    offered = mine(trained.model, corpus.train, corpus.val, queries, settings.candidates, whole=True)
     as_retrieved = _per_user(offered.items, relevant)["ndcg@10"]
+    before, served = (Trend(part, corpus.items.rows) for part in (past, corpus.train))
 
     def validate() -> dict[str, float]:
-        order = np.argsort(-score_lists(model, offered), axis=1, kind="stable")
+        order = np.argsort(-score_lists(model, offered, served), axis=1, kind="stable")
         values = _per_user(np.take_along_axis(offered.items, order, 1), relevant)
         low, _ = metrics.paired_bootstrap(values["ndcg@10"], as_retrieved, config.seed)["ci"]
         return {**_means(values), GAIN: low}
 
     def batches(epoch: int) -> tf.data.Dataset:
         rng = np.random.default_rng([config.seed, epoch])
-        return list_batches(lists.take, len(lists.user), settings.batch_size, rng)
+        return list_batches(lists.take, before, len(lists.user), settings.batch_size, rng)
 
     return batches, lists.items.size, validate, GAIN
 
 
 def _by_rating(config: Config, trained: TrainedRetrieval, model: RankingModel) -> tuple[Epochs, int, Validate, str]:
-    """Every training rating, from the history before it."""
+    """Every training rating, from the history before it; or from all others of the user, as a test of a given split."""
     corpus, width = trained.corpus, trained.model.config.window
     train, batch_size = corpus.train, config.ranking.batch_size * RATINGS_A_LIST
+    known = train if corpus.split_strategy == "given" or not corpus.ordered else None
+    trend = Trend(train, corpus.items.rows)
     val = rated_lists(corpus.val, np.arange(len(corpus.val.items)), train, width)
 
     def batches(epoch: int) -> tf.data.Dataset:
         rng = np.random.default_rng([config.seed, epoch])
-        source = train if corpus.ordered else train.shuffled(rng)
-        return list_batches(lambda at: rated_lists(source, at, None, width), len(train.items), batch_size, rng)
+        return list_batches(lambda at: rated_lists(train, at, known, width), trend, len(train.items), batch_size, rng)
 
     def validate() -> dict[str, float]:
-        return {"val/rmse": float(np.sqrt(np.mean(np.square(score_lists(model, val) - val.labels))))}
+        return {"val/rmse": metrics.rmse(score_lists(model, val, trend), val.labels)}
 
     return batches, len(train.items), validate, "val/rmse"
 
@@ -221,7 +235,7 @@ def train_all(config: Config, init_from: Path | None) -> dict[str, Any]:
     trained, retrieval = train_retrieval(config)
     ranking = train_ranking(config, init_from, trained)
     start = time.perf_counter()
-    bundle = export_recommender(Path(retrieval["bundle"]), Path(ranking["bundle"]), config, ranking["metrics"])
+    bundle = export_recommender(Path(retrieval["bundle"]), Path(ranking["bundle"]), config)
     recommender = {"stage": "recommender", "bundle": str(bundle), "version": int(bundle.name)}
     report = evaluate(config, "test")
     show_systems(report)

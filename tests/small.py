@@ -1,5 +1,7 @@
 """Corpora small enough to work out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 
@@ -27,8 +29,15 @@ def corpus(
     if features:
         item_table["genres"] = [["even" if j % 2 == 0 else "odd"] for j in range(len(ids))]
     empty: list[list[int]] = [[] for _ in train]
+    splits = [
+        sequences(*train),
+        sequences(*(val or empty), first_time=2000),
+        sequences(*(test or empty), first_time=3000),
+    ]
+    if not ordered:
+        splits = [replace(split, times=None) for split in splits]
     return Corpus(
         "id", ordered, strategy, Vocabulary(users, FIRST_USER, len(users)), Vocabulary(ids, FIRST_ITEM, items),
         user_table, item_table, (), fit_columns(item_table, "item_id", "auto", np.arange(len(ids)) < items, "items"),
-        sequences(*train), sequences(*(val or empty), first_time=2000), sequences(*(test or empty), first_time=3000),
+        *splits,
     )  # fmt: skip

@@ -124,7 +124,7 @@ def test_nobody_gets_what_is_popular(bundles: dict[str, Any], trained: Trained):
         answer = call(bundles["retrieval"], "from_history", user_id=[user], history=[history])
         assert items_of(answer) == counts["item_id"].head(50).tolist()
         assert bundles["retrieval"].is_cold(strings([user]), strings([history])).numpy().tolist() == [True]
-    assert bundles["retrieval"].is_cold(strings(["u1"]), strings([[""]])).numpy().tolist() == [False]
+    assert bundles["retrieval"].is_cold(strings(["nobody"]), strings([["i1"]])).numpy().tolist() == [False]
 
 
 def test_similar_items_are_the_nearest_by_cosine(bundles: dict[str, Any], trained: Trained):
@@ -225,7 +225,7 @@ def test_metadata_says_what_a_bundle_is(trained: Trained):
     retrieval, ranking, recommender = (
         read_metadata(bundle_of(trained, stage)) for stage in ("retrieval", "ranking", "recommender")
     )
-    assert (retrieval["stage"], retrieval["version"], retrieval["architecture"]) == ("retrieval", 1, "two_tower")
+    assert (retrieval["stage"], retrieval["version"], retrieval["architecture"]) == ("retrieval", 1, "sasrec")
     assert retrieval["dataset"] == ranking["dataset"] == recommender["dataset"] == dataset.id
     assert retrieval["vocabulary"] == ranking["vocabulary"]
     assert retrieval["index"]["kind"] == "scann" and retrieval["index"]["recall@50"] >= 0.95

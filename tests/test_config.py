@@ -158,7 +158,7 @@ def test_a_value_of_the_wrong_type_is_refused(write: Path, text: str, message: s
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("retrieval: {epochs: 0}", "retrieval.epochs: must be 1 or more, not 0"),
+        ("retrieval: {epochs: -1}", "retrieval.epochs: must be 0 or more, not -1"),
         ("retrieval: {hard_negatives: -1}", "retrieval.hard_negatives: must be 0 or more, not -1"),
         ("retrieval: {temperature: 0}", "retrieval.temperature: must be above 0 and finite, not 0.0"),
         ("retrieval: {learning_rate: .inf}", "retrieval.learning_rate: must be above 0 and finite, not inf"),
@@ -166,7 +166,7 @@ def test_a_value_of_the_wrong_type_is_refused(write: Path, text: str, message: s
         ("retrieval: {dropout: 1}", "retrieval.dropout: must be 0 or more and below 1, not 1.0"),
         ("ranking: {holdout: 0}", "ranking.holdout: must be above 0 and below 1, not 0.0"),
         ("ranking: {hidden: [64, 0]}", "ranking.hidden[1]: must be 1 or more, not 0"),
-        ("ranking: {objective: clicks}", "ranking.objective: must be one of implicit, rating, not 'clicks'"),
+        ("ranking: {objective: clicks}", "ranking.objective: must be one of implicit, listwise, rating, not 'clicks'"),
         ("index: {recall_target: 95}", "index.recall_target: must be above 0 and at most 1, not 95.0"),
         ("index: {kind: scan}", "index.kind: must be one of scann, exact, not 'scan'"),
         ("seed: -1", "seed: must be from 0 to 4294967295, as NumPy wants it, not -1"),
@@ -198,7 +198,7 @@ def test_training_needs_some_negatives(write: Path) -> None:
         ("retrieval.epoch=3", "retrieval.epoch: unknown key; did you mean retrieval.epochs?"),
         ("retrieval.epochs=ten", "retrieval.epochs: expected a whole number, got 'ten'"),
         ("retrieval.epochs=", "retrieval.epochs: expected a whole number, got nothing"),
-        ("retrieval.epochs=0", "retrieval.epochs: must be 1 or more, not 0"),
+        ("retrieval.epochs=-1", "retrieval.epochs: must be 0 or more, not -1"),
         ("retrieval=3", "retrieval: expected keys, such as retrieval.arch, got 3"),
         ("seed.x=3", "seed: expected a whole number, got {'x': 3}"),
         ("=3", "needs a key and a value, such as --set retrieval.epochs=3"),

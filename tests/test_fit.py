@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,11 @@ class Linear(tf.keras.Model):
             loss = tf.reduce_mean(tf.square(batch["x"] @ self.w - batch["y"]))
         self.optimizer.minimize(loss, [self.w], tape)
         return {"loss": loss}
+
+
+class WithDropout(Linear):
+    def train_step(self, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return super().train_step({"x": tf.nn.dropout(batch["x"], 0.2), "y": batch["y"]})
 
 
 def batches(epoch: int) -> tf.data.Dataset:
@@ -59,6 +65,40 @@ def test_a_killed_run_goes_on_to_the_same_weights_as_an_unbroken_one(tmp_path: P
     assert resumed.w.numpy() == pytest.approx(unbroken.w.numpy(), abs=1e-6)
     logged = [json.loads(line)["epoch"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
     assert logged == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_resumed_run_drops_out_what_an_unbroken_one_does(tmp_path: Path):
+    def kill(epoch: int, metrics: dict[str, float]) -> None:
+        if epoch == 3:
+            raise KeyboardInterrupt
+
+    unbroken, resumed = WithDropout(), WithDropout()
+    run(tmp_path / "a", unbroken)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", WithDropout(), kill)
+    run(tmp_path / "b", resumed)
+    assert resumed.w.numpy().tolist() == unbroken.w.numpy().tolist()
+
+
+def test_a_kill_between_the_two_renames_loses_neither_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run(tmp_path / "a", Linear())
+    rename = os.replace
+
+    def kill(source: Path, target: Path) -> None:
+        if source.suffix == ".partial":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("rec.fit.os.replace", kill)
+        run(tmp_path / "a", Linear(), learning="other")
+    assert not (tmp_path / "a").exists()
+    assert read_run(tmp_path / "a") == {"name": "test"}  # whoever asks first puts the old one back
+    epochs: list[int] = []
+    run(tmp_path / "a", Linear(), lambda epoch, metrics: epochs.append(epoch), learning="other")
+    assert epochs == []  # all were trained
+    assert read_run(tmp_path / "a") == {"name": "test", "learning": "other"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_another_configuration_starts_anew(tmp_path: Path):

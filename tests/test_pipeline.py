@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,17 @@ def test_select_keeps_users_and_order():
 
 
 def test_shuffling_keeps_each_users_items():
-    data = sequences(list(range(3, 40)), [50, 51])
+    data = replace(sequences(list(range(3, 40)), [50, 51]), times=None)
     mixed = data.shuffled(np.random.default_rng(0))
     assert sorted(mixed.last(np.array([1]), 37)[0]) == list(range(3, 40))
     assert mixed.items.tolist() != data.items.tolist()
     assert set(mixed.last(np.array([2]), 2)[0]) == {50, 51}
+
+
+def test_only_interactions_of_the_same_second_change_places():
+    data = replace(sequences([3, 4, 5, 6]), times=np.array([7, 8, 8, 9]))
+    orders = {tuple(data.shuffled(np.random.default_rng(seed)).items) for seed in range(20)}
+    assert orders == {(3, 4, 5, 6), (3, 5, 4, 6)}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -82,7 +89,7 @@ def test_an_epochs_batches_depend_on_seed_and_epoch_alone():
 
 
 def test_without_timestamps_the_order_is_new_in_every_epoch():
-    data = sequences([3, 4, 5], [6], [7, 8])
+    data = replace(sequences([3, 4, 5], [6], [7, 8]), times=None)
     orders = {
         tuple(row[1:])
         for epoch in range(20)

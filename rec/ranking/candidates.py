@@ -16,6 +16,7 @@ from rec.features import PAD
 from rec.pipeline import Corpus, Sequences
 from rec.retrieval.model import LOWEST, RetrievalModel, best_unseen
 from rec.retrieval.towers import recent_items
+from rec.trend import SHARES, Trend
 
 BATCH = 256  # users ranked at a time
 
@@ -26,6 +27,7 @@ class CandidateLists:
 
     user: np.ndarray  # [Q] int32 user rows
     history: np.ndarray  # [Q, H] int32 item rows, oldest first, PAD behind
+    time: np.ndarray  # [Q] int64 seconds, when the query is made; 0 where the data have no times
     items: np.ndarray  # [Q, N] int32 item rows, best first, PAD behind
     scores: np.ndarray  # [Q, N] float32, the retrieval scores
     labels: np.ndarray  # [Q, N] float32, 1 = the user chose it
@@ -57,36 +59,50 @@ def hold_out(corpus: Corpus, share: float, seed: int) -> tuple[Sequences, Sequen
     return train.select(~held), train.select(held)
 
 
+def first_queries(labels: Sequences) -> tuple[np.ndarray, np.ndarray]:
+    """One query a user, before the first label: what an evaluation asks. As for `mine`: users and places, both [Q]."""
+    user = np.flatnonzero(labels.lengths).astype(np.int32)
+    return user, np.zeros(len(user), np.int64)
+
+
+def training_queries(labels: Sequences, every: bool, most: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Queries to train on, at most so many: before every label, or before number 0, 1, 3, 7, ... of each user."""
+    place = np.arange(len(labels.items)) - labels.offsets[labels.users]
+    at = np.flatnonzero(every | ((place + 1) & place == 0))
+    at = np.sort(np.random.default_rng(seed).permutation(at)[:most])
+    return labels.users[at], place[at]
+
+
 def mine(
-    model: RetrievalModel, corpus: Corpus, past: Sequences, labels: Sequences, n: int, whole: bool
+    model: RetrievalModel,
+    past: Sequences,
+    labels: Sequences,
+    queries: tuple[np.ndarray, np.ndarray],
+    n: int,
+    whole: bool,
 ) -> CandidateLists:
-    """Candidate lists for the users of `labels`, from a model that was trained on `past`.
+    """Candidate lists from a model that was trained on `past`.
 
     Args:
+      queries: users [Q] and places [Q]; the query comes before label number `place`, the earlier ones being known.
       n: length of a list.
-      whole: one list a user, with all its labels right (`temporal`: a query stands for all that follows it). Otherwise
-        one list a label: that label is right, the user's other labels that follow are left out.
+      whole: all of the user's labels from the place on are right. Otherwise only the first of them is, and the others
+        are left out of the list.
     """
-    lengths = labels.lengths
-    if whole:
-        user = np.flatnonzero(lengths).astype(np.int32)
-        nth = np.zeros(len(user), np.int64)
-    else:
-        user = labels.users
-        nth = np.arange(len(user)) - labels.offsets[user]
-    matrix = model.candidates()
+    lengths, matrix = labels.lengths, model.candidates()
     parts: list[CandidateLists] = []
-    for begin in tqdm(range(0, len(user), BATCH), desc="mining candidates", unit="batch", leave=False):
-        rows, position = user[begin : begin + BATCH], nth[begin : begin + BATCH]
-        before = np.concatenate([past.last(rows, past.longest(rows)), _between(labels, rows, 0, position)], 1)
-        right = _between(labels, rows, position, lengths[rows] if whole else position + 1)
-        later = _between(labels, rows, position + 1, position + 1 if whole else lengths[rows])
+    for begin in tqdm(range(0, len(queries[0]), BATCH), desc="mining candidates", unit="batch", leave=False):
+        user, place = (part[begin : begin + BATCH] for part in queries)
+        before = np.concatenate([past.last(user, past.longest(user)), _between(labels, user, 0, place)], 1)
+        right = _between(labels, user, place, lengths[user] if whole else place + 1)
+        later = _between(labels, user, place + 1, place + 1 if whole else lengths[user])
         seen = np.concatenate([before, later], 1)
-        best, found = best_unseen(model.score_catalogue_compiled(rows, before, matrix), seen, n)
-        scores, items = best.numpy(), found.numpy()
+        time = np.zeros(len(user), np.int64) if labels.times is None else labels.times[labels.offsets[user] + place]
+        scores = model.score_catalogue_compiled(user, before, matrix, time)
+        best, items = (part.numpy() for part in best_unseen(scores, seen, n))
         hit = ((items[:, :, None] == right[:, None, :]) & (items != PAD)[:, :, None]).any(-1)
         history = recent_items(tf.constant(before), model.config.window).numpy()
-        parts.append(CandidateLists(rows, history, items, scores, hit.astype(np.float32)))
+        parts.append(CandidateLists(user, history, time, items, best, hit.astype(np.float32)))
     return CandidateLists(*(np.concatenate([vars(p)[name] for p in parts]) for name in vars(parts[0])))
 
 
@@ -100,35 +116,40 @@ def _between(sequences: Sequences, users: np.ndarray, begin: np.ndarray | int, e
     return np.where(inside, sequences.items[np.where(inside, at, 0)], PAD).astype(np.int32)
 
 
-def rated_lists(sequences: Sequences, at: np.ndarray, before: Sequences | None, width: int) -> CandidateLists:
+def rated_lists(sequences: Sequences, at: np.ndarray, known: Sequences | None, width: int) -> CandidateLists:
     """Interactions number `at` as lists of one, labelled with their ratings.
 
-    The history is the `width` interactions before it; or, where `before` is given, the user's last ones of that.
+    The history is the `width` interactions before it; or, where `known` is given, the user's last ones of that, without
+    the rated item itself.
     """
     assert sequences.ratings is not None
-    user = sequences.users[at]
-    if before is not None:
-        history = before.last(user, width)
+    user, items = sequences.users[at], sequences.items[at][:, None]
+    if known is not None:
+        history = known.last(user, width)
+        history = np.where(history == items, PAD, history)
     else:
         earlier = at[:, None] + np.arange(-width, 0)
         inside = earlier >= sequences.offsets[user][:, None]
         history = np.where(inside, sequences.items[np.where(inside, earlier, 0)], PAD).astype(np.int32)
-    items, labels = sequences.items[at][:, None], sequences.ratings[at][:, None]
-    return CandidateLists(user, history, items, np.full(items.shape, LOWEST, np.float32), labels)
+    time = np.zeros(len(at), np.int64) if sequences.times is None else sequences.times[at]
+    scores = np.full(items.shape, LOWEST, np.float32)
+    return CandidateLists(user, history, time, items, scores, sequences.ratings[at][:, None])
 
 
 def list_batches(
-    take: Callable[[np.ndarray], CandidateLists], n: int, batch_size: int, rng: np.random.Generator
+    take: Callable[[np.ndarray], CandidateLists], trend: Trend, n: int, batch_size: int, rng: np.random.Generator
 ) -> tf.data.Dataset:
-    """Lists 0..n-1 in shuffled batches: dicts of `CandidateLists`' fields. `take` makes lists from their numbers."""
-    signature = {
-        name: tf.TensorSpec([None, *values.shape[1:]], values.dtype)
-        for name, values in vars(take(np.arange(0))).items()
-    }
+    """Lists 0..n-1 in shuffled batches: dicts of `CandidateLists`' fields and their `trend` [B, N, S].
+
+    `take` makes lists from their numbers."""
+    first = take(np.arange(0))
+    signature = {name: tf.TensorSpec([None, *values.shape[1:]], values.dtype) for name, values in vars(first).items()}
+    signature["trend"] = tf.TensorSpec([None, first.items.shape[1], len(SHARES)], tf.float32)
     order = rng.permutation(n)
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         for rows in np.array_split(order, max(1, round(n / batch_size))):
-            yield vars(take(rows))
+            lists = take(rows)
+            yield {**vars(lists), "trend": trend(lists.items, lists.time).numpy()}
 
     return tf.data.Dataset.from_generator(batches, output_signature=signature).prefetch(4)

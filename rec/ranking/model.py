@@ -1,10 +1,12 @@
 """The ranking model: how likely a user chooses each candidate, or which rating it would get.
 
 - Fields (vectors): the user, the candidate, the history's mean, and the history as the candidate sees it (attention,
-  as in Zhou et al. 2018, DIN). Numbers: the retrieval score and the candidate's popularity.
+  as in Zhou et al. 2018, DIN). Numbers: the candidate's retrieval score and rank, how popular it was in the last shares
+  of all interactions (trend.py), the length of the history.
 - The score is a scaled retrieval score plus what the architecture adds, which is zero at the start: training starts
   from retrieval's own order and can only learn to better it.
-- Pointwise, through tfrs.tasks.Ranking: binary cross-entropy on clicks, or squared error on ratings.
+- Through tfrs.tasks.Ranking, pointwise: binary cross-entropy on clicks (`implicit`), or squared error on ratings
+  (`rating`); or a softmax over each list (`listwise`).
 """
 
 import numpy as np
@@ -14,19 +16,19 @@ import tensorflow_recommenders as tfrs
 from rec.config import Ranking
 from rec.errors import UserError
 from rec.features import PAD, UNKNOWN, UNKNOWN_USER, Encoder
-from rec.pipeline import Corpus, Sequences
+from rec.pipeline import Corpus
 from rec.ranking.archs import build_arch
 from rec.ranking.candidates import CandidateLists
 from rec.retrieval.model import LOWEST, RetrievalModel
 from rec.retrieval.towers import recent_items
+from rec.trend import SHARES, Trend
 
 
 class RankingModel(tfrs.Model):
     """Scores lists of candidates."""
 
-    def __init__(self, config: Ranking, dim: int, corpus: Corpus, train: Sequences) -> None:
-        """`dim` is the width of the embeddings (the retrieval model's, so that either can start from the other);
-        `train` the interactions that popularity and the mean rating are counted on."""
+    def __init__(self, config: Ranking, window: int, dim: int, corpus: Corpus) -> None:
+        """`window`, the longest history, and `dim`, the width of the embeddings, are the retrieval model's."""
         super().__init__(name="ranking")
         self.config = config
         self.items = Encoder(
@@ -38,62 +40,91 @@ class RankingModel(tfrs.Model):
         self._dim = dim
         self._arch = build_arch(config, dim)
         self._out = tf.keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros", name="out")
-        is_rating = config.objective == "rating"
-        if is_rating and train.ratings is None:
+        self._recency = self.add_weight(name="recency", shape=[window], initializer="zeros")
+        self._is_rating = config.objective == "rating"
+        ratings = corpus.train.ratings
+        if self._is_rating and ratings is None:
             raise UserError("ranking.objective: rating needs ratings, which the dataset has not")
-        start = float(np.mean(train.ratings)) if is_rating and train.ratings is not None else 0.0
+        start = float(np.mean(ratings)) if self._is_rating and ratings is not None else 0.0
         self._bias = self.add_weight(name="bias", shape=[], initializer=tf.keras.initializers.Constant(start))
-        self._scale = self.add_weight(name="scale", shape=[], initializer="zeros" if is_rating else "ones")
-        self._item_bias = tf.keras.layers.Embedding(corpus.items.first + corpus.items.trained, 1, "zeros")
-        self._trained_rows = corpus.items.first + corpus.items.trained
-        popularity = np.log1p(np.bincount(train.items, minlength=corpus.items.rows)).astype(np.float32)
-        self.popularity = tf.Variable(popularity / max(popularity.max(), 1), trainable=False, name="popularity")
-        loss = tf.keras.losses.MeanSquaredError() if is_rating else tf.keras.losses.BinaryCrossentropy(from_logits=True)
-        self.task = tfrs.tasks.Ranking(loss=loss)
+        self._scale = self.add_weight(name="scale", shape=[], initializer="ones")
+        if self._is_rating:
+            rows = [vocabulary.first + vocabulary.trained for vocabulary in (corpus.users, corpus.items)]
+            self._user_bias, self._item_bias = (tf.keras.layers.Embedding(n, 1, "zeros") for n in rows)
+        losses = {
+            "implicit": lambda: tf.keras.losses.BinaryCrossentropy(from_logits=True),
+            "listwise": lambda: tf.keras.losses.CategoricalCrossentropy(from_logits=True),
+            "rating": tf.keras.losses.MeanSquaredError,
+        }
+        self.task = tfrs.tasks.Ranking(loss=losses[config.objective]())
         one = tf.ones([1, 1], tf.int32)
-        self.score(one[0], one, one, tf.zeros([1, 1]))  # creates every weight
+        self.score(one[0], one, one, tf.zeros([1, 1]), tf.zeros([1, 1, len(SHARES)]))  # creates every weight
         self.score_compiled = tf.function(self.score, reduce_retracing=True)
 
     def score(
-        self, user: tf.Tensor, history: tf.Tensor, items: tf.Tensor, scores: tf.Tensor, training: bool = False
+        self,
+        user: tf.Tensor,
+        history: tf.Tensor,
+        items: tf.Tensor,
+        scores: tf.Tensor,
+        trend: tf.Tensor,
+        training: bool = False,
     ) -> tf.Tensor:
         """The candidates' scores: logits, or ratings.
 
         Args:
           user: [B] int32 user rows.
-          history: [B, H] int32 item rows, PAD anywhere (towers.recent_items); read as a set.
+          history: [B, H] int32 item rows, H <= window, oldest first, PAD anywhere.
           items: [B, N] int32 item rows.
           scores: [B, N] float32, the candidates' retrieval scores (LOWEST where there is none).
+          trend: [B, N, S] float32, as trend.Trend gives it.
 
         Returns:
           [B, N] float32.
         """
         candidate, past = self.items(items, training=training), self.items(history, training=training)
         present = tf.cast(history != PAD, tf.float32)
-        mean = tf.reduce_sum(past * present[..., None], 1) / tf.maximum(tf.reduce_sum(present, 1), 1.0)[:, None]
-        affinity = tf.einsum("bnd,bhd->bnh", candidate, past) / candidate.shape[-1] ** 0.5
-        affinity = tf.ensure_shape(affinity + (1 - present)[:, None] * -1e9, [None, None, None])
-        attended = tf.einsum("bnh,bhd->bnd", tf.nn.softmax(affinity), past * present[..., None])
+        length = tf.reduce_sum(present, 1)
+        mean = tf.reduce_sum(past * present[..., None], 1) / tf.maximum(length, 1.0)[:, None]
+        back = tf.cast(tf.cumsum(present, 1, exclusive=True, reverse=True), tf.int32)  # how many items came since
+        affinity = tf.einsum("bnd,bhd->bnh", candidate, past) / self._dim**0.5 + tf.gather(self._recency, back)[:, None]
+        attention = tf.nn.softmax(affinity + (1 - present)[:, None] * -1e9)
+        attended = tf.einsum("bnh,bhd->bnd", tf.ensure_shape(attention, [None, None, None]), past * present[..., None])
         about_user = self.users(user, training=training)
         fields = tf.stack(
             [candidate, attended, *(tf.broadcast_to(x[:, None], tf.shape(candidate)) for x in (mean, about_user))], 2
         )
-        # Ratings are learnt without retrieval scores, so they must not come in later either.
-        scores = (
-            tf.where(scores > LOWEST, scores, 0.0) if self.config.objective == "implicit" else tf.zeros_like(scores)
-        )
-        numbers = tf.stack([scores, tf.gather(self.popularity, items)], 2)
-        fields = tf.reshape(fields, [-1, 4, candidate.shape[-1]])
-        added = self._out(self._arch(fields, tf.reshape(numbers, [-1, 2]), training=training))
-        added = tf.reshape(added, tf.shape(items))
-        known = tf.where(items < self._trained_rows, items, UNKNOWN)
-        return added + self._item_bias(known)[..., 0] + self._scale * scores + self._bias
+        if self._is_rating:  # learnt without retrieval scores, so these must not come in later either
+            base = self._factorised(user, items, about_user + mean * tf.sqrt(length)[:, None], candidate)
+            retrieved, rank = tf.zeros_like(scores), tf.zeros_like(scores)
+        else:
+            retrieved, rank = _retrieved(scores)
+            base = self._scale * retrieved
+        numbers = [retrieved, rank, tf.broadcast_to(tf.math.log1p(length)[:, None], tf.shape(rank))]
+        numbers = tf.concat([tf.stack(numbers, 2), trend], 2)
+        fields = tf.reshape(fields, [-1, 4, self._dim])
+        added = self._out(self._arch(fields, tf.reshape(numbers, [-1, 3 + len(SHARES)]), training=training))
+        return tf.reshape(added, tf.shape(items)) + base + self._bias
+
+    def _factorised(self, user: tf.Tensor, items: tf.Tensor, taste: tf.Tensor, candidate: tf.Tensor) -> tf.Tensor:
+        """Biases and the product of the user's taste [B, d] with candidates [B, N, d] (Koren 2008, SVD++): [B, N]."""
+        biases = []
+        for layer, rows, unknown in ((self._user_bias, user[:, None], UNKNOWN_USER), (self._item_bias, items, UNKNOWN)):
+            biases.append(layer(tf.where(rows < layer.input_dim, rows, unknown))[..., 0])
+        return biases[0] + biases[1] + tf.einsum("bd,bnd->bn", taste, candidate)
 
     def compute_loss(self, batch: dict[str, tf.Tensor], training: bool = False) -> tf.Tensor:
         """The loss of a batch of candidate lists (`candidates.list_batches`), or of ratings (lists of one)."""
-        scores = self.score(batch["user"], batch["history"], batch["items"], batch["scores"], training=training)
-        real = batch["items"] != PAD
-        return self.task(labels=tf.boolean_mask(batch["labels"], real), predictions=tf.boolean_mask(scores, real))
+        user, history, items = batch["user"], batch["history"], batch["items"]
+        scores = self.score(user, history, items, batch["scores"], batch["trend"], training)
+        labels, real = batch["labels"], items != PAD
+        if self.config.objective == "listwise":
+            return self.task(labels / tf.reduce_sum(labels, 1, keepdims=True), tf.where(real, scores, -1e9))
+        loss = self.task(tf.boolean_mask(labels, real), tf.boolean_mask(scores, real))
+        if self._is_rating:
+            vectors = tf.concat([self.users(user), self.items(items[:, 0])], 1)
+            loss += self.config.l2 * tf.reduce_mean(tf.reduce_sum(tf.square(vectors), 1))
+        return loss
 
     def start_from(self, retrieval: RetrievalModel) -> None:
         """Takes over the retrieval model's item embeddings, and its user embeddings where it has them.
@@ -112,26 +143,40 @@ class RankingModel(tfrs.Model):
             self.users.set_weights(users.get_weights())
 
 
+def _retrieved(scores: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Retrieval scores [B, N] as log-probabilities among the candidates, and the logs of their ranks, both [B, N]."""
+    found = scores > LOWEST
+    better = tf.reduce_sum(tf.cast(scores[:, None] > scores[:, :, None], tf.float32), 2)
+    return tf.where(found, tf.nn.log_softmax(tf.where(found, scores, -1e9)), 0.0), tf.math.log1p(better)
+
+
 def score_candidates(
-    model: RankingModel, retrieval: RetrievalModel, user: tf.Tensor, history: tf.Tensor, items: tf.Tensor
+    model: RankingModel,
+    retrieval: RetrievalModel,
+    trend: Trend,
+    user: tf.Tensor,
+    history: tf.Tensor,
+    items: tf.Tensor,
+    time: tf.Tensor,
 ) -> tf.Tensor:
-    """The ranker's scores of candidates, given the retrieval model that it ranks for.
+    """The ranker's scores of candidates, given the retrieval model that it ranks for and what is popular.
 
     Args:
       user: [B] user rows; history: [B, H] item rows, oldest first, PAD anywhere; items: [B, N] item rows.
+      time: [B] int64 seconds, of the request.
 
     Returns:
       [B, N] float32.
     """
-    retrieved = retrieval.score(user, history, items)
-    return model.score(user, recent_items(history, retrieval.config.window), items, retrieved)
+    retrieved = retrieval.score(user, history, items, time)
+    return model.score(user, recent_items(history, retrieval.config.window), items, retrieved, trend(items, time))
 
 
-def score_lists(model: RankingModel, lists: CandidateLists, batch_size: int = 256) -> np.ndarray:
+def score_lists(model: RankingModel, lists: CandidateLists, trend: Trend, batch_size: int = 256) -> np.ndarray:
     """The model's scores of all lists, [Q, N] float32, LOWEST at empty places."""
     parts = []
     for begin in range(0, len(lists.user), batch_size):
         part = lists.take(np.arange(begin, min(begin + batch_size, len(lists.user))))
-        scores = model.score_compiled(part.user, part.history, part.items, part.scores).numpy()
-        parts.append(np.where(part.items == PAD, LOWEST, scores))
+        inputs = (part.user, part.history, part.items, part.scores, trend(part.items, part.time))
+        parts.append(np.where(part.items == PAD, LOWEST, model.score_compiled(*inputs).numpy()))
     return np.concatenate(parts)

@@ -1,23 +1,22 @@
 """The candidate index: the best rows of an embedding matrix for a query, inside the SavedModel.
 
 - `ExactIndex` scores every row. It needs no custom op, so a stock TF Serving can run it.
-- `ScannIndex` is approximate: a tree picks leaves, quantised scores pick rows from them, and those are scored
-  again with their float32 embeddings, so that every score that comes out is an exact inner product.
-- `build_index` searches ScaNN's settings on real query embeddings until a recall target is met at the least
-  cost, measures on other queries than it searched on, and falls back to exact where ScaNN cannot work.
+- `ScannIndex` is approximate: a tree picks leaves, quantised scores pick rows from them, and those are scored again
+  with their float32 embeddings, so that every score that comes out is an exact inner product.
+- `build_index` finds ScaNN's cheapest settings that meet a recall target on real query embeddings, measures them on
+  other queries, and falls back to exact where ScaNN cannot work.
 - The depth of a search is a tensor: whoever excludes what a user has seen asks for that many more rows.
 - All signatures of a SavedModel share one searcher, which the first request builds from the variables.
 
-A module that holds a `ScannIndex` is saved with `tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])`;
-Python loads it after `import scann`. Not covered: filters in the search, adding rows without building anew.
+A module that holds a `ScannIndex` is saved with `tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])`; Python
+loads it after `import scann`. Not covered: filters in the search, adding rows without building anew.
 """
 
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from itertools import chain
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ MIN_SCANN_ROWS = 16  # ScaNN trains 16 centres a block and fails with fewer rows
 SAMPLE = 500  # queries to search settings on, and as many to measure with: standard error about 0.004
 REORDER_FACTORS = (1.5, 2, 3, 5, 10, 20, 50)  # rows that are scored again, as a multiple of k
 REORDER_COST = 25  # an exact score costs as much as so many quantised ones (measured: 35 ns against 1.3 ns)
-MARGINS = (0.0, 0.1, 0.2, 0.4, 0.8)  # how far from target to 1 to aim until the measuring queries get there
+LEAF_STEPS = 24  # numbers of leaves to try, from the fewest that hold enough rows to all, in equal ratios
 
 
 class ExactIndex(tf.Module):
@@ -128,15 +127,14 @@ def build_index(
 
     Args:
         embeddings: float32 [N, d], the candidates; a search returns positions in it.
-        queries: float32 [Q, d], real query embeddings; at most 1,000 are drawn, half to search settings on, half
-            to measure with.
+        queries: float32 [Q, d], real query embeddings; of at most 1,000, half tune the settings and half measure them.
         kind: "scann" or "exact".
-        recall_target: in (0, 1]; the recall@k that the measuring queries have to reach.
+        recall_target: in (0, 1]; the recall@k that both halves have to reach.
         seed: draws the queries. ScaNN's clustering takes none: two builds differ slightly.
 
     Returns:
-        The index, and for the bundle's metadata "kind" as built, "recall@K", for ScaNN "leaves",
-        "leaves_to_search" and "reorder", and "fallback", the reason where exact search took ScaNN's place.
+        The index, and for the bundle's metadata "kind" as built, "recall@K", for ScaNN "leaves", "leaves_to_search"
+        and "reorder", and "fallback", the reason where exact search took ScaNN's place.
 
     Raises:
         UserError: without rows, or where an embedding or its norm is not finite: ScaNN would end the process.
@@ -144,8 +142,6 @@ def build_index(
     """
     if kind not in ("scann", "exact"):
         raise ValueError(f"index kind {kind!r} is neither 'scann' nor 'exact'")
-    embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
-    queries = np.ascontiguousarray(queries, dtype=np.float32)
     if not len(embeddings):
         raise UserError("there is nothing to index: the catalogue has no items")
     for name, matrix in (("candidate", embeddings), ("query", queries)):
@@ -159,90 +155,67 @@ def build_index(
     if kind == "exact":
         return exact, metadata
     if len(embeddings) < MIN_SCANN_ROWS:
-        return exact, metadata | {"fallback": f"ScaNN needs {MIN_SCANN_ROWS} items, there are {len(embeddings)}"}
-    if len(queries) < 2:
-        return exact, metadata | {"fallback": f"tuning ScaNN needs 2 query embeddings, there are {len(queries)}"}
-    drawn = np.random.default_rng(seed).permutation(len(queries))[: 2 * SAMPLE]
-    tuning, measuring = (_Recall(exact, queries[part], k) for part in np.array_split(drawn, 2))
-    reason = f"ScaNN did not reach recall {recall_target} without scoring every item"
-    scann = _tuned_scann(embeddings, tuning, measuring, recall_target, k)
-    return scann or (exact, metadata | {"fallback": reason})
+        reason = f"ScaNN needs {MIN_SCANN_ROWS} items, there are {len(embeddings)}"
+    elif len(queries) < 2:
+        reason = f"tuning ScaNN needs 2 query embeddings, there are {len(queries)}"
+    else:
+        drawn = np.random.default_rng(seed).permutation(len(queries))[: 2 * SAMPLE]
+        index = _build_scann(embeddings, k)
+        if settings := _tune(index, exact, queries[drawn], recall_target):
+            return index, {"kind": "scann", **settings}
+        reason = f"ScaNN did not reach recall {recall_target} without scoring every item"
+    return exact, metadata | {"fallback": reason}
 
 
-class _Recall:
-    """Recall@k on fixed queries: the share of an index's scores that reach the exact k-th best score.
-
-    Counting scores and not rows makes equal ones interchangeable, as they are to a user.
-    """
-
-    def __init__(self, exact: ExactIndex, queries: np.ndarray, k: int) -> None:
-        rows = exact.embeddings.shape[0]
-        self.k = tf.constant(min(k, rows))
-        at_once = max(1, 2**25 // rows)  # the matrix of all scores stays below 128 MB
-        self.batches = [queries[at : at + at_once] for at in range(0, len(queries), at_once)]
-        self.cuts = np.concatenate([exact.search(batch, self.k)[0].numpy()[:, -1:] for batch in self.batches])
-
-    def __call__(self, search: tf.types.experimental.PolymorphicFunction) -> float:
-        scores = np.concatenate([search(batch, self.k)[0].numpy() for batch in self.batches])
-        rounding = 1e-5 * np.abs(self.cuts)  # float32: ScaNN adds up an inner product in another order
-        return float((scores >= self.cuts - rounding).mean())
-
-
-@contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Silences ScaNN's C++ log, which nothing else turns off. Its errors are exceptions."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def _tuned_scann(
-    embeddings: np.ndarray, tuning: _Recall, measuring: _Recall, target: float, k: int
-) -> tuple[ScannIndex, dict[str, Any]] | None:
-    """Builds ScaNN once, with about sqrt(N) leaves, then finds the cheapest settings that reach the target, if any."""
+def _build_scann(embeddings: np.ndarray, k: int) -> ScannIndex:
+    """Builds ScaNN with about sqrt(N) leaves."""
     from scann.scann_ops.py import scann_ops
 
-    rows, leaves = len(embeddings), round(len(embeddings) ** 0.5)
+    leaves = round(len(embeddings) ** 0.5)
     # Blocks of 2 dimensions, threshold 0.2: ScaNN's own example. Blocks of 1 need fewer rows scored again, yet
     # cost 1.1 to 2 times as much at equal recall (200k rows, 65 dimensions).
     builder = scann_ops.builder(embeddings, k, "dot_product").tree(leaves, leaves)
     builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(5 * k)
     with _without_stderr():
-        tensors = scann_ops.scann_to_tensors(builder.build().searcher_handle)
-    index = ScannIndex(tensors, leaves=leaves, k=k)
+        return ScannIndex(scann_ops.scann_to_tensors(builder.build().searcher_handle), leaves=leaves, k=k)
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Silences ScaNN's C++ log, which nothing else turns off. Its errors are exceptions."""
+    with open(os.devnull, "w") as nowhere, os.fdopen(os.dup(2), "w") as kept:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept.fileno(), 2)
+
+
+def _tune(index: ScannIndex, exact: ExactIndex, queries: np.ndarray, target: float) -> dict[str, Any] | None:
+    """Leaves `index` with the cheapest settings that reach the target on one half of the queries and on the other.
+
+    Recall is the share of scores that reach the exact k-th best one: equal scores are interchangeable, as to a user.
+
+    Returns:
+        The settings, and the recall on the second half; None if no settings reach the target.
+    """
+    rows, leaves, k = index.rows, index.leaves, tf.constant(min(index.k, index.rows))
+    parts = np.array_split(queries, 1 + len(queries) * rows // 2**25)  # a matrix of all scores takes at most 128 MB
+    kth_best = np.concatenate([exact.search(part, k)[0].numpy()[:, -1:] for part in parts])
+    kth_best -= 1e-5 * np.abs(kth_best)  # float32: ScaNN adds up an inner product in another order
+    tuning, measuring = np.array_split(np.arange(len(queries)), 2)
     search = tf.function(index.search)
-    reorders = [reorder for factor in REORDER_FACTORS if (reorder := round(factor * k)) < rows]
 
-    @cache
-    def recall(*settings: int) -> float:
+    def recall(half: np.ndarray) -> float:
+        return float((search(queries[half], k)[0].numpy() >= kth_best[half]).mean())
+
+    fewest = int(_fewest_leaves(k, rows, leaves))
+    searched = np.unique(np.geomspace(fewest, leaves, LEAF_STEPS).round().astype(int)).tolist()
+    reorders = [reorder for factor in REORDER_FACTORS if (reorder := round(factor * index.k)) < rows]
+    cost = {pair: rows * pair[0] / leaves + REORDER_COST * pair[1] for pair in product(searched, reorders)}
+    for settings in sorted(cost, key=cost.__getitem__):
         index.settings.assign(settings)
-        return tuning(search)
-
-    def cheapest(goal: float) -> tuple[int, int] | None:
-        """The cheapest settings with this recall on the tuning queries, or None."""
-        best, best_cost, enough = None, float("inf"), leaves
-        for reorder in reorders:
-            if recall(enough, reorder) < goal:
-                continue
-            low = int(_fewest_leaves(tf.constant(k), rows, leaves))
-            while low < enough:  # scoring more rows again never takes more leaves: `enough` stays the bound
-                middle = (low + enough) // 2
-                low, enough = (low, middle) if recall(middle, reorder) >= goal else (middle + 1, enough)
-            cost = rows * enough / leaves + REORDER_COST * reorder
-            if cost >= best_cost:
-                break
-            best, best_cost = (enough, reorder), cost
-        return best
-
-    goals = (target + margin * (1 - target) for margin in MARGINS)
-    for settings in filter(None, chain(map(cheapest, goals), [(leaves, most) for most in reorders[-1:]])):
-        index.settings.assign(settings)
-        if (measured := measuring(search)) >= target:
-            metadata = {"leaves": leaves, "leaves_to_search": settings[0], "reorder": settings[1]}
-            return index, {"kind": "scann", f"recall@{k}": measured} | metadata
+        if recall(tuning) >= target and (measured := recall(measuring)) >= target:
+            found = {"leaves": leaves, "leaves_to_search": settings[0], "reorder": settings[1]}
+            return {f"recall@{index.k}": measured, **found}
     return None

@@ -11,9 +11,11 @@ import tensorflow_recommenders as tfrs
 
 from rec.config import Retrieval
 from rec.features import FIRST_ITEM, PAD, UNKNOWN_USER
+from rec.metrics import per_user
 from rec.pipeline import Corpus, Sequences, sampling_probability
 from rec.retrieval.index import LOWEST
 from rec.retrieval.towers import CandidateTower, QueryTower, history_tokens
+from rec.trend import SHARES
 
 MASKED = LOWEST / 100  # a logit that must not count; far from overflow when losses add up
 
@@ -80,9 +82,10 @@ class RetrievalModel(tfrs.Model):
         self.trained_users = corpus.users.first + corpus.users.trained
         self.n_items = len(corpus.items.ids)
         train = corpus.train if train is None else train
-        # The logarithm once, here: vectorised code may round it differently from one place of a batch to another.
-        prior = np.log1p(np.bincount(train.items, minlength=corpus.items.rows)).astype(np.float32)
+        prior = best_prior(corpus, train)
         self._prior = tf.Variable(prior, trainable=False, name="prior")
+        popular = FIRST_ITEM + np.argsort(-prior[FIRST_ITEM:], kind="stable")
+        self.popular = tf.Variable(popular.astype(np.int32), trainable=False, name="popular")  # rows, best prior first
         probability = sampling_probability(corpus, config, train)
         self.probability = tf.Variable(probability, trainable=False, name="probability")
         self._build()
@@ -104,10 +107,13 @@ class RetrievalModel(tfrs.Model):
         candidates = self.candidate_tower(rows, training=training)
         probability = tf.gather(self.probability, rows)
         p = tf.shape(real)[0]
-        return self.task.sampled_loss(
+        loss = self.task.sampled_loss(
             tf.gather_nd(queries, real), candidates[:p], candidates[p:], probability[:p], probability[p:],
             self._score_mask(batch, rows[:p], tf.cast(real[:, 0], tf.int32)),
         )  # fmt: skip
+        if self.config.l2:
+            loss += self.config.l2 * tf.reduce_mean(tf.reduce_sum(tf.square(candidates[p:, :-1]), 1))
+        return loss
 
     def _score_mask(self, batch: dict[str, tf.Tensor], targets: tf.Tensor, window: tf.Tensor) -> tf.Tensor | None:
         """[P, C] false where a pool item is no negative: it stands in the position's own window, or is its target."""
@@ -126,7 +132,7 @@ class RetrievalModel(tfrs.Model):
         tokens, last = history_tokens(history, self.config.window)
         longest = tf.reduce_max(last) + 1  # nothing to compute behind the longest history of the batch
         tokens = tokens[:, :longest]
-        time = tf.fill(tf.shape(user), tf.cast(tf.timestamp(), tf.int64)) if time is None else time
+        time = now(user) if time is None else time
         queries = self.query_tower(user, tokens, tf.broadcast_to(time[:, None], tf.shape(tokens)))
         return tf.gather(queries, last, batch_dims=1)
 
@@ -135,12 +141,12 @@ class RetrievalModel(tfrs.Model):
         return self.candidate_tower(tf.range(FIRST_ITEM, FIRST_ITEM + self.n_items))
 
     def is_cold(self, user: tf.Tensor, history: tf.Tensor) -> tf.Tensor:
-        """[B] bool: nothing is known of the user. Such a row is answered by `prior`."""
-        trained = (user > UNKNOWN_USER) & (user < self.trained_users)
+        """[B] bool: the query tower would know nothing of the user. Such a row is answered by `prior`."""
+        trained = (user > UNKNOWN_USER) & (user < self.trained_users) & self.config.user_id
         return ~trained & tf.reduce_all(history == PAD, 1)
 
     def prior(self, rows: tf.Tensor) -> tf.Tensor:
-        """The score of items for a cold user: log(1 + training interactions)."""
+        """The score of items for a cold user: how popular they are (`best_prior`)."""
         return tf.gather(self._prior, rows)
 
     def score(self, user: tf.Tensor, history: tf.Tensor, rows: tf.Tensor, time: tf.Tensor | None = None) -> tf.Tensor:
@@ -156,6 +162,37 @@ class RetrievalModel(tfrs.Model):
         scores = tf.matmul(self.query(user, history, time), candidates, transpose_b=True)
         prior = self.prior(tf.range(FIRST_ITEM, FIRST_ITEM + self.n_items))
         return tf.where(self.is_cold(user, history)[:, None], prior, scores)
+
+
+def best_prior(corpus: Corpus, train: Sequences) -> np.ndarray:
+    """[item rows] float32: the log of 1 + the interactions of each item in the last share of `train`.
+
+    The share is the one whose order has the best NDCG@10 on validation users without a history, or on all where there
+    are fewer than 30 of those.
+    """
+    order = np.argsort(train.times, kind="stable") if train.times is not None else np.arange(len(train.items))
+    items, all_time = train.items[order], np.bincount(train.items, minlength=corpus.items.rows)
+    users = np.flatnonzero(corpus.val.lengths)
+    cold = users[train.lengths[users] == 0]
+    users = (cold if len(cold) >= 30 else users)[:2000]
+    relevant = corpus.val.matrix(users, corpus.items.rows)
+    seen = train.last(users, train.longest(users))
+    best, best_ndcg = np.log1p(all_time), -1.0
+    for share in SHARES if train.times is not None and len(users) else ():
+        recent = np.bincount(items[round((1 - share) * len(items)) :], minlength=corpus.items.rows)
+        # Where the counts are equal, the all-time count decides.
+        prior = np.log1p(recent + all_time / (len(items) + 1))
+        scores = tf.repeat(tf.constant(prior[None, FIRST_ITEM:], tf.float32), len(users), 0)
+        ranked = best_unseen(scores, seen, 10)[1].numpy()
+        ndcg = per_user(np.where(ranked == PAD, -1, ranked), relevant, ks=(10,))["ndcg@10"].mean()
+        if ndcg > best_ndcg:
+            best, best_ndcg = prior, ndcg
+    return best.astype(np.float32)
+
+
+def now(users: tf.Tensor) -> tf.Tensor:
+    """[B] anything -> [B] int64: the clock, in seconds."""
+    return tf.fill(tf.shape(users), tf.cast(tf.timestamp(), tf.int64))
 
 
 def best_unseen(scores: tf.Tensor, seen: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:

@@ -17,25 +17,33 @@ from rec.pipeline import Corpus
 
 
 class Average(tf.keras.layers.Layer):
-    """The mean of the history so far (Covington et al. 2016); the order of items does not matter."""
+    """The sum of the history over the root of its length (Covington et al. 2016 average it); order does not matter.
 
-    def __init__(self, config: Retrieval) -> None:
+    Of unordered data the history of an item is all the rest of its window, not only what stands before it: so a query
+    in training is as long as one in service. The target is never in it (Kabbur et al. 2013, FISM).
+    """
+
+    def __init__(self, config: Retrieval, ordered: bool) -> None:
         super().__init__(name="average")
+        self._ordered = ordered
 
     def call(self, vectors: tf.Tensor, tokens: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """vectors [B, L, d] of tokens [B, L] -> [B, L, d]: at t, the mean over the items up to t (START if none)."""
-        is_item = tf.cast(tokens > START, tf.float32)[:, None]
-        # A product with a lower triangle: on a CPU, cumsum takes three times as long as all of it.
-        weights = tf.linalg.band_part(tf.repeat(is_item, tf.shape(tokens)[1], 1), -1, 0)
+        """vectors [B, L, d] of tokens [B, L] -> [B, L, d]: at t, what predicts number t + 1 (START if none)."""
+        weights = tf.repeat(tf.cast(tokens > START, tf.float32)[:, None], tf.shape(tokens)[1], 1)
+        if self._ordered:
+            # A product with a lower triangle: on a CPU, cumsum takes three times as long as all of it.
+            weights = tf.linalg.band_part(weights, -1, 0)
+        else:
+            position = tf.range(tf.shape(tokens)[1])
+            weights *= tf.cast(position[:, None] + 1 != position, tf.float32)
         count = tf.reduce_sum(weights, 2, keepdims=True)
-        mean = tf.matmul(weights / tf.maximum(count, 1.0), vectors)
-        return tf.where(count > 0, mean, vectors[:, :1])
+        return tf.where(count > 0, tf.matmul(weights / tf.maximum(count, 1.0) ** 0.5, vectors), vectors[:, :1])
 
 
 class Gru(tf.keras.layers.Layer):
     """Recurrent layers (Hidasi et al. 2016, GRU4Rec)."""
 
-    def __init__(self, config: Retrieval) -> None:
+    def __init__(self, config: Retrieval, ordered: bool) -> None:
         super().__init__(name="gru")
         self._dropout = tf.keras.layers.Dropout(config.dropout)
         self._layers = [
@@ -53,41 +61,57 @@ class Gru(tf.keras.layers.Layer):
 
 
 class Transformer(tf.keras.layers.Layer):
-    """Causal self-attention blocks (Kang and McAuley 2018, SASRec), normalised before each sublayer."""
+    """Causal self-attention blocks (Kang and McAuley 2018, SASRec), normalised before each sublayer.
 
-    def __init__(self, config: Retrieval) -> None:
+    What a position attends to depends on how far back it is, by a learned bias a head and distance (Raffel et al. 2020,
+    T5; Zhai et al. 2024, HSTU), instead of on absolute positions, which say little: windows begin anywhere.
+    """
+
+    def __init__(self, config: Retrieval, ordered: bool) -> None:
+        """Raises UserError where the heads do not divide the width."""
         super().__init__(name="transformer")
-        if config.embedding_dim % config.heads:
-            raise UserError(
-                f"retrieval.heads: {config.heads} heads do not divide retrieval.embedding_dim {config.embedding_dim}"
-            )
         dim, keras = config.embedding_dim, tf.keras.layers
-        self._scale = dim**0.5
-        self._positions = keras.Embedding(config.window, dim, tf.keras.initializers.RandomNormal(stddev=0.02))
+        if dim % config.heads:
+            raise UserError(f"retrieval.heads: {config.heads} heads do not divide retrieval.embedding_dim {dim}")
+        self._dim, self._heads = dim, config.heads
         self._dropout = keras.Dropout(config.dropout)
         self._blocks = [
             {
                 "norm_attention": keras.LayerNormalization(epsilon=1e-6),
-                "attention": keras.MultiHeadAttention(config.heads, dim // config.heads, dropout=config.dropout),
+                "query_key_value": keras.Dense(3 * dim),
+                "attended": keras.Dense(dim),
                 "norm_feed": keras.LayerNormalization(epsilon=1e-6),
                 "feed_in": keras.Dense(4 * dim, activation="gelu"),
                 "feed_out": keras.Dense(dim),
             }
             for _ in range(config.layers)
         ]
+        self._distance_bias = [
+            self.add_weight(name=f"distance_bias_{j}", shape=[config.heads, config.window], initializer="zeros")
+            for j in range(config.layers)
+        ]
         self._norm = keras.LayerNormalization(epsilon=1e-6)
 
     def call(self, vectors: tf.Tensor, tokens: tf.Tensor, training: bool = False) -> tf.Tensor:
         """vectors [B, L, d] -> [B, L, d]. PAD stands behind the items only: the causal mask hides it from them."""
-        hidden = vectors * self._scale + self._positions(tf.range(tf.shape(tokens)[1]))
-        hidden = self._dropout(hidden, training=training)
-        for block in self._blocks:
-            normed = block["norm_attention"](hidden)
-            attended = block["attention"](normed, normed, use_causal_mask=True, training=training)
-            hidden += self._dropout(attended, training=training)
+        back = tf.range(tf.shape(tokens)[1])[:, None] - tf.range(tf.shape(tokens)[1])  # [L, L]: how far, below 0 ahead
+        hidden = self._dropout(vectors * self._dim**0.5, training=training)
+        for block, distance_bias in zip(self._blocks, self._distance_bias, strict=True):
+            bias = tf.where(back >= 0, tf.gather(distance_bias, tf.maximum(back, 0), axis=1), -1e9)
+            attended = self._attention(block["query_key_value"](block["norm_attention"](hidden)), bias, training)
+            hidden += self._dropout(block["attended"](attended), training=training)
             fed = block["feed_out"](block["feed_in"](block["norm_feed"](hidden)))
             hidden += self._dropout(fed, training=training)
         return self._norm(hidden)
+
+    def _attention(self, projected: tf.Tensor, bias: tf.Tensor, training: bool) -> tf.Tensor:
+        """Queries, keys and values side by side [B, L, 3 d], bias [heads, L, L] -> [B, L, d]."""
+        size = self._dim // self._heads
+        split = tf.reshape(projected, [-1, tf.shape(projected)[1], 3, self._heads, size])
+        query, key, value = tf.unstack(tf.transpose(split, [2, 0, 3, 1, 4]))
+        weights = tf.nn.softmax(tf.matmul(query, key, transpose_b=True) / size**0.5 + bias)
+        heads = tf.matmul(self._dropout(weights, training=training), value)
+        return tf.reshape(tf.transpose(heads, [0, 2, 1, 3]), [-1, tf.shape(projected)[1], self._dim])
 
 
 SEQUENCE_ENCODERS: dict[str, Any] = {"two_tower": Average, "gru4rec": Gru, "sasrec": Transformer}
@@ -126,7 +150,7 @@ class QueryTower(tf.keras.layers.Layer):
                 f"retrieval.arch: there is no {config.arch!r}; choose one of {', '.join(SEQUENCE_ENCODERS)}"
             )
         self._items = items
-        self._sequence = SEQUENCE_ENCODERS[config.arch](config)
+        self._sequence = SEQUENCE_ENCODERS[config.arch](config, corpus.ordered)
         self._query_time = config.query_time
         self.users = None
         if config.user_id or corpus.user_columns:

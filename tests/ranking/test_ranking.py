@@ -8,20 +8,32 @@ from rec.config import Ranking, Retrieval
 from rec.errors import UserError
 from rec.features import PAD
 from rec.ranking.archs import ARCHS
-from rec.ranking.candidates import CandidateLists, hold_out, list_batches, mine, rated_lists
+from rec.ranking.candidates import (
+    CandidateLists,
+    first_queries,
+    hold_out,
+    list_batches,
+    mine,
+    rated_lists,
+    training_queries,
+)
 from rec.ranking.model import RankingModel, score_candidates, score_lists
 from rec.retrieval.model import RetrievalModel
+from rec.trend import SHARES, Trend
 from tests.small import corpus
 
 SMALL = corpus([[3, 4, 5, 6], [4, 5], [8, 3, 5]], features=True)
+TREND = Trend(SMALL.train, SMALL.items.rows)
+NOW = tf.constant([2000, 2000], tf.int64)
 
 
-def retrieval(data=SMALL) -> RetrievalModel:
-    return RetrievalModel(Retrieval(embedding_dim=8, window=4, uniform_negatives=6), data)
+def retrieval(data=SMALL, **changes: Any) -> RetrievalModel:
+    settings = {"arch": "two_tower", "embedding_dim": 8, "window": 4, "uniform_negatives": 6, **changes}
+    return RetrievalModel(Retrieval(**settings), data)
 
 
 def ranker(**changes: Any) -> RankingModel:
-    return RankingModel(Ranking(hidden=(8,), **changes), 8, SMALL, SMALL.train)
+    return RankingModel(Ranking(hidden=(8,), **changes), 4, 8, SMALL)
 
 
 def test_labels_are_each_users_last_interactions_and_never_all():
@@ -44,7 +56,7 @@ def test_without_order_the_labels_are_drawn():
 def test_a_list_is_labelled_by_the_next_item_and_holds_nothing_already_or_later_chosen():
     data = corpus([[3, 4, 5, 6]])
     past, labels = hold_out(data, 0.5, seed=0)
-    lists = mine(retrieval(data), data, past, labels, 6, whole=False)
+    lists = mine(retrieval(data), past, labels, training_queries(labels, True, 9, 0), 6, whole=False)
     assert lists.user.tolist() == [1, 1]
     assert [[i for i in row if i] for row in lists.history.tolist()] == [[3, 4], [3, 4, 5]]
     assert [lists.items[j][lists.labels[j] == 1].tolist() for j in (0, 1)] == [[5], [6]]
@@ -55,7 +67,7 @@ def test_a_list_is_labelled_by_the_next_item_and_holds_nothing_already_or_later_
 def test_a_whole_list_is_labelled_by_all_that_follows():
     data = corpus([[3, 4, 5, 6], [3]])
     past, labels = hold_out(data, 0.5, seed=0)
-    lists = mine(retrieval(data), data, past, labels, 6, whole=True)
+    lists = mine(retrieval(data), past, labels, first_queries(labels), 6, whole=True)
     assert lists.user.tolist() == [1]
     assert set(lists.items[0][lists.labels[0] == 1]) == {5, 6}
 
@@ -63,14 +75,14 @@ def test_a_whole_list_is_labelled_by_all_that_follows():
 def test_lists_without_a_right_item_are_left_out_of_training():
     labels = np.array([[0, 1], [0, 0], [1, 0]], np.float32)
     two = np.zeros((3, 2), np.int32)
-    lists = CandidateLists(np.array([1, 2, 3]), two, two, labels, labels)
+    lists = CandidateLists(np.array([1, 2, 3]), two, two[:, 0], two, labels, labels)
     assert lists.with_hits().user.tolist() == [1, 3]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_an_untrained_ranker_keeps_the_order_of_retrieval(arch: str):
-    lists = mine(retrieval(), SMALL, SMALL.train, SMALL.train, 4, whole=True)
-    scores = score_lists(ranker(arch=arch), lists)
+    lists = mine(retrieval(), SMALL.train, SMALL.train, first_queries(SMALL.train), 4, whole=True)
+    scores = score_lists(ranker(arch=arch), lists, TREND)
     assert (np.argsort(-scores, 1, kind="stable") == np.arange(4)).all()
 
 
@@ -81,10 +93,13 @@ def test_an_architecture_learns_to_prefer_the_labelled_item(arch: str):
     batch = {
         "user": np.array([1, 2], np.int32), "history": np.array([[3, 4], [5, PAD]], np.int32),
         "items": np.array([[5, 6, 7], [6, 7, PAD]], np.int32),
-        "scores": np.zeros((2, 3), np.float32), "labels": np.array([[0, 0, 1], [1, 0, 0]], np.float32),
+        "scores": np.zeros((2, 3), np.float32), "trend": np.zeros((2, 3, len(SHARES)), np.float32),
+        "labels": np.array([[0, 0, 1], [1, 0, 0]], np.float32),
     }  # fmt: skip
-    model.fit(tf.data.Dataset.from_tensors(batch).repeat(60), verbose=0)
-    scores = model.score(*(tf.constant(batch[name]) for name in ("user", "history", "items", "scores"))).numpy()
+    model.fit(tf.data.Dataset.from_tensors(batch).repeat(150), verbose=0)
+    scores = model.score(
+        *(tf.constant(batch[name]) for name in ("user", "history", "items", "scores", "trend"))
+    ).numpy()
     assert scores[0].argmax() == 2
     assert scores[1, 0] > scores[1, 1]
 
@@ -94,13 +109,15 @@ def test_candidates_are_scored_the_same_alone_and_in_a_batch():
     for weight in model.trainable_variables:
         weight.assign(np.random.default_rng(1).normal(0, 0.3, weight.shape))
     users, histories = tf.constant([1, 3]), tf.constant([[3, 4, 5], [PAD, PAD, 8]])
-    both = score_candidates(model, towers, users, histories, tf.constant([[6, 7], [5, 6]])).numpy()
-    alone = score_candidates(model, towers, users[1:], tf.constant([[8]]), tf.constant([[6]])).numpy()
-    assert alone[0, 0] == pytest.approx(both[1, 1], abs=1e-5)
+    both = score_candidates(model, towers, TREND, users, histories, tf.constant([[6, 7], [5, 6]]), NOW).numpy()
+    alone = score_candidates(
+        model, towers, TREND, users[1:], tf.constant([[8]]), tf.constant([[5, 6]]), NOW[1:]
+    ).numpy()
+    assert alone[0] == pytest.approx(both[1], abs=1e-5)
 
 
 def test_embeddings_can_start_from_retrieval():
-    model, towers = ranker(), retrieval()
+    model, towers = ranker(), retrieval(user_id=True)
     model.start_from(towers)
     rows = tf.constant([3, 8])
     assert (model.items(rows).numpy() == towers.candidate_tower.items(rows).numpy()).all()
@@ -109,7 +126,7 @@ def test_embeddings_can_start_from_retrieval():
 
 def test_embeddings_of_another_size_are_refused():
     with pytest.raises(UserError, match="--init-from-retrieval"):
-        RankingModel(Ranking(hidden=(8,)), 16, SMALL, SMALL.train).start_from(retrieval())
+        RankingModel(Ranking(hidden=(8,)), 4, 16, SMALL).start_from(retrieval())
 
 
 def test_an_unknown_architecture_names_the_known_ones():
@@ -122,18 +139,20 @@ def test_a_rating_is_predicted_from_the_history_before_it():
     assert [sorted(i for i in row if i) for row in lists.history.tolist()] == [[], [3], [3, 4], [4, 5]]
     assert lists.items.tolist() == [[3], [4], [5], [6]]
     later = rated_lists(SMALL.train, np.array([4]), SMALL.train, 2)
-    assert later.history.tolist() == [[4, 5]]
+    assert sorted(later.history[0]) == [PAD, 5]  # of 4 and 5, without the rated 4 itself
 
 
 def test_the_rating_objective_starts_at_the_mean_and_ignores_retrieval_scores():
     model = ranker(objective="rating")
     user, history, items = tf.constant([1]), tf.constant([[3]]), tf.constant([[4, 5]])
-    scores = [model.score(user, history, items, tf.constant([[s, s]])).numpy() for s in (0.0, 7.0)]
-    assert scores[0] == pytest.approx(np.ones((1, 2)))  # every rating of the corpus is 1
+    scores = [
+        model.score(user, history, items, tf.constant([[s, s]]), TREND(items, NOW[:1])).numpy() for s in (0.0, 7.0)
+    ]
+    assert scores[0] == pytest.approx(np.ones((1, 2)), abs=0.05)  # every rating of the corpus is 1
     assert (scores[0] == scores[1]).all()
 
 
 def test_list_batches_hold_every_list_once():
-    lists = mine(retrieval(), SMALL, SMALL.train, SMALL.train, 4, whole=True)
-    data = list_batches(lists.take, 3, 2, np.random.default_rng(0))
+    lists = mine(retrieval(), SMALL.train, SMALL.train, first_queries(SMALL.train), 4, whole=True)
+    data = list_batches(lists.take, TREND, 3, 2, np.random.default_rng(0))
     assert sorted(user for batch in data.as_numpy_iterator() for user in batch["user"]) == [1, 2, 3]

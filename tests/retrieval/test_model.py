@@ -17,6 +17,7 @@ SMALL = corpus([[3, 4, 5, 6], [4, 5], [8, 3]], cold_items=2, features=True)
 def model(**changes: Any) -> RetrievalModel:
     """A small model with random weights, so that nothing is zero by construction."""
     settings: dict[str, Any] = {
+        "arch": "two_tower",
         "embedding_dim": 8,
         "window": 4,
         "in_batch_negatives": 3,
