@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable
 
-from rec.config import Features, Retrieval
+from rec.config import Features, Retrieval, settled
 from rec.data_prep.dataset import open_dataset
 from rec.errors import run_command
 from rec.fit import LazyAdam
@@ -29,8 +29,8 @@ def main() -> None:
     parser.add_argument("--arch", default="two_tower", help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    config = Retrieval(arch=args.arch)
     corpus = load_corpus(open_dataset(args.dataset), Features())
+    config = settled(Retrieval(arch=args.arch), corpus.ordered, len(corpus.train.items))
     model = RetrievalModel(config, corpus)
     model.compile(LazyAdam(config.learning_rate))
     step = tf.function(model.train_step, reduce_retracing=True)

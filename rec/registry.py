@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rec.data_prep.dataset import digest
 from rec.errors import UserError
 
 STAGES = ("retrieval", "ranking", "recommender")
@@ -123,4 +122,8 @@ def _is_running(draft: Path) -> bool:
 
 def file_digests(directory: Path) -> dict[str, str]:
     """sha256 of every file below a directory, by its path in it."""
-    return {str(path.relative_to(directory)): digest(path) for path in sorted(directory.rglob("*")) if path.is_file()}
+    digests = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        with open(path, "rb") as stream:  # a server reads this module, so it may not ask data_prep to do it
+            digests[str(path.relative_to(directory))] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digests
