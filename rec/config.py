@@ -52,7 +52,7 @@ class Retrieval:
     dropout: Rate = 0.2
     window: CountOr0 = 0  # positions a training example, and the longest history that is read; 0 = 50, unordered 1000
     epochs: CountOr0 = 0  # at most: early stopping on val/ndcg@10; 0 = 12 to 100, for about 1,500 steps
-    patience: Count = 8  # epochs without a better val/ndcg@10 before training stops
+    patience: Count = 15  # epochs without a better val/ndcg@10 before training stops; the best often come late
     batch_size: Count = 64  # windows a step, at 50 positions each: more of them where they are shorter
     learning_rate: Positive = 0.002  # falls to 0 along a cosine
     l2: NotNegative = 0.0  # penalty on the squared vectors of each batch's negatives; 0.03 helps unordered data
