@@ -103,7 +103,9 @@ def mine(
         hit = ((items[:, :, None] == right[:, None, :]) & (items != PAD)[:, :, None]).any(-1)
         history = recent_items(tf.constant(before), model.config.window).numpy()
         parts.append(CandidateLists(user, history, time, items, best, hit.astype(np.float32)))
-    return CandidateLists(*(np.concatenate([vars(p)[name] for p in parts]) for name in vars(parts[0])))
+    joined = {name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])}
+    longest = (joined["history"] != PAD).sum(1).max(initial=1)
+    return CandidateLists(**{**joined, "history": joined["history"][:, :longest]})
 
 
 def _between(sequences: Sequences, users: np.ndarray, begin: np.ndarray | int, end: np.ndarray) -> np.ndarray:

@@ -168,8 +168,9 @@ def score_candidates(
     Returns:
       [B, N] float32.
     """
-    retrieved = retrieval.score(user, history, items, time)
-    return model.score(user, recent_items(history, retrieval.config.window), items, retrieved, trend(items, time))
+    retrieved, past = retrieval.score(user, history, items, time), recent_items(history, retrieval.config.window)
+    longest = tf.maximum(tf.reduce_max(tf.reduce_sum(tf.cast(past != PAD, tf.int32), 1)), 1)
+    return model.score(user, past[:, :longest], items, retrieved, trend(items, time))
 
 
 def score_lists(model: RankingModel, lists: CandidateLists, trend: Trend, batch_size: int = 256) -> np.ndarray:
