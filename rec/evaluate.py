@@ -207,10 +207,10 @@ def show_systems(report: dict[str, Any]) -> None:
     """Prints the systems as tables on stderr: all users, then where quality is won or lost."""
     print(f"\n{report['dataset']}, {report['split']}, {report['users']:,} users", file=sys.stderr)
     against = f"{'less ' + report['best_baseline']:>22}"
-    print(f"{'':20}" + "".join(f"{name:>12}" for name in SHOWN) + f"{'95 % of ndcg@10':>18}{against}", file=sys.stderr)
+    print(f"{'':20}" + "".join(f"{name:>14}" for name in SHOWN) + f"{'95 % of ndcg@10':>18}{against}", file=sys.stderr)
     for name, values in report["systems"].items():
         (low, high), (least, most) = values["ndcg@10_ci"], values["ndcg@10_vs_best_baseline"]["ci"]
-        cells = "".join(f"{values[metric]:12.4f}" for metric in SHOWN)
+        cells = "".join(f"{values[metric]:14.4f}" for metric in SHOWN)
         print(f"{name:20}{cells}{f'{low:.4f} - {high:.4f}':>18}{f'{least:+.4f} {most:+.4f}':>22}", file=sys.stderr)
     for segment, part in report["segments"].items():
         print(f"\n{segment}, {part['users']:,} users", file=sys.stderr)
