@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
+from rec.counts import Counts
 from rec.features import FIRST_ITEM, FIRST_USER, PAD, UNKNOWN_USER, Vocabulary
 from rec.pipeline import Corpus, Sequences
 from rec.ranking.model import RankingModel, score_candidates
 from rec.retrieval.index import ExactIndex, ScannIndex
 from rec.retrieval.model import LOWEST, RetrievalModel, best_unseen, now
-from rec.trend import Trend
 
 IDS = tf.TensorSpec([None], tf.string)
 LISTS = tf.TensorSpec([None, None], tf.string)
@@ -184,9 +184,9 @@ class RankingModule(tf.Module):
     It holds the retrieval model that it was trained for (its towers, not its index), whose score is one of its inputs.
     """
 
-    def __init__(self, model: RankingModel, retrieval: RetrievalModel, trend: Trend, lookup: Lookup) -> None:
+    def __init__(self, model: RankingModel, retrieval: RetrievalModel, counts: Counts, lookup: Lookup) -> None:
         super().__init__(name="ranking")
-        self.trend, self.lookup = trend, lookup
+        self.counts, self.lookup = counts, lookup
         self.model, self.retrieval = _Untracked(model), _Untracked(retrieval)
         self.weights = model.variables + retrieval.variables
 
@@ -210,7 +210,7 @@ class RankingModule(tf.Module):
 
     def _answer(self, user: tf.Tensor, history: tf.Tensor, item_id: tf.Tensor, time: tf.Tensor) -> dict[str, tf.Tensor]:
         rows = self.lookup.item_rows(item_id)
-        scores = score_candidates(self.model.get, self.retrieval.get, self.trend, user, history, rows, time)
+        scores = score_candidates(self.model.get, self.retrieval.get, self.counts, user, history, rows, time)
         return {"score": tf.where(rows == PAD, LOWEST, scores)}
 
     def signatures(self) -> dict[str, tf.types.experimental.ConcreteFunction]:

@@ -60,7 +60,9 @@ def load_retrieval(directory: Path, dataset: Dataset) -> TrainedRetrieval:
     run = _run(directory, "retrieval")
     corpus = load_trained_corpus(directory, dataset)
     model = RetrievalModel(Retrieval(**run["retrieval"]), corpus)
-    return TrainedRetrieval(model, corpus, restore(model, directory), run)
+    fitted = restore(model, directory)
+    model.lean(corpus.train, **{name: fitted.metrics[name] for name in model.leaning})
+    return TrainedRetrieval(model, corpus, fitted, run)
 
 
 def load_ranking(directory: Path, retrieval: TrainedRetrieval) -> tuple[RankingModel, Fitted, dict[str, Any]]:

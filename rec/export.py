@@ -28,13 +28,13 @@ from rec import registry
 from rec.bundle import Lookup, RankingModule, RetrievalModule
 from rec.checkpoint import TrainedRetrieval, load_ranking, load_retrieval
 from rec.config import Config, add_config_arguments, load_config, to_dict
+from rec.counts import Counts
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError, run_command
 from rec.pipeline import Corpus
 from rec.ranking.model import RankingModel
 from rec.recommender import RecommenderModule, check_pair, load_bundle
 from rec.retrieval.index import build_index
-from rec.trend import Trend
 
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
 TUNING_USERS = 2000  # users whose queries the index is tuned and measured on
@@ -68,11 +68,11 @@ def export_ranking(
     """Writes the ranking bundle for the newest bundle of `retrieval`, whose towers it takes along, and publishes it."""
     corpus = retrieval.corpus
     source = registry.read_metadata(bundle_of(config, retrieval.run))
-    trend = Trend(corpus.train, corpus.items.rows)
+    counts = Counts(corpus.train, corpus.items.rows)
     with tempfile.TemporaryDirectory() as assets:
         lookup = Lookup(corpus, corpus.history("test"), config.index.max_seen, Path(assets))
         return _save(
-            "ranking", RankingModule(model, retrieval.model, trend, lookup), config, **_of_corpus(corpus),
+            "ranking", RankingModule(model, retrieval.model, counts, lookup), config, **_of_corpus(corpus),
             architecture=model.config.arch, run=run, metrics=metrics, built_from=_identities(source),
         )  # fmt: skip
 

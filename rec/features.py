@@ -249,3 +249,13 @@ class Encoder(tf.keras.layers.Layer):
 def _with_special_rows(encoded: np.ndarray, first: int) -> np.ndarray:
     """Puts `first` rows of zeros (no tokens, missing numbers) before the encoded ones."""
     return np.concatenate([np.zeros((first, encoded.shape[1]), encoded.dtype), encoded])
+
+
+def recent_items(history: tf.Tensor, width: int) -> tf.Tensor:
+    """Histories as callers give them, [B, H] rows, oldest first, PAD anywhere (ids that were not known) -> the last
+    `width` items, [B, width], left-aligned, PAD behind."""
+    order = tf.argsort(tf.cast(history == PAD, tf.int32), axis=1, stable=True)
+    items = tf.pad(tf.gather(history, order, batch_dims=1), [[0, 0], [0, width]])
+    length = tf.reduce_sum(tf.cast(history != PAD, tf.int32), 1)
+    at = tf.maximum(length - width, 0)[:, None] + tf.range(width)
+    return tf.gather(items, at, batch_dims=1)

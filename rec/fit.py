@@ -83,6 +83,7 @@ def fit(
     learning_rate: float,
     seed: int,
     validate: Callable[[], dict[str, float]] | None = None,
+    calibrate: Callable[[], dict[str, float]] | None = None,
     monitor: str = "val/ndcg@10",
     patience: int = 0,
     on_epoch: OnEpoch = lambda epoch, metrics: None,
@@ -97,6 +98,8 @@ def fit(
       epochs: at most so many; the learning rate falls along a cosine that reaches zero behind the last.
       stop_after: end after so many epochs of that schedule.
       validate: -> metrics; without it, all epochs are trained and the last is kept.
+      calibrate: settles, with the best weights, what is not trained; -> numbers that join the best epoch's metrics,
+        which are then taken again.
       monitor: the metric to stop on: the higher the better, but for `val/rmse`.
       patience: epochs without a better one before training stops.
       on_epoch: called with each epoch's number and metrics.
@@ -141,6 +144,9 @@ def fit(
         shown = {name: values[name] for name in ("loss", monitor) if name in values}
         progress.set_postfix(shown, best_epoch=state.best_epoch)
     checkpoint.read(str(partial / f"epoch-{state.best_epoch}")).assert_consumed()
+    if calibrate is not None and validate is not None:
+        state.metrics.update(calibrate() | validate())
+        _write_state(partial, state)
     _keep(partial, state.best_epoch)
     replace_directory(partial, directory)
     return state
@@ -180,11 +186,15 @@ def _read_state(directory: Path) -> Fitted:
 
 def _save(partial: Path, checkpoint: tf.train.Checkpoint, state: Fitted) -> None:
     checkpoint.write(str(partial / f"epoch-{state.epoch}"))
+    _write_state(partial, state)
+    _keep(partial, state.epoch, state.best_epoch)
+
+
+def _write_state(partial: Path, state: Fitted) -> None:
     rows = [json.dumps({"epoch": epoch, **values}) for epoch, values in enumerate(state.history)]
     (partial / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows[1:]))
     (partial / "state.tmp").write_text(json.dumps(vars(state)))
     os.replace(partial / "state.tmp", partial / "state.json")
-    _keep(partial, state.epoch, state.best_epoch)
 
 
 def _keep(partial: Path, *epochs: int) -> None:

@@ -27,6 +27,7 @@ import tensorflow_recommenders as tfrs
 from rec import metrics
 from rec.checkpoint import TrainedRetrieval, corpus_files, describe, load_retrieval
 from rec.config import Config, add_config_arguments, load_config, settled
+from rec.counts import Counts
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError, run_command
 from rec.evaluate import evaluate, show_recommendations, show_systems
@@ -36,9 +37,8 @@ from rec.fit import Fitted, OnEpoch, fit, read_run, restore
 from rec.pipeline import Corpus, Sequences, load_corpus, window_batches
 from rec.ranking.candidates import first_queries, hold_out, list_batches, mine, rated_lists, training_queries
 from rec.ranking.model import RankingModel, score_lists
-from rec.retrieval.model import RetrievalModel
+from rec.retrieval.model import RetrievalModel, calibrate
 from rec.tracking import track
-from rec.trend import Trend
 
 FACTORIZED_KS = (10, 100)
 # What a ranker is chosen by: the low end of the 95 % interval of what it adds to retrieval's order, which has 0. The
@@ -90,7 +90,8 @@ def _fit_retrieval(
         model, lambda epoch: window_batches(corpus, settings, train, config.seed, epoch), len(train.items), directory,
         run, corpus_files(corpus), epochs=settings.epochs, stop_after=stop_after,
         learning_rate=settings.learning_rate, seed=config.seed,
-        validate=validate if stop_after is None else None, patience=settings.patience, on_epoch=on_epoch,
+        validate=validate if stop_after is None else None, calibrate=lambda: calibrate(model, corpus),
+        patience=settings.patience, on_epoch=on_epoch,
     )  # fmt: skip
     return model, fitted, run
 
@@ -174,6 +175,7 @@ def _by_clicks(config: Config, trained: TrainedRetrieval, model: RankingModel) -
     stop_after = max(1, trained.fitted.best_epoch)
     directory = Path(config.output.checkpoints) / "mining"
     miner, _, _ = _fit_retrieval(of_miner, corpus, past, directory, stop_after)
+    miner.lean(past, **trained.model.leaning)
     model.start_from(miner)  # not from the final model, whose embeddings have seen the labels
     is_next = corpus.split_strategy == "leave_one_out"  # the test asks for the next item, not for all that follow
     asked = training_queries(labels, is_next, MOST_LISTS, config.seed)
@@ -186,7 +188,7 @@ def _by_clicks(config: Config, trained: TrainedRetrieval, model: RankingModel) -
     relevant = corpus.val.matrix(queries[0], corpus.items.rows)
     offered = mine(trained.model, corpus.train, corpus.val, queries, settings.candidates, whole=True)
     as_retrieved = _per_user(offered.items, relevant)["ndcg@10"]
-    before, served = (Trend(part, corpus.items.rows) for part in (past, corpus.train))
+    before, served = (Counts(part, corpus.items.rows) for part in (past, corpus.train))
 
     def validate() -> dict[str, float]:
         order = np.argsort(-score_lists(model, offered, served), axis=1, kind="stable")
@@ -206,15 +208,15 @@ def _by_rating(config: Config, trained: TrainedRetrieval, model: RankingModel) -
     corpus, width = trained.corpus, trained.model.config.window
     train, batch_size = corpus.train, config.ranking.batch_size * RATINGS_A_LIST
     known = train if corpus.split_strategy == "given" or not corpus.ordered else None
-    trend = Trend(train, corpus.items.rows)
+    counts = Counts(train, corpus.items.rows)
     val = rated_lists(corpus.val, np.arange(len(corpus.val.items)), train, width)
 
     def batches(epoch: int) -> tf.data.Dataset:
         rng = np.random.default_rng([config.seed, epoch])
-        return list_batches(lambda at: rated_lists(train, at, known, width), trend, len(train.items), batch_size, rng)
+        return list_batches(lambda at: rated_lists(train, at, known, width), counts, len(train.items), batch_size, rng)
 
     def validate() -> dict[str, float]:
-        return {"val/rmse": metrics.rmse(score_lists(model, val, trend), val.labels)}
+        return {"val/rmse": metrics.rmse(score_lists(model, val, counts), val.labels)}
 
     return batches, len(train.items), validate, "val/rmse"
 

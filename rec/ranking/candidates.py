@@ -12,11 +12,10 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from rec.features import PAD
+from rec.counts import NUMBERS, Counts
+from rec.features import PAD, recent_items
 from rec.pipeline import Corpus, Sequences
 from rec.retrieval.model import LOWEST, RetrievalModel, best_unseen
-from rec.retrieval.towers import recent_items
-from rec.trend import SHARES, Trend
 
 BATCH = 256  # users ranked at a time
 
@@ -139,19 +138,19 @@ def rated_lists(sequences: Sequences, at: np.ndarray, known: Sequences | None, w
 
 
 def list_batches(
-    take: Callable[[np.ndarray], CandidateLists], trend: Trend, n: int, batch_size: int, rng: np.random.Generator
+    take: Callable[[np.ndarray], CandidateLists], counts: Counts, n: int, batch_size: int, rng: np.random.Generator
 ) -> tf.data.Dataset:
-    """Lists 0..n-1 in shuffled batches: dicts of `CandidateLists`' fields and their `trend` [B, N, S].
+    """Lists 0..n-1 in shuffled batches: dicts of `CandidateLists`' fields and their `counts` [B, N, NUMBERS].
 
     `take` makes lists from their numbers."""
     first = take(np.arange(0))
     signature = {name: tf.TensorSpec([None, *values.shape[1:]], values.dtype) for name, values in vars(first).items()}
-    signature["trend"] = tf.TensorSpec([None, first.items.shape[1], len(SHARES)], tf.float32)
+    signature["counts"] = tf.TensorSpec([None, first.items.shape[1], NUMBERS], tf.float32)
     order = rng.permutation(n)
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         for rows in np.array_split(order, max(1, round(n / batch_size))):
             lists = take(rows)
-            yield {**vars(lists), "trend": trend(lists.items, lists.time).numpy()}
+            yield {**vars(lists), "counts": counts(lists.history, lists.items, lists.time).numpy()}
 
     return tf.data.Dataset.from_generator(batches, output_signature=signature).prefetch(4)

@@ -1,8 +1,8 @@
 """The ranking model: how likely a user chooses each candidate, or which rating it would get.
 
 - Fields (vectors): the user, the candidate, the history's mean, and the history as the candidate sees it (attention,
-  as in Zhou et al. 2018, DIN). Numbers: the candidate's retrieval score and rank, how popular it was in the last shares
-  of all interactions (trend.py), the length of the history.
+  as in Zhou et al. 2018, DIN). Numbers: the candidate's retrieval score and rank, the length of the history, how
+  popular the candidate is at the time and how often it came soon after the latest items (counts.py).
 - The score is a scaled retrieval score plus what the architecture adds, which is zero at the start: training starts
   from retrieval's own order and can only learn to better it.
 - Through tfrs.tasks.Ranking, pointwise: binary cross-entropy on clicks (`implicit`), or squared error on ratings
@@ -14,14 +14,13 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
 from rec.config import Ranking
+from rec.counts import NUMBERS, Counts
 from rec.errors import UserError
-from rec.features import PAD, UNKNOWN, UNKNOWN_USER, Encoder
+from rec.features import PAD, UNKNOWN, UNKNOWN_USER, Encoder, recent_items
 from rec.pipeline import Corpus
 from rec.ranking.archs import build_arch
 from rec.ranking.candidates import CandidateLists
 from rec.retrieval.model import LOWEST, RetrievalModel
-from rec.retrieval.towers import recent_items
-from rec.trend import SHARES, Trend
 
 
 class RankingModel(tfrs.Model):
@@ -58,7 +57,7 @@ class RankingModel(tfrs.Model):
         }
         self.task = tfrs.tasks.Ranking(loss=losses[config.objective]())
         one = tf.ones([1, 1], tf.int32)
-        self.score(one[0], one, one, tf.zeros([1, 1]), tf.zeros([1, 1, len(SHARES)]))  # creates every weight
+        self.score(one[0], one, one, tf.zeros([1, 1]), tf.zeros([1, 1, NUMBERS]))  # creates every weight
         self.score_compiled = tf.function(self.score, reduce_retracing=True)
 
     def score(
@@ -67,7 +66,7 @@ class RankingModel(tfrs.Model):
         history: tf.Tensor,
         items: tf.Tensor,
         scores: tf.Tensor,
-        trend: tf.Tensor,
+        counts: tf.Tensor,
         training: bool = False,
     ) -> tf.Tensor:
         """The candidates' scores: logits, or ratings.
@@ -77,7 +76,7 @@ class RankingModel(tfrs.Model):
           history: [B, H] int32 item rows, H <= window, oldest first, PAD anywhere.
           items: [B, N] int32 item rows.
           scores: [B, N] float32, the candidates' retrieval scores (LOWEST where there is none).
-          trend: [B, N, S] float32, as trend.Trend gives it.
+          counts: [B, N, NUMBERS] float32, as counts.Counts gives them.
 
         Returns:
           [B, N] float32.
@@ -101,9 +100,9 @@ class RankingModel(tfrs.Model):
             retrieved, rank = _retrieved(scores)
             base = self._scale * retrieved
         numbers = [retrieved, rank, tf.broadcast_to(tf.math.log1p(length)[:, None], tf.shape(rank))]
-        numbers = tf.concat([tf.stack(numbers, 2), trend], 2)
+        numbers = tf.concat([tf.stack(numbers, 2), counts], 2)
         fields = tf.reshape(fields, [-1, 4, self._dim])
-        added = self._out(self._arch(fields, tf.reshape(numbers, [-1, 3 + len(SHARES)]), training=training))
+        added = self._out(self._arch(fields, tf.reshape(numbers, [-1, 3 + NUMBERS]), training=training))
         return tf.reshape(added, tf.shape(items)) + base + self._bias
 
     def _factorised(self, user: tf.Tensor, items: tf.Tensor, taste: tf.Tensor, candidate: tf.Tensor) -> tf.Tensor:
@@ -116,7 +115,7 @@ class RankingModel(tfrs.Model):
     def compute_loss(self, batch: dict[str, tf.Tensor], training: bool = False) -> tf.Tensor:
         """The loss of a batch of candidate lists (`candidates.list_batches`), or of ratings (lists of one)."""
         user, history, items = batch["user"], batch["history"], batch["items"]
-        scores = self.score(user, history, items, batch["scores"], batch["trend"], training)
+        scores = self.score(user, history, items, batch["scores"], batch["counts"], training)
         labels, real = batch["labels"], items != PAD
         if self.config.objective == "listwise":
             return self.task(labels / tf.reduce_sum(labels, 1, keepdims=True), tf.where(real, scores, -1e9))
@@ -153,13 +152,13 @@ def _retrieved(scores: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 def score_candidates(
     model: RankingModel,
     retrieval: RetrievalModel,
-    trend: Trend,
+    counts: Counts,
     user: tf.Tensor,
     history: tf.Tensor,
     items: tf.Tensor,
     time: tf.Tensor,
 ) -> tf.Tensor:
-    """The ranker's scores of candidates, given the retrieval model that it ranks for and what is popular.
+    """The ranker's scores of candidates, given the retrieval model that it ranks for and the counts.
 
     Args:
       user: [B] user rows; history: [B, H] item rows, oldest first, PAD anywhere; items: [B, N] item rows.
@@ -170,14 +169,14 @@ def score_candidates(
     """
     retrieved, past = retrieval.score(user, history, items, time), recent_items(history, retrieval.config.window)
     longest = tf.maximum(tf.reduce_max(tf.reduce_sum(tf.cast(past != PAD, tf.int32), 1)), 1)
-    return model.score(user, past[:, :longest], items, retrieved, trend(items, time))
+    return model.score(user, past[:, :longest], items, retrieved, counts(past, items, time))
 
 
-def score_lists(model: RankingModel, lists: CandidateLists, trend: Trend, batch_size: int = 256) -> np.ndarray:
+def score_lists(model: RankingModel, lists: CandidateLists, counts: Counts, batch_size: int = 256) -> np.ndarray:
     """The model's scores of all lists, [Q, N] float32, LOWEST at empty places."""
     parts = []
     for begin in range(0, len(lists.user), batch_size):
         part = lists.take(np.arange(begin, min(begin + batch_size, len(lists.user))))
-        inputs = (part.user, part.history, part.items, part.scores, trend(part.items, part.time))
+        inputs = (part.user, part.history, part.items, part.scores, counts(part.history, part.items, part.time))
         parts.append(np.where(part.items == PAD, LOWEST, model.score_compiled(*inputs).numpy()))
     return np.concatenate(parts)

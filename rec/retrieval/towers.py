@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from rec.config import Retrieval
 from rec.errors import UserError
-from rec.features import PAD, START, UNKNOWN, UNKNOWN_USER, Encoder, cyclic
+from rec.features import PAD, START, UNKNOWN, UNKNOWN_USER, Encoder, cyclic, recent_items
 from rec.pipeline import Corpus
 
 
@@ -128,10 +128,13 @@ class CandidateTower(tf.keras.layers.Layer):
         )  # fmt: skip
         self._trained_rows = corpus.items.first + corpus.items.trained
         self._bias = tf.keras.layers.Embedding(self._trained_rows, 1, "zeros", name="bias")
+        # What is added to the bias for popularity after training (model.calibrate).
+        self.lean = self.add_weight(name="lean", shape=[self._trained_rows, 1], initializer="zeros", trainable=False)
 
     def call(self, rows: tf.Tensor, training: bool = False) -> tf.Tensor:
         """int32 item rows [...] -> [..., d + 1]."""
-        bias = self._bias(tf.where(rows < self._trained_rows, rows, UNKNOWN))
+        known = tf.where(rows < self._trained_rows, rows, UNKNOWN)
+        bias = self._bias(known) + tf.gather(self.lean, known)
         return tf.concat([self.items(rows, training=training), bias], -1)
 
 
@@ -185,16 +188,6 @@ class QueryTower(tf.keras.layers.Layer):
             parts.append(tf.stack(cyclic(time), -1))
         hidden += self._dense(self._context(self._dropout(tf.concat(parts, -1), training=training)))
         return tf.concat([hidden, tf.ones_like(hidden[..., :1])], -1)
-
-
-def recent_items(history: tf.Tensor, width: int) -> tf.Tensor:
-    """Histories as callers give them, [B, H] rows, oldest first, PAD anywhere (ids that were not known) -> the last
-    `width` items, [B, width], left-aligned, PAD behind."""
-    order = tf.argsort(tf.cast(history == PAD, tf.int32), axis=1, stable=True)
-    items = tf.pad(tf.gather(history, order, batch_dims=1), [[0, 0], [0, width]])
-    length = tf.reduce_sum(tf.cast(history != PAD, tf.int32), 1)
-    at = tf.maximum(length - width, 0)[:, None] + tf.range(width)
-    return tf.gather(items, at, batch_dims=1)
 
 
 def history_tokens(history: tf.Tensor, window: int) -> tuple[tf.Tensor, tf.Tensor]:
