@@ -3,8 +3,8 @@
 - `temporal`: two global cut times, 80/10/10 by interaction count. A cut falls between distinct times.
 - `leave_one_out`: a user's last interaction is test, the last but one val; users with fewer than three stay in
   train. Without timestamps there is no last: two of the user's interactions are drawn, from the seed.
-- `given`: the source's own files. Without one for val, it is a tenth of train: the latest where there are
-  timestamps, otherwise drawn from the seed, such that every user keeps an interaction in train.
+- `given`: the source's own files. Without one for val, it is a tenth of train, taken as test was: the latest where
+  most of test is later than that, otherwise drawn from the seed, such that every user keeps an interaction in train.
 
 All of it is SQL, which DuckDB runs out of core and a cluster could run. Every order ends in `source_row`, so ties in
 time keep the source's order and threads change nothing. Not covered: filtering rare items.
@@ -55,13 +55,17 @@ def split_interactions(con: Connection, strategy: str, seed: int) -> dict[str, s
     """
     kept = con.table("kept")
     ordered = "timestamp" in kept.columns
-    facts: dict[str, str | int] = {"strategy": strategy} | ({} if ordered else {"seed": seed})
+    facts: dict[str, str | int] = {"strategy": strategy}
     drawn = f"md5(concat('{seed}', '/', user_id, '/', item_id))"  # the same on every engine, in any order of rows
 
     def second_after(share: float) -> int:
         rows = kept.filter("split = 'train'") if strategy == "given" else kept
         cut = rows.aggregate(f"percentile_disc({share}) within group (order by floor(timestamp))")
         return int(cut.fetchall()[0][0]) + 1
+
+    def is_later(second: int) -> bool:
+        """Most of test is."""
+        return 2 * len(kept.filter(f"split = 'test' and timestamp >= {second}")) > len(kept.filter("split = 'test'"))
 
     if strategy == "temporal":
         if not ordered:
@@ -70,16 +74,18 @@ def split_interactions(con: Connection, strategy: str, seed: int) -> dict[str, s
         facts |= {"val_from": second_after(0.8), "test_from": second_after(0.9)}
         when = "timestamp < {val_from} then 'train' when timestamp < {test_from} then 'val' else 'test'".format(**facts)
     elif strategy == "leave_one_out":
+        facts |= {} if ordered else {"seed": seed}
         latest = "timestamp desc, source_row desc" if ordered else f"{drawn}, source_row"
         recency = f"row_number() over (partition by user_id order by {latest})"
         history = "count(*) over (partition by user_id)"
         when = f"{history} < 3 or {recency} > 2 then 'train' when {recency} = 1 then 'test' else 'val'"
     elif len(kept.filter("split = 'val'")):
         when = "true then split"
-    elif ordered:
-        facts["val_from"] = second_after(0.9)
-        when = f"split = 'train' and timestamp >= {facts['val_from']} then 'val' else split"
+    elif ordered and is_later(val_from := second_after(0.9)):
+        facts["val_from"] = val_from
+        when = f"split = 'train' and timestamp >= {val_from} then 'val' else split"
     else:  # hexadecimal digits below 199a: one in ten
+        facts["seed"] = seed
         position = "row_number() over (partition by user_id, split order by source_row)"
         when = f"split = 'train' and {position} > 1 and {drawn} < '199a' then 'val' else split"
     names = ", ".join(name for name in kept.columns if name != "split")

@@ -202,7 +202,7 @@ def main() -> None:
     add("--output-dir", required=True, type=Path, help="the dataset directory to write")
     add("--interactions", type=Path, help="all interactions, to be split")
     add("--train", type=Path, help="interactions that are split already; needs --test")
-    add("--val", type=Path, help="default: a tenth of --train, the latest, or drawn if there are no times")
+    add("--val", type=Path, help="default: a tenth of --train, the latest if --test is later, else drawn")
     add("--test", type=Path)
     add("--user-col", default="user_id", help="its name in every file that has it")
     add("--item-col", default="item_id", help="its name in every file that has it")

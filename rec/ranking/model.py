@@ -93,9 +93,12 @@ class RankingModel(tfrs.Model):
         fields = tf.stack(
             [candidate, attended, *(tf.broadcast_to(x[:, None], tf.shape(candidate)) for x in (mean, about_user))], 2
         )
-        if self._is_rating:  # learnt without retrieval scores, so these must not come in later either
+        if self._is_rating:
             base = self._factorised(user, items, about_user + mean * tf.sqrt(length)[:, None], candidate)
-            retrieved, rank = tf.zeros_like(scores), tf.zeros_like(scores)
+            # Retrieval scores and counts have seen the very interactions that are rated. What the architecture adds
+            # must not bend the factors either: only their penalty keeps these from fitting the noise.
+            retrieved, rank, counts = tf.zeros_like(scores), tf.zeros_like(scores), tf.zeros_like(counts)
+            fields = tf.stop_gradient(fields)
         else:
             retrieved, rank = _retrieved(scores)
             base = self._scale * retrieved

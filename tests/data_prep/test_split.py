@@ -112,12 +112,15 @@ def test_given_split_keeps_a_pair_only_in_its_earliest_split() -> None:
     assert kept == [("test", "v", "a"), ("train", "u", "a"), ("train", "v", "b"), ("val", "u", "b"), ("val", "u", "c")]
 
 
-def test_given_split_without_val_cuts_the_latest_tenth_of_train() -> None:
-    con = database(f"{ORDERED}, split varchar", [(f"u{n}", "i", float(n), "train") for n in range(10)])
-    con.execute("insert into interactions values ('v', 'i', 3, 'test', 99)")
+@pytest.mark.parametrize(("test_time", "is_latest"), [(99, True), (30, False)])
+def test_given_split_without_val_takes_a_tenth_of_train_as_test_was_taken(test_time: int, is_latest: bool) -> None:
+    rows = [(f"u{n % 10}", f"i{n}", float(n), "train") for n in range(100)]
+    con = database(f"{ORDERED}, split varchar", rows)
+    con.execute(f"insert into interactions values ('u1', 'i2', {test_time}, 'test', 999)")
     parts = split_of(con, "given")
-    assert parts["val"] == {"u9 i"}
-    assert parts["test"] == {"v i"}
+    assert parts["test"] == {"u1 i2"}
+    assert 3 <= len(parts["val"]) <= 20
+    assert (parts["val"] == {f"u{n % 10} i{n}" for n in range(90, 100)}) == is_latest
 
 
 def test_given_split_without_val_or_times_draws_a_tenth_and_leaves_every_user_in_train() -> None:
