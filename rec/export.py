@@ -32,7 +32,7 @@ from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError, run_command
 from rec.pipeline import Corpus
 from rec.ranking.model import RankingModel
-from rec.recommender import RecommenderModule, check_pair, load_bundle
+from rec.recommender import RecommenderModule, load_bundle
 from rec.retrieval.index import build_index
 from rec.retrieval.model import RetrievalModel
 
@@ -87,7 +87,7 @@ def export_recommender(retrieval: Path, ranking: Path, config: Config, metrics: 
       UserError: the ranking bundle was trained for another retrieval version.
     """
     found = {"retrieval": registry.read_metadata(retrieval), "ranking": registry.read_metadata(ranking)}
-    check_pair(found["retrieval"], found["ranking"], ranking)
+    registry.check_pair(found["retrieval"], found["ranking"], ranking)
     candidates = found["ranking"]["config"]["ranking"]["candidates"]
     module = RecommenderModule(load_bundle(retrieval), load_bundle(ranking), candidates)
     stage_dir = Path(config.output.savedmodels) / "recommender"
@@ -114,7 +114,7 @@ def _save(
     with registry.draft(stage_dir) as draft:
         items = corpus.items.ids[:WARMUP_HISTORY].tolist()
         user = str(corpus.users.ids[0]) if len(corpus.users.ids) else ""
-        examples = {"user_id": user, "history": items, "item_id": items}
+        examples = {"user_id": user, "history": items, "item_id": items, "is_given": True, "exclude": items}
         _write_saved_model(module, draft, examples, stage, details.get("index", {}).get("kind") == "scann")
         items_table = corpus.item_table.assign(popularity=corpus.popularity[corpus.items.first :])
         items_table.to_parquet(draft / "items.parquet", index=False)
@@ -143,7 +143,7 @@ def _warmup(name: str, function: Any, examples: dict[str, Any], stage: str) -> p
         example = examples[spec.name]
         if spec.shape.rank == 1 and isinstance(example, list):
             example = example[0]
-        request.inputs[spec.name].CopyFrom(tf.make_tensor_proto([example], tf.string))
+        request.inputs[spec.name].CopyFrom(tf.make_tensor_proto([example], spec.dtype))
     return prediction_log_pb2.PredictionLog(predict_log=prediction_log_pb2.PredictLog(request=request))
 
 

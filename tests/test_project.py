@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 LINES = 5_000  # small enough to read in an afternoon
 PACKAGES = {  # import name -> name in requirements.txt, where they differ
     "dotenv": "python-dotenv",
+    "prometheus_client": "prometheus-client",
     "tensorflow_recommenders": "tensorflow-recommenders",
     "tensorflow_serving": "tensorflow-serving-api",
     "tf_keras": "tf-keras",
