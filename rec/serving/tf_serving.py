@@ -1,11 +1,10 @@
-"""The bundles behind TF Serving's REST API: the API's models on a fleet of other machines.
+"""The models on a fleet of other machines, by TF Serving's REST API. Nothing of TensorFlow is imported here.
 
     python -m rec.serve --tf-serving http://a:8501,http://b:8501     both with the models `retrieval` and `ranking`
 
-- A replica that fails or takes longer than the time-out is passed over for the next one, and is last in turn for a
-  while; where none answers, the client gets a 503.
-- Every call names the version of the local bundle, so answers fit the local items.parquet while the fleet is updated.
-- An answer takes two calls, retrieval's and the ranker's. Nothing of TensorFlow is imported.
+- A replica that fails or is late is passed over for the next, and last in turn for a while; where none answers: a 503.
+- Every call names the version of the local bundle, so that answers fit the local items.parquet: let the fleet keep two
+  versions (model_version_policy {latest {num_versions: 2}}), or none answers while one replaces the other.
 
 TF Serving itself was not run here. The tests speak its REST protocol (https://www.tensorflow.org/tfx/serving/api_rest)
 with a stand-in that runs the bundles through the C++ loader that TF Serving uses.
@@ -23,16 +22,16 @@ import httpx
 import numpy as np
 import pandas as pd
 
-from rec.errors import UserError
 from rec.registry import check_pair, read_catalogue, read_metadata
 from rec.serving.schemas import LOWEST, UnavailableError
 
 PAUSE = 10.0  # seconds for which a replica that failed is only asked after the others
+FAILURES = (httpx.HTTPError, httpx.InvalidURL)
 
 
 @dataclass(eq=False)
 class TfServing:
-    """What rec.recommender.Recommender does, with the models elsewhere. UnavailableError is raised where none answers."""
+    """What rec.recommender.Recommender does, with the models elsewhere; UnavailableError where none answers."""
 
     replicas: list[str]
     client: httpx.Client
@@ -87,12 +86,11 @@ class TfServing:
         """A signature's outputs by name; its only output, without a name."""
         path = f"/v1/models/{stage}/versions/{self.metadata[stage]['version']}:predict"
         self.replicas.append(self.replicas.pop(0))  # each in turn
-        late = time.monotonic() - PAUSE
-        for replica in sorted(self.replicas, key=lambda each: self._failed.get(each, late) > late):
+        for replica in sorted(self.replicas, key=lambda each: self._failed.get(each, 0) > time.monotonic() - PAUSE):
             try:
                 answer = self.client.post(replica + path, json={"signature_name": signature, "inputs": inputs})
                 return answer.json()["outputs"]
-            except httpx.HTTPError as error:
+            except FAILURES as error:
                 reason = str(error) or type(error).__name__
             except (ValueError, LookupError, TypeError):  # an error is {"error": ..}, a proxy's error a page
                 reason = f"{answer.status_code} {' '.join(answer.text.split())[:200]}"
@@ -106,12 +104,12 @@ def connect(
     """A fleet that has these bundles loaded.
 
     Args:
-      urls: of the replicas' REST ports; one may hold several, separated by commas.
-      retrieval, ranking: the bundles on this machine, for their metadata, items and users.
-      timeout: seconds to connect, and seconds to answer.
+      urls: of the REST ports; one may hold several, separated by commas.
+      retrieval, ranking: on this machine, for their metadata, items and users. timeout: seconds for each answer.
 
     Raises:
-      UserError: a directory is no bundle, the two were not trained together, or no replica has their versions.
+      UserError: a directory is not a bundle, or the two were not trained together.
+      UnavailableError: no replica has their versions, or not yet.
     """
     replicas = [url.strip().rstrip("/") for each in urls for url in each.split(",") if url.strip()]
     stages = {"retrieval": retrieval} | ({"ranking": ranking} if ranking else {})
@@ -125,13 +123,13 @@ def connect(
             if all('"AVAILABLE"' in answer.text for answer in answers):
                 return TfServing(replicas, client, *read_catalogue(retrieval), metadata)
             said += [f"{replica}: {' '.join(answer.text.split())[:200]}" for answer in answers]
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except FAILURES as error:
             said.append(f"{replica}: {error}")
     names = " and ".join(f"{stage} version {each['version']}" for stage, each in metadata.items())
-    raise UserError(f"--tf-serving: no replica has {names} loaded ({'; '.join(said) or 'there is no URL'})")
+    raise UnavailableError(f"--tf-serving: no replica has {names} loaded ({'; '.join(said) or 'there is no URL'})")
 
 
 def _padded(lists: Sequence[list[str]]) -> list[list[str]]:
-    """ "" on the left, to a common length of at least one."""
+    """Lists of ids with "" on the left, to a common length of at least one."""
     width = max(1, *map(len, lists))
     return [[""] * (width - len(row)) + row for row in lists]

@@ -42,6 +42,16 @@ class Model:
     def __init__(self, bundle: Path, scann: bool) -> None:
         self.version, self._session, self._lock = bundle.resolve().name, SavedModelSession(bundle, scann), Lock()
 
+        self._warm_up(json.loads((bundle / "assets.extra" / "examples.json").read_text()))
+
+    def _warm_up(self, examples: dict[str, Any]) -> None:
+        """The bundle's warm-up requests, as they are before they became protocol buffers."""
+        for name, signature in self._session.signatures().items():
+            inputs = {key: examples[key] for key in signature["inputs"]}
+            vectors = {key for key, info in signature["inputs"].items() if len(info["shape"]) == 1}
+            first = {key: each[0] if key in vectors and isinstance(each, list) else each for key, each in inputs.items()}
+            self._session.run(name, {key: [each] for key, each in first.items()})
+
     def predict(self, request: dict[str, Any]) -> dict[str, Any]:
         name = request.get("signature_name") or "serving_default"
         signature = self._session.signatures().get(name)
