@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from rec.features import FIRST_ITEM, FIRST_USER, PAD, UNKNOWN_USER, Vocabulary
+from rec.features import FIRST_ITEM, FIRST_USER, PAD, UNKNOWN_USER, Encoder, Vocabulary
 from rec.pipeline import Corpus, Sequences
 from rec.ranking.model import RankingModel, score_candidates
 from rec.retrieval.index import ExactIndex, ScannIndex
@@ -82,6 +82,13 @@ class _Untracked:
         self.get = model
 
 
+def _frozen(variables: list[tf.Variable], encoders: list[Encoder]) -> list[tf.Variable]:
+    """Freezes the encoders: the variables with their tables in place of their weights."""
+    replaced = {id(variable) for encoder in encoders for variable in encoder.variables}
+    kept = [variable for variable in variables if id(variable) not in replaced]
+    return kept + [encoder.freeze() for encoder in encoders]
+
+
 class RetrievalModule(tf.Module):
     """user_id or history -> the k best items that the user has not seen."""
 
@@ -89,7 +96,7 @@ class RetrievalModule(tf.Module):
         super().__init__(name="retrieval")
         self.index, self.lookup, self.k = index, lookup, k
         self.model = _Untracked(model)
-        self.weights = model.variables
+        self.weights = _frozen(model.variables, [model.candidate_tower.items])
 
     @tf.function(input_signature=[IDS])
     def serving_default(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -240,7 +247,8 @@ class RankingModule(tf.Module):
         super().__init__(name="ranking")
         self.lookup = lookup
         self.model, self.retrieval = _Untracked(model), _Untracked(retrieval)
-        self.weights = model.variables + retrieval.variables
+        encoders = [model.items, retrieval.candidate_tower.items]
+        self.weights = _frozen(model.variables + retrieval.variables, encoders)
 
     @tf.function(input_signature=[IDS, LISTS])
     def serving_default(self, user_id: tf.Tensor, item_id: tf.Tensor) -> dict[str, tf.Tensor]:

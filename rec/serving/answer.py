@@ -2,12 +2,11 @@
 
 - `Engine.recommend` takes a batch of requests: one call of the models, whatever its size.
 - `exclude` and `filter` are honoured exactly. A filter chooses among the ranked candidates; where too few of those
-  pass, the passing items themselves are scored; where that cannot be done or was not enough, the most popular items
+  pass, the passing items themselves are scored; where that cannot be done or is not enough, the most popular items
   that pass follow, with score null. Never one that the user has seen.
-- Answers are written as JSON text at once, from each item's text: that costs a fifth of dictionaries and json.dumps.
-- The rows of a column's values are collected when a filter first names the column (a million items: 0.3 s for genres).
+- Answers are written as JSON text at once, from each item's text: a fifth of what dictionaries and json.dumps cost.
 
-Everything here runs in the one thread that calls the models.
+All of it runs in the one thread that calls the models.
 """
 
 import difflib
@@ -29,11 +28,12 @@ from rec.serving.schemas import LOWEST, RecommendRequest
 
 DEEPEST = 10_000  # the most popular passing items that are scored for a narrow filter: some 5 ms
 COMPARED = 50  # the latest items of a history, among which an explanation finds the nearest
+Arrays = dict[str, np.ndarray]
 
 
 class Backend(Protocol):
-    """What computes: rec.recommender.Recommender, or TF Serving behind the same methods, which describe themselves
-    there. All are called in one thread. `UnavailableError` is answered with 503."""
+    """What computes: rec.recommender.Recommender, which describes these methods, or TF Serving. All are called in one
+    thread. `answer_within` and `cosines` may give None: it cannot be done here. `UnavailableError` becomes a 503."""
 
     @property
     def items(self) -> pd.DataFrame: ...
@@ -42,17 +42,11 @@ class Backend(Protocol):
     @property
     def metadata(self) -> dict[str, dict[str, Any]]: ...
     def versions(self) -> dict[str, int]: ...
-    def answer(
-        self, user_ids: Sequence[str], histories: Sequence[list[str] | None], excluded: Sequence[list[str]]
-    ) -> dict[str, np.ndarray]: ...
-    def answer_within(self, user_id: str, history: list[str] | None, rows: np.ndarray) -> dict[str, np.ndarray] | None:
-        """None: it cannot be done here."""
-
+    def answer(self, user_ids: Sequence[str], histories: Sequence[Any], excluded: Sequence[list[str]]) -> Arrays: ...
+    def answer_within(self, user_id: str, history: list[str] | None, rows: np.ndarray) -> Arrays | None: ...
     def similar(self, item_ids: list[str]) -> tuple[np.ndarray, np.ndarray]: ...
     def histories(self, user_ids: list[str]) -> list[list[str]]: ...
-    def cosines(self, items: list[str], others: list[str]) -> np.ndarray | None:
-        """None: it cannot be done here."""
-
+    def cosines(self, items: list[str], others: list[str]) -> np.ndarray | None: ...
     def close(self) -> None: ...
 
 
@@ -69,7 +63,7 @@ def to_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _score(value: float | None) -> float | None:
+def score_or_none(value: float | None) -> float | None:
     return value if value is not None and LOWEST < value < float("inf") else None
 
 
@@ -78,22 +72,23 @@ class Catalogue:
 
     def __init__(self, items: pd.DataFrame) -> None:
         self._table = pa.Table.from_pandas(items.reset_index(), preserve_index=False)
-        self.columns = self._table.column_names
+        self.columns: list[str] = self._table.column_names
         self.ids: list[str] = self._table["item_id"].to_pylist()
         self.row_of = {item: row for row, item in enumerate(self.ids)}
-        self._title = "title" if "title" in self.columns else "item_id"
         self._text = lru_cache(100_000)(self._write)
-        self._rows_by_value = lru_cache(None)(self._collect)
+        self._rows_by_value = lru_cache(None)(self._collect)  # a million items: 0.3 s when a filter first names genres
+
+    def rows(self, items: Iterable[str]) -> list[int]:
+        """Of the items that there are."""
+        return [self.row_of[item] for item in items if item in self.row_of]
 
     def item(self, row: int) -> dict[str, Any]:
-        """The item's columns."""
         return {name: as_json(self._table[name][row].as_py()) for name in self.columns}
 
-    def show(self, row: int, score: float | None, explain: str = "") -> str:
+    def show(self, row: int, score: float | None = None, explain: str = "") -> str:
         """The item as JSON."""
         begin, end = self._text(row)
-        score = _score(score)
-        return f"{begin}{'null' if score is None else score}{end}{explain}}}"
+        return f"{begin}{'null' if score_or_none(score) is None else score}{end}{explain}}}"
 
     def _write(self, row: int) -> tuple[str, str]:
         shown = {name: value for name, value in self.item(row).items() if name not in ("item_id", "score", "explain")}
@@ -115,8 +110,8 @@ class Catalogue:
         return rows
 
     def find(self, text: str, limit: int) -> list[int]:
-        """The rows of the most popular items with this text in their title (without one: id), in any case."""
-        column = pc.cast(self._table[self._title], pa.string())
+        """The rows of the most popular items with this text in their title (without titles: id), in any case."""
+        column = pc.cast(self._table["title" if "title" in self.columns else "item_id"], pa.string())
         found = pc.match_substring(column, text, ignore_case=True).fill_null(False)
         return np.flatnonzero(found.to_numpy())[:limit].tolist()
 
@@ -130,9 +125,10 @@ class Place(NamedTuple):
     retrieved: float | None = None
 
 
-def _places(found: dict[str, np.ndarray], width: int | None) -> list[Place]:
-    parts = (found[name][:width].tolist() for name in ("rows", "scores", "ranks", "retrieved"))
-    return [Place(*each) for each in zip(*parts, strict=True) if each[0] >= 0]
+def places_of(found: Arrays, width: int) -> list[list[Place]]:
+    """The first `width` places of each row of what was found."""
+    parts = (found[name][:, :width].tolist() for name in ("rows", "scores", "ranks", "retrieved"))
+    return [[Place(*each) for each in zip(*row, strict=True) if each[0] >= 0] for row in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,14 +146,14 @@ class Engine:
           UserError: the answers are empty or not numbers.
         """
         engine = cls(backend, Catalogue(backend.items))
-        item = engine.catalogue.ids[0]
+        first = engine.catalogue.ids[0]
         user = backend.users[0] if backend.users else None
-        requests = [RecommendRequest(user_id=user, explain=True), RecommendRequest(history=[item], exclude=[item])]
+        requests = [RecommendRequest(user_id=user, explain=True), RecommendRequest(history=[first], exclude=[first])]
         for answer in map(json.loads, engine.recommend(requests)):
-            if len(engine.catalogue.ids) > 1 and not any(shown["score"] is not None for shown in answer["items"]):
+            if len(engine.catalogue.ids) > 1 and not any(item["score"] is not None for item in answer["items"]):
                 raise UserError(f"the bundles {backend.versions()} answer without a single score")
-        backend.answer_within("", [item], np.arange(1))
-        engine.similar([(item, 1)])
+        backend.answer_within("", [first], np.arange(1))
+        engine.similar([(first, 1)])
         return engine
 
     @property
@@ -173,28 +169,24 @@ class Engine:
                 nearest = difflib.get_close_matches(name[:64], self.catalogue.columns, n=1, cutoff=0.0)[0]
                 raise UserError(f"filter: there is no column {name[:64]!r}; did you mean {nearest}?")
 
-    # --------------------------------------------------------------------------------------------------------
-    # What the thread of the models calls, each with a batch
-
     def recommend(self, requests: Sequence[RecommendRequest]) -> list[str]:
         """The answers (schemas.Recommendations) to a batch of requests, in its order."""
         start = time.perf_counter()
-        users = [request.user_id or "" for request in requests]
-        found = self.backend.answer(users, [each.history for each in requests], [each.exclude for each in requests])
+        users, histories = [request.user_id or "" for request in requests], [request.history for request in requests]
+        found = self.backend.answer(users, histories, [request.exclude for request in requests])
         called = time.perf_counter()
         STAGE_SECONDS.labels("model").observe(called - start)
         COLD.inc(int(found["cold"].sum()))
-        model = to_json(self.backend.versions())
-        answers = []
-        for at, (request, cold) in enumerate(zip(requests, found["cold"].tolist(), strict=True)):
-            places = self._choose(request, {name: part[at] for name, part in found.items()})
-            if request.explain:
-                history, shown = self._explained(request, places, cold)
-                more = f',"history":[{",".join(self.catalogue.show(row, None) for row in history)}]'
-            else:
-                shown, more = [self.catalogue.show(place.row, place.score) for place in places], ""
+        model, answers = to_json(self.backend.versions()), []
+        width = max(self.max_k if request.filter else request.k for request in requests)
+        for request, places, cold in zip(requests, places_of(found, width), found["cold"].tolist(), strict=True):
+            if request.filter or len(places) < request.k:
+                places = self._choose(request, places)
+            more, reasons = self._explained(request, places[: request.k], cold) if request.explain else ("", [])
+            show = zip(places[: request.k], reasons or [""] * request.k, strict=False)
+            shown = ",".join([self.catalogue.show(place.row, place.score, reason) for place, reason in show])
             answers.append(
-                f'{{"user_id":{to_json(request.user_id)},"items":[{",".join(shown)}],'
+                f'{{"user_id":{to_json(request.user_id)},"items":[{shown}],'
                 f'"cold_start":{"true" if cold else "false"},"model":{model}{more}}}'
             )
         STAGE_SECONDS.labels("answer").observe(time.perf_counter() - called)
@@ -210,68 +202,50 @@ class Engine:
         return answers
 
     def histories(self, users: Sequence[str]) -> list[str]:
-        """The answers (schemas.History): what the bundle stores of each user."""
+        """The answers: what the bundle stores of each user."""
         found = zip(users, self.backend.histories(list(users)), strict=True)
-        return [f'{{"user_id":{to_json(user)},"items":[{",".join(self._shown(items))}]}}' for user, items in found]
+        shown = ((user, map(self.catalogue.show, self.catalogue.rows(items))) for user, items in found)
+        return [f'{{"user_id":{to_json(user)},"items":[{",".join(items)}]}}' for user, items in shown]
 
     def close(self, _: Sequence[None]) -> list[None]:
         self.backend.close()
         return [None]
 
-    # --------------------------------------------------------------------------------------------------------
+    def _stored(self, request: RecommendRequest) -> list[str]:
+        return self.backend.histories([request.user_id])[0] if request.user_id else []
 
-    def _rows(self, items: Iterable[str]) -> list[int]:
-        return [self.catalogue.row_of[item] for item in items if item in self.catalogue.row_of]
-
-    def _shown(self, items: Iterable[str]) -> list[str]:
-        return [self.catalogue.show(row, None) for row in self._rows(items)]
-
-    def _told(self, request: RecommendRequest) -> list[str]:
-        """The history that an answer rests on."""
-        if request.history is not None or not request.user_id:
-            return request.history or []
-        return self.backend.histories([request.user_id])[0]
-
-    def _choose(self, request: RecommendRequest, found: dict[str, np.ndarray]) -> list[Place]:
-        """The k best items that the request allows, of what was found for it: [N] each."""
-        places = _places(found, None if request.filter else request.k)
-        if not request.filter and len(places) == request.k:
-            return places
+    def _choose(self, request: RecommendRequest, places: list[Place]) -> list[Place]:
+        """The k best items that the filter lets pass, of the candidates if they are enough."""
         allowed = self.catalogue.matching(request.filter)
-        passing = set(allowed[np.isin(allowed, found["rows"])].tolist())
-        places = [place for place in places if place.row in passing][: request.k]
+        passing = np.isin([place.row for place in places], allowed)
+        places = [place for place, passes in zip(places, passing, strict=True) if passes][: request.k]
         if len(places) == request.k:
             return places
-        stored = self.backend.histories([request.user_id])[0] if request.user_id else []
-        taken = self._rows([*request.exclude, *(request.history or ()), *stored])
-        rest = np.setdiff1d(allowed, np.array(taken, int))
+        taken = self.catalogue.rows([*request.exclude, *(request.history or ()), *self._stored(request)])
+        rest = np.setdiff1d(allowed, taken)
         if request.filter and len(rest) > len(places):
             deeper = self.backend.answer_within(request.user_id or "", request.history, rest[:DEEPEST])
-            if deeper is not None:
-                places = _places({name: part[0] for name, part in deeper.items()}, request.k)
+            places = places if deeper is None else places_of(deeper, request.k)[0]
         popular = np.setdiff1d(rest, [place.row for place in places])[: request.k - len(places)]
         return [*places, *map(Place, popular.tolist())]
 
-    def _explained(self, request: RecommendRequest, places: list[Place], cold: bool) -> tuple[list[int], list[str]]:
-        """The rows of the history, and the items with where they come from (schemas.Explanation)."""
-        history = self._rows(self._told(request))
-        latest = history[-COMPARED:]
-        ids, ranked = self.catalogue.ids, "ranking" in self.backend.metadata and not cold
-        near = None
-        if history and places:
-            near = self.backend.cosines([ids[place.row] for place in places], [ids[row] for row in latest])
-        shown = []
+    def _explained(self, request: RecommendRequest, places: list[Place], cold: bool) -> tuple[str, list[str]]:
+        """The history, and of each item where it comes from (schemas.Item), both as JSON to add."""
+        catalogue = self.catalogue
+        history = catalogue.rows(self._stored(request) if request.history is None else request.history)
+        near, latest = None, history[-COMPARED:]
+        if latest and places:
+            ids = [catalogue.ids[place.row] for place in places]
+            near = self.backend.cosines(ids, [catalogue.ids[row] for row in latest])
+        reasons = []
         for at, place in enumerate(places):
-            nearest = None
-            if near is not None and _score(float(near[at].max())) is not None:
-                row = latest[int(near[at].argmax())]
-                kept = {name: value for name, value in self.catalogue.item(row).items() if name in ("item_id", "title")}
-                nearest = {**kept, "similarity": float(near[at].max())}
-            explain = {
-                "retrieval_rank": place.rank,
-                "retrieval_score": _score(place.retrieved),
-                "ranking_score": _score(place.score) if ranked else None,
-                "nearest": nearest,
-            }
-            shown.append(self.catalogue.show(place.row, place.score, f',"explain":{to_json(explain)}'))
-        return history, shown
+            best = -1 if near is None else int(near[at].argmax())
+            nearest: dict[str, Any] | None = None
+            if near is not None and near[at, best] > LOWEST:
+                item = catalogue.item(latest[best])
+                nearest = {name: item[name] for name in item if name in ("item_id", "title")}
+                nearest["similarity"] = float(near[at, best])
+            ranked = place.score if "ranking" in self.backend.metadata and not cold else None
+            scores = {"retrieval_score": score_or_none(place.retrieved), "ranking_score": score_or_none(ranked)}
+            reasons.append(f',"explain":{to_json({"retrieval_rank": place.rank, **scores, "nearest": nearest})}')
+        return f',"history":[{",".join(map(catalogue.show, history))}]', reasons

@@ -6,6 +6,7 @@ The stack trace of a failure goes to the log and nowhere else. Answers come from
 
 import asyncio
 import difflib
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path as FilePath
@@ -17,7 +18,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import rec
 from rec.errors import UserError
@@ -65,8 +66,34 @@ def create_app(
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(UserError, _invalid)
     app.add_exception_handler(Exception, _failed)
+    app.add_middleware(Fast, service=service)
     gate = Gate(app, tokens, access_log)
     return CORSMiddleware(gate, origins, allow_methods=["*"], allow_headers=["*"]) if origins else gate
+
+
+class Fast:
+    """The address that most requests are for, in plain ASGI: FastAPI's way to the same answer takes 90 microseconds
+    more, a fifth of all that a request costs. Whatever is unusual goes FastAPI's way."""
+
+    PATH, QUERY = re.compile(r"/v1/users/(.{1,512})/recommendations"), re.compile(rb"(?:k=([1-9]\d{0,3}))?")
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        user = k = None
+        if scope["type"] == "http" and scope["method"] == "GET" and self._service.engine is not None:
+            user, k = self.PATH.fullmatch(scope["path"]), self.QUERY.fullmatch(scope["query_string"])
+        if user is None or k is None:
+            return await self._app(scope, receive, send)
+        scope["address"] = "/v1/users/{user_id:path}/recommendations"
+        try:
+            answer = await recommend(RecommendRequest(user_id=user[1], k=int(k[1] or 10)), self._service)
+        except UserError as error:
+            answer = await _invalid(None, error)
+        except HTTPException as error:
+            answer = await _refused(None, error)
+        await answer(scope, receive, send)
 
 
 async def _service(request: Request) -> Service:
@@ -124,26 +151,26 @@ async def similar(item_id: InPath, service: Serving, k: K = 10) -> Response:
     return Json(*await service.ask(engine, "similar", (item_id, k)))
 
 
-@v1.get("/items", response_model=schemas.Found)
+@v1.get("/items", response_model=schemas.Items)
 def find_items(service: Serving, q: Annotated[str, Query(max_length=100)] = "", limit: Limit = 20) -> Response:
     """The most popular items with this text in their title (without titles: in their id), in upper or lower case."""
     catalogue = service.ready.catalogue
-    return Json(f'{{"items":[{",".join(catalogue.show(row, None) for row in catalogue.find(q, limit))}]}}')
+    return Json(f'{{"items":[{",".join(map(catalogue.show, catalogue.find(q, limit)))}]}}')
 
 
-@v1.get("/users", response_model=schemas.Users)
+@v1.get("/users")
 async def known_users(service: Serving, limit: Limit = 20) -> Response:
     """Some of the users that the models know."""
     return JSONResponse({"users": list(service.ready.backend.users[:limit])})
 
 
-@v1.get("/users/{user_id:path}/history", response_model=schemas.History)
+@v1.get("/users/{user_id:path}/history", response_model=schemas.Items)
 async def history(user_id: InPath, service: Serving) -> Response:
     """What the models know of a user: nothing, if they do not know the user."""
     return Json(*await service.ask(service.ready, "histories", user_id))
 
 
-@v1.get("/models", response_model=schemas.Models)
+@v1.get("/models")
 async def models(service: Serving) -> Response:
     """What answers: each stage's bundle, the largest k, the columns that a filter can name, and what failed to load."""
     engine = service.ready
@@ -197,11 +224,11 @@ SENTENCES = {  # in place of the framework's two words
 }
 
 
-async def _refused(_: Request, error: Any) -> JSONResponse:
+async def _refused(_: Request | None, error: Any) -> JSONResponse:
     return JSONResponse({"detail": SENTENCES.get(error.detail, error.detail)}, error.status_code, error.headers)
 
 
-async def _invalid(_: Request, error: Any) -> JSONResponse:
+async def _invalid(_: Request | None, error: Any) -> JSONResponse:
     """The first thing that is wrong with a request. What is quoted from it is cut short, and escaped by repr."""
     if isinstance(error, UserError):
         return JSONResponse({"detail": str(error)}, 422)

@@ -97,7 +97,7 @@ class Exchange:
     def log(self) -> str:
         """Counts the request and says it in a line."""
         seconds = time.perf_counter() - self.start
-        address = getattr(self.scope.get("route"), "path", "other")
+        address = self.scope.get("address") or getattr(self.scope.get("route"), "path", "other")
         REQUESTS.labels(address, self.status).inc()
         REQUEST_SECONDS.labels(address).observe(seconds)
         line = {

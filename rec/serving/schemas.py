@@ -37,73 +37,41 @@ class BatchRequest(BaseModel):
     requests: list[RecommendRequest] = Field(min_length=1, max_length=MAX_BATCH)
 
 
-class Nearest(BaseModel):
-    item_id: str
-    title: str | None = None
-    similarity: float = Field(description="Cosine of the two items' vectors.")
-
-
-class Explanation(BaseModel):
-    retrieval_rank: int | None = Field(
-        description="Place in retrieval's order, 1 = first, among the items that pass where the filter is narrow; null"
-        " for an item that fills up."
-    )
-    retrieval_score: float | None
-    ranking_score: float | None = Field(description="Null without a ranker, and for what it has not ranked.")
-    nearest: Nearest | None = Field(description="The item of the history that is most like this one.")
-
-
 class Item(BaseModel):
     """An item: its id, its score, and the columns of items.parquet, null where there is no value."""
 
     model_config = ConfigDict(extra="allow")
 
     item_id: str
-    score: float | None = Field(default=None, description="Null where the models have not scored the item.")
-    explain: Explanation | None = None
+    score: float | None = Field(description="Null where the models have not scored the item.")
+    explain: dict[str, Any] | None = Field(
+        default=None,
+        description="retrieval_rank (1 = first; among the items that pass where the filter is narrow), retrieval_score,"
+        " ranking_score, and nearest: the item of the history that is most like it, with the cosine as similarity.",
+    )
 
 
 Versions = Annotated[dict[str, int], Field(description="The versions that answered, by stage.")]
 
 
-class Recommendations(BaseModel):
-    user_id: str | None
+class Items(BaseModel):
     items: list[Item]
+
+
+class Recommendations(Items):
+    user_id: str | None
     cold_start: bool = Field(description="Nothing is known of the user: these are the popular items.")
     model: Versions
-    history: list[Item] | None = Field(
-        default=None, description="With explain: what the answer rests on, oldest first."
-    )
+    history: list[Item] | None = Field(default=None, description="With explain: what it rests on, oldest first.")
 
 
 class Batch(BaseModel):
     answers: list[Recommendations] = Field(description="In the order of the requests.")
 
 
-class Similar(BaseModel):
+class Similar(Items):
     item_id: str
-    items: list[Item]
     model: Versions
-
-
-class Found(BaseModel):
-    items: list[Item]
-
-
-class History(BaseModel):
-    user_id: str
-    items: list[Item] = Field(description="What the bundle stores, oldest first.")
-
-
-class Users(BaseModel):
-    users: list[str]
-
-
-class Models(BaseModel):
-    models: dict[str, dict[str, Any]] = Field(description="By stage: the version, where it comes from, its metrics.")
-    catalogue: dict[str, Any]
-    max_k: int
-    failed: dict[str, Any] | None = Field(description="The bundles that could not be taken into service, and why.")
 
 
 class Problem(BaseModel):
