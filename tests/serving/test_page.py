@@ -195,9 +195,7 @@ def test_a_history_is_composed_with_the_keyboard_alone(page: Page, url: str) -> 
     assert page.text("#note").startswith("Cold start") and page.text("#ranked-title") == "Popular"
     wanted = asked(url)["items"][5]
     page.press("/")
-    page.press(wanted["title"].upper())
-    page.until(lambda: page.all("#search-list li div")[:1] == [wanted["title"]])
-    page.after(lambda: page.press(Keys.ENTER))
+    page.after(lambda: page.press(wanted["title"].upper(), Keys.ENTER))  # without waiting for the suggestions
     assert page.all("#history li div div") == [wanted["title"]]
     assert page.all("#ranked .name") == titles(asked(url, history=[wanted["item_id"]]))[:10]
     assert page.text("#note") == ""
@@ -213,6 +211,11 @@ def test_a_history_is_composed_with_the_keyboard_alone(page: Page, url: str) -> 
     page.press(Keys.ESCAPE, Keys.TAB)
     page.after(lambda: page.press(Keys.TAB, Keys.ENTER))  # past "clear", the first item's ×
     assert page.all("#history li div div") == [wanted["title"]]
+    page.after(lambda: page.press(Keys.ENTER))  # the focus is now on what took its place
+    assert (
+        page.all("#history li") == ["empty: search, or press + beside an item"]
+        and page.text("#ranked-title") == "Popular"
+    )
 
 
 def test_a_users_history_is_edited_and_put_back(page: Page, url: str) -> None:
@@ -281,6 +284,21 @@ def test_a_title_is_text_whatever_it_holds(page: Page, service: Service) -> None
     page.after(lambda: page.press(Keys.ENTER))
     assert page.all("#history li div div") == [HOSTILE]
     assert page.browser.title == "rec" and not page.all("img") and page.errors() == []
+
+
+def test_items_of_any_data_have_a_name_and_something_to_tell(page: Page) -> None:
+    page.open().settled()
+    for item, shown in (
+        ({"item_id": "i1", "score": 1.5, "tags": ["a", "b"], "colour": "red", "price": 3.2}, ["i1", "a, b · red"]),
+        ({"item_id": "i1", "name": "Chair", "popularity": 7}, ["Chair", "i1"]),
+        ({"item_id": "i1", "title": None, "colour": None, "tags": []}, ["i1", ""]),
+    ):
+        read = "const item = JSON.parse(arguments[0]); return [nameOf(item), metaOf(item)]"  # keeps the keys' order
+        assert page.browser.execute_script(read, json.dumps(item)) == shown
+    offered = "learn(arguments[0]); return choices().map(([column, values]) => [column, [...values.keys()]])"
+    items = [{"item_id": f"x{n}", "colour": ["red", "blue"][n % 2], "sku": f"{n}", "weight": n / 3} for n in range(4)]
+    assert ["colour", ["red", "blue"]] in page.browser.execute_script(offered, items)
+    assert [column for column, _ in page.browser.execute_script(offered, [])] == ["genres", "colour"]
 
 
 def test_nothing_is_asked_of_anyone_else(page: Page, url: str) -> None:
