@@ -298,7 +298,7 @@ def test_items_of_any_data_have_a_name_and_something_to_tell(page: Page) -> None
     offered = "learn(arguments[0]); return choices().map(([column, values]) => [column, [...values.keys()]])"
     items = [{"item_id": f"x{n}", "colour": ["red", "blue"][n % 2], "sku": f"{n}", "weight": n / 3} for n in range(4)]
     assert ["colour", ["red", "blue"]] in page.browser.execute_script(offered, items)
-    assert [column for column, _ in page.browser.execute_script(offered, [])] == ["genres", "colour"]
+    assert [column for column, _ in page.browser.execute_script(offered, [])] == ["colour", "genres"]  # few first
 
 
 def test_nothing_is_asked_of_anyone_else(page: Page, url: str) -> None:

@@ -47,10 +47,11 @@ class Model:
     def _warm_up(self, examples: dict[str, Any]) -> None:
         """The bundle's warm-up requests, as they are before they became protocol buffers."""
         for name, signature in self._session.signatures().items():
-            inputs = {key: examples[key] for key in signature["inputs"]}
-            vectors = {key for key, info in signature["inputs"].items() if len(info["shape"]) == 1}
-            first = {key: each[0] if key in vectors and isinstance(each, list) else each for key, each in inputs.items()}
-            self._session.run(name, {key: [each] for key, each in first.items()})
+            inputs = {}
+            for key, info in signature["inputs"].items():
+                listed = isinstance(examples[key], list) and len(info["shape"]) == 1
+                inputs[key] = [examples[key][0] if listed else examples[key]]
+            self._session.run(name, inputs)
 
     def predict(self, request: dict[str, Any]) -> dict[str, Any]:
         name = request.get("signature_name") or "serving_default"
