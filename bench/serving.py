@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,7 +74,11 @@ class Load:
         for each in sockets:
             each.close()
         p50, p99 = np.percentile(self.seconds, [50, 99]) * 1000 if self.seconds else (0, 0)
-        return {"rps": round(len(self.seconds) / elapsed), "p50_ms": round(p50, 2), "p99_ms": round(p99, 2)}
+        return {
+            "rps": round(len(self.seconds) / elapsed),
+            "p50_ms": round(float(p50), 2),
+            "p99_ms": round(float(p99), 2),
+        }
 
     def _send(self, client: socket.socket, number: int, started: dict[int, float], received: dict[int, bytes]) -> None:
         received[number], started[number] = b"", time.perf_counter()
@@ -98,6 +103,11 @@ class Load:
 
 def get(path: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+
+
+def ask(path: str, number: int) -> bytes:
+    """Each request is of another user than the one before."""
+    return get(path.format(f"u{number * 7919 % USERS}"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -139,7 +149,7 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         environment = {**os.environ, "BENCH_SAVEDMODELS": str(savedmodels), "REC_API_TOKENS": ""}
-        self._log = tempfile.TemporaryFile()  # the access log goes to a file, as it would
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  the access log goes to a file, as it would
         self.process = subprocess.Popen([sys.executable, "-m", *command, "--port", str(self.port)], env=environment,
                                         stdout=self._log, stderr=subprocess.PIPE)  # fmt: skip
 
@@ -209,7 +219,7 @@ def main() -> None:
             if args.only not in (None, name):
                 continue
             with Server(*command, savedmodels=savedmodels) as server:
-                load = Load(server.port, lambda n, path=path: get(path.format(f"u{n * 7919 % USERS}")))
+                load = Load(server.port, partial(ask, path))
                 report[name] = {}
                 for count in clients:
                     load.run(count, PAUSE)

@@ -235,7 +235,7 @@ class Encoder(tf.keras.layers.Layer):
     def freeze(self) -> tf.Variable:
         """Computes all vectors, [rows, dim]; outside training, calls look them up from then on.
 
-        A bundle holds this table in place of the encoder's weights, which halves what an answer costs.
+        A bundle holds this table in place of the encoder's weights, which takes a sixth off what a lone request costs.
         """
         self._frozen = None
         table = tf.Variable(self(tf.range(self._rows)), trainable=False, name="vectors")

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,9 @@ def build(args: argparse.Namespace) -> tuple[Service, ASGIApp]:
         from rec.recommender import Recommender
 
         # One thread an operation: requests share calls instead, and the other cores are for other workers.
-        tf.config.threading.set_intra_op_parallelism_threads(1)
-        tf.config.threading.set_inter_op_parallelism_threads(1)
+        with suppress(RuntimeError):  # TensorFlow is in use already: in the tests
+            tf.config.threading.set_intra_op_parallelism_threads(1)
+            tf.config.threading.set_inter_op_parallelism_threads(1)
         return Recommender.load(*pair, args.allow_mismatch)
 
     service = Service(lambda: find_pair(args), load)

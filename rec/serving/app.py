@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -203,7 +203,7 @@ async def readyz(service: Serving) -> Response:
     return JSONResponse({"status": "ready", "model": service.ready.backend.versions()})
 
 
-@around.get("/metrics")
+@around.get("/metrics", response_class=PlainTextResponse)
 def prometheus() -> Response:
     """Numbers for Prometheus."""
     return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)

@@ -76,7 +76,7 @@ def stored_of(engine: Engine) -> list[str]:
 
 
 def genres_of(engine: Engine) -> dict[str, list[str]]:
-    return engine.backend.items["genres"].map(list).to_dict()
+    return {str(item): list(genres) for item, genres in engine.backend.items["genres"].items()}
 
 
 def test_a_known_user_gets_what_the_models_rank_highest_with_the_items_columns(
