@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from rec.counts import Counts
-from rec.features import FIRST_ITEM, FIRST_USER, PAD, UNKNOWN_USER, Vocabulary
+from rec.features import FIRST_ITEM, FIRST_USER, PAD, UNKNOWN_USER, Encoder, Vocabulary, recent_items
 from rec.pipeline import Corpus, Sequences
 from rec.ranking.model import RankingModel, score_candidates
 from rec.retrieval.index import ExactIndex, ScannIndex
@@ -21,6 +21,8 @@ from rec.retrieval.model import LOWEST, RetrievalModel, best_unseen, now
 IDS = tf.TensorSpec([None], tf.string)
 LISTS = tf.TensorSpec([None, None], tf.string)
 TIMES = tf.TensorSpec([None], tf.int64)
+FLAGS = tf.TensorSpec([None], tf.bool)
+ROWS = tf.TensorSpec([None], tf.int32)
 
 
 class Lookup(tf.Module):
@@ -80,6 +82,13 @@ class _Untracked:
         self.get = model
 
 
+def _frozen(variables: list[tf.Variable], encoders: list[Encoder]) -> list[tf.Variable]:
+    """Freezes the encoders: the variables with their tables in place of their weights."""
+    replaced = {id(variable) for encoder in encoders for variable in encoder.variables}
+    kept = [variable for variable in variables if id(variable) not in replaced]
+    return kept + [encoder.freeze() for encoder in encoders]
+
+
 class RetrievalModule(tf.Module):
     """user_id or history -> the k best items that the user has not seen."""
 
@@ -87,7 +96,7 @@ class RetrievalModule(tf.Module):
         super().__init__(name="retrieval")
         self.index, self.lookup, self.k = index, lookup, k
         self.model = _Untracked(model)
-        self.weights = model.variables
+        self.weights = _frozen(model.variables, [model.candidate_tower.items])
 
     @tf.function(input_signature=[IDS])
     def serving_default(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -143,6 +152,55 @@ class RetrievalModule(tf.Module):
         """[B, S] string: the stored history, oldest first, "" behind."""
         return self.lookup.item_ids(self.lookup.stored(self.lookup.user_rows(user_id)))
 
+    @tf.function(input_signature=[IDS, LISTS, FLAGS, LISTS])
+    def answer(
+        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, exclude: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """What a server asks, for requests of every kind in one batch.
+
+        Args:
+          is_given: [B] where `history` [B, H] takes the place of the stored one.
+          exclude: [B, E] left out, beside what has been seen.
+
+        Returns:
+          item_id, score [B, k]; row [B, k], the items' places in items.parquet, -1 where there is none; history
+          [B, window], what the towers read; cold [B] bool.
+        """
+        user, rows = self.lookup.user_rows(user_id), self.lookup.item_rows(history)
+        seen = tf.concat([rows, self.lookup.stored(user), self.lookup.item_rows(exclude)], 1)
+        history = self._read(user, rows, is_given)
+        return self._described(self._answer(user, history, seen), user, history)
+
+    @tf.function(input_signature=[IDS, LISTS, FLAGS, ROWS])
+    def answer_within(
+        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, within: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """Like `answer`, with the best of just these items (places in items.parquet), each of them scored."""
+        user = self.lookup.user_rows(user_id)
+        history = self._read(user, self.lookup.item_rows(history), is_given)
+        within = tf.pad(within + FIRST_ITEM, [[0, self.k]], constant_values=PAD)
+        within = tf.broadcast_to(within, [tf.shape(user)[0], tf.shape(within)[0]])
+        best = self._named(*self._top(self.model.get.score(user, history, within), within))
+        return self._described(best, user, history)
+
+    def _read(self, user: tf.Tensor, rows: tf.Tensor, is_given: tf.Tensor) -> tf.Tensor:
+        """What the towers read: the last items of the caller's history where it is given, else of the stored one."""
+        told = tf.where(is_given[:, None], rows, PAD)
+        stored = tf.where(is_given[:, None], PAD, self.lookup.stored(user))
+        return recent_items(tf.concat([told, stored], 1), self.model.get.config.window)
+
+    def _described(self, best: dict[str, tf.Tensor], user: tf.Tensor, history: tf.Tensor) -> dict[str, tf.Tensor]:
+        row = tf.maximum(self.lookup.item_rows(best["item_id"]) - FIRST_ITEM, -1)
+        cold = self.model.get.is_cold(user, history)
+        return {**best, "row": row, "history": self.lookup.item_ids(history), "cold": cold}
+
+    @tf.function(input_signature=[IDS, IDS])
+    def cosines(self, item_id: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
+        """[N] and [H] items -> [N, H] cosines of their vectors, LOWEST where an item is unknown."""
+        rows, others = self.lookup.item_rows(item_id), self.lookup.item_rows(other)
+        a, b = (tf.math.l2_normalize(self.model.get.candidate_tower.items(x), 1) for x in (rows, others))
+        return tf.where((rows == PAD)[:, None] | (others == PAD), LOWEST, tf.matmul(a, b, transpose_b=True))
+
     def _answer(
         self, user: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor | None = None
     ) -> dict[str, tf.Tensor]:
@@ -174,7 +232,7 @@ class RetrievalModule(tf.Module):
         return {"item_id": self.lookup.item_ids(rows), "score": scores}
 
     def signatures(self) -> dict[str, tf.types.experimental.ConcreteFunction]:
-        names = ("serving_default", "from_history", "similar_items")
+        names = ("serving_default", "from_history", "similar_items", "answer", "history")
         return {name: getattr(self, name).get_concrete_function() for name in names}
 
 
@@ -188,7 +246,8 @@ class RankingModule(tf.Module):
         super().__init__(name="ranking")
         self.counts, self.lookup = counts, lookup
         self.model, self.retrieval = _Untracked(model), _Untracked(retrieval)
-        self.weights = model.variables + retrieval.variables
+        encoders = [model.items, retrieval.candidate_tower.items]
+        self.weights = _frozen(model.variables + retrieval.variables, encoders)
 
     @tf.function(input_signature=[IDS, LISTS])
     def serving_default(self, user_id: tf.Tensor, item_id: tf.Tensor) -> dict[str, tf.Tensor]:

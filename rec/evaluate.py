@@ -94,6 +94,7 @@ class Task:
             asked = self.users[begin : begin + BATCH]
             rows = self.held.last(asked, self.held.longest(asked))
             items = tf.reshape(tf.constant(by_row[rows].tolist(), tf.string), rows.shape)
+            assert pair.module.ranking is not None
             parts.append(pair.module.ranking.score_at(users, history, items, times)["score"].numpy()[rows != PAD])
         return np.concatenate(parts)
 
@@ -234,11 +235,10 @@ def show_recommendations(config: Config, users: int = 3, k: int = 5) -> None:
     """Prints, for the first users of the data set, the end of their history and what they are recommended."""
     pair = load_latest(config)
     ids = open_dataset(config.dataset).interactions("test")["user_id"].drop_duplicates().head(users).tolist()
-    found, scores, _ = pair.recommend(ids, [None] * len(ids))
-    for row, user in enumerate(ids):
-        stored = pair.stored_history(user)
+    answer = pair.answer(ids, [None] * len(ids), [[]] * len(ids))
+    for user, stored, rows, scores in zip(ids, pair.histories(ids), answer["rows"], answer["scores"], strict=True):
         print(f"\nuser {user}, after {', '.join(_title(pair, item) for item in stored[-3:])}", file=sys.stderr)
-        for item, score in zip(found[row, :k], scores[row, :k], strict=True):
+        for item, score in zip(pair.items.index[rows[:k]], scores[:k], strict=True):
             print(f"  {score:8.3f}  {_title(pair, item)}", file=sys.stderr)
 
 

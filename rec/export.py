@@ -33,7 +33,7 @@ from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError, run_command
 from rec.pipeline import Corpus
 from rec.ranking.model import RankingModel
-from rec.recommender import RecommenderModule, check_pair, load_bundle
+from rec.recommender import RecommenderModule, load_bundle
 from rec.retrieval.index import build_index
 
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
@@ -80,7 +80,7 @@ def export_ranking(
 def export_recommender(retrieval: Path, ranking: Path, config: Config) -> Path:
     """Composes two published bundles into one and publishes it. Raises UserError if they are not a pair."""
     first, second = registry.read_metadata(retrieval, "retrieval"), registry.read_metadata(ranking, "ranking")
-    check_pair(first, second, ranking)
+    registry.check_pair(first, second, ranking)
     module = RecommenderModule(load_bundle(retrieval), load_bundle(ranking), second["config"]["ranking"]["candidates"])
     return _save(
         "recommender", module, config, items=pd.read_parquet(retrieval / "items.parquet"), architecture="recommender",
@@ -126,10 +126,13 @@ def _save(stage: str, module: Any, config: Config, items: pd.DataFrame, **metada
 
 def _warmup(spec: model_pb2.ModelSpec, function: Any, items: list[str]) -> prediction_log_pb2.PredictionLog:
     """A request to one signature: a batch of one user, who is anonymous."""
-    examples = {("user_id", 1): [""], ("history", 2): [items], ("item_id", 1): items[:1], ("item_id", 2): [items]}
+    examples = {
+        ("user_id", 1): [""], ("is_given", 1): [True], ("history", 2): [items], ("exclude", 2): [items],
+        ("item_id", 1): items[:1], ("item_id", 2): [items],
+    }  # fmt: skip
     request = predict_pb2.PredictRequest(model_spec=spec)
     for tensor in function.structured_input_signature[0]:
-        value = tf.make_tensor_proto(examples[tensor.name, tensor.shape.rank], tf.string)
+        value = tf.make_tensor_proto(examples[tensor.name, tensor.shape.rank], tensor.dtype)
         request.inputs[tensor.name].CopyFrom(value)
     return prediction_log_pb2.PredictionLog(predict_log=prediction_log_pb2.PredictLog(request=request))
 

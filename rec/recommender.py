@@ -7,7 +7,9 @@ Nothing of the training code is imported: a server needs the two directories and
 be exported as a bundle (`python -m rec.export --stage recommender`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,14 @@ import pandas as pd
 import tensorflow as tf
 
 from rec.errors import UserError
-from rec.registry import read_metadata
+from rec.registry import check_pair, read_catalogue, read_metadata
 
 IDS = tf.TensorSpec([None], tf.string)
 LISTS = tf.TensorSpec([None, None], tf.string)
 TIMES = tf.TensorSpec([None], tf.int64)
+FLAGS = tf.TensorSpec([None], tf.bool)
+ROWS = tf.TensorSpec([None], tf.int32)
+LOWEST = float(np.finfo(np.float32).min)  # the bundles' score of an empty place
 
 
 class RecommenderModule(tf.Module):
@@ -63,6 +68,34 @@ class RecommenderModule(tf.Module):
         scores = self.ranking.score_at(user_id, history, items, time)["score"]
         return self._ranked(found, items, scores, self.retrieval.is_cold(user_id, history))
 
+    @tf.function(input_signature=[IDS, LISTS, FLAGS, LISTS])
+    def answer(
+        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, exclude: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """What a server asks: retrieval, exclusions and ranking in one call (`Recommender.answer`)."""
+        return self._all_ranked(user_id, self.retrieval.answer(user_id, history, is_given, exclude))
+
+    @tf.function(input_signature=[IDS, LISTS, FLAGS, ROWS])
+    def answer_within(
+        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, within: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """Like `answer`, with the best of just the items at these places of items.parquet."""
+        return self._all_ranked(user_id, self.retrieval.answer_within(user_id, history, is_given, within))
+
+    def _all_ranked(self, user_id: tf.Tensor, found: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """All that was retrieved: the candidates in the ranker's order, then the others in retrieval's."""
+        rows, scores, retrieved = found["row"], found["score"], found["score"]
+        ranks = tf.broadcast_to(tf.range(1, tf.shape(rows)[1] + 1), tf.shape(rows))
+        if self.ranking is not None:
+            n = self._candidates
+            items = found["item_id"][:, :n]
+            ranked = self.ranking.from_history(user_id, found["history"], items)["score"]
+            best, order = tf.math.top_k(tf.where(found["cold"][:, None], scores[:, :n], ranked), items.shape[1])
+            ranks = tf.concat([order + 1, ranks[:, n:]], 1)
+            scores = tf.concat([best, tf.fill(tf.shape(ranks[:, n:]), LOWEST)], 1)
+            rows, retrieved = (tf.gather(each, ranks - 1, batch_dims=1) for each in (rows, retrieved))
+        return {"rows": rows, "scores": scores, "ranks": ranks, "retrieved": retrieved, "cold": found["cold"]}
+
     def _ranked(
         self, found: dict[str, tf.Tensor], items: tf.Tensor, scores: tf.Tensor, cold: tf.Tensor
     ) -> dict[str, tf.Tensor]:
@@ -80,10 +113,11 @@ class RecommenderModule(tf.Module):
 
 @dataclass(frozen=True)
 class Recommender:
-    """A loaded pair (or recommender bundle), with what a server needs to know of it."""
+    """A loaded pair, with what a server needs to know of it."""
 
-    module: Any  # RecommenderModule, or a loaded bundle with the same functions
-    items: pd.DataFrame  # items.parquet, indexed by item_id
+    module: RecommenderModule
+    items: pd.DataFrame  # items.parquet, indexed by item_id, the most popular first
+    users: list[str]  # some of the users that it knows
     metadata: dict[str, dict[str, Any]]  # by stage
 
     @classmethod
@@ -103,11 +137,15 @@ class Recommender:
         loaded = {"retrieval": load_bundle(retrieval), "ranking": None if ranking is None else load_bundle(ranking)}
         count = metadata["ranking"]["config"]["ranking"]["candidates"] if ranking is not None else 0
         module = RecommenderModule(loaded["retrieval"], loaded["ranking"], count)
-        try:
-            items = pd.read_parquet(retrieval / "items.parquet").set_index("item_id")
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{retrieval}/items.parquet cannot be read: export the bundle again") from error
-        return cls(module, items, metadata)
+        items, users = read_catalogue(retrieval)
+        if not hasattr(loaded["retrieval"], "answer_within"):
+            raise UserError(f"{retrieval} is from an older version of rec: export the bundle again")
+        return cls(module, items, users, metadata)
+
+    @cached_property
+    def _answer(self) -> Any:
+        """Calling the traced graph itself saves tf.function's search for it."""
+        return self.module.answer.get_concrete_function()
 
     @property
     def predicts_ratings(self) -> bool:
@@ -117,35 +155,54 @@ class Recommender:
     def versions(self) -> dict[str, int]:
         return {stage: metadata["version"] for stage, metadata in self.metadata.items()}
 
-    def recommend(
-        self, user_ids: list[str], histories: list[list[str] | None]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ranked candidates for a batch of users.
+    def answer(
+        self, user_ids: Sequence[str], histories: Sequence[list[str] | None], excluded: Sequence[list[str]]
+    ) -> dict[str, np.ndarray]:
+        """The candidates for a batch of requests: what neither the caller nor the bundle knows as seen.
 
         Args:
           user_ids: "" for an anonymous user.
-          histories: a caller's history, oldest first; None uses the stored one. All None, or none of them.
+          histories: a caller's history, oldest first; None uses the stored one.
+          excluded: further items to leave out.
 
-        Returns:
-          item ids [B, N] (str, "" where there is none), scores [B, N], and cold [B] bool: answered by popularity.
+        Returns, best first, [B, N]:
+          rows: the items' places in items.parquet, -1 where there is none.
+          scores: the ranker's (retrieval's where there is no ranker); float32's lowest for what it has not ranked.
+          ranks, retrieved: the items' places in retrieval's order, from 1, and retrieval's scores.
+          cold: [B] bool, answered by popularity.
         """
-        users = tf.constant(user_ids, tf.string)
-        if histories[0] is None:
-            answer, history = self.module.serving_default(users), self.module.retrieval.history(users)
-        else:
-            history = pad_lists([h or [] for h in histories])
-            answer = self.module.from_history(users, history)
-        cold = self.module.retrieval.is_cold(users, history).numpy()
-        return _strings(answer["item_id"]), answer["score"].numpy(), cold
+        given = tf.constant([history is not None for history in histories])
+        lists = pad_lists([history or [] for history in histories])
+        answer = self._answer(tf.constant(user_ids), lists, given, pad_lists(excluded))
+        return {name: values.numpy() for name, values in answer.items()}
 
-    def stored_history(self, user_id: str) -> list[str]:
-        """What the bundle knows of a user, oldest first, up to index.max_seen items."""
-        return [item for item in _strings(self.module.retrieval.history(tf.constant([user_id])))[0].tolist() if item]
+    def answer_within(self, user_id: str, history: list[str] | None, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The best of just these rows of `items` [M] for one user: each is scored, so this costs M times as much."""
+        lists, given = pad_lists([history or []]), tf.constant([history is not None])
+        answer = self.module.answer_within(tf.constant([user_id]), lists, given, tf.constant(rows, tf.int32))
+        return {name: values.numpy() for name, values in answer.items()}
 
     def similar(self, item_ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Similar items: item ids [B, K] ("" where there is none) and their cosine [B, K]."""
+        """Similar items: rows of `items` [B, K] (-1 where there is none) and their cosine [B, K]."""
         answer = self.module.retrieval.similar_items(tf.constant(item_ids, tf.string))
-        return _strings(answer["item_id"]), answer["score"].numpy()
+        ids = _strings(answer["item_id"])
+        rows = self.items.index.get_indexer(pd.Index(ids.ravel()))
+        return rows.reshape(ids.shape), answer["score"].numpy()
+
+    def histories(self, user_ids: list[str]) -> list[list[str]]:
+        """What the bundle knows of each user, oldest first, up to index.max_seen items."""
+        stored = _strings(self.module.retrieval.history(tf.constant(user_ids, tf.string)))
+        return [[item for item in row if item] for row in stored.tolist()]
+
+    def cosines(self, items: list[str], others: list[str]) -> np.ndarray:
+        """[N, H]: how near the items' vectors are; float32's lowest where an item is unknown."""
+        return self.module.retrieval.cosines(tf.constant(items, tf.string), tf.constant(others, tf.string)).numpy()
+
+    def close(self) -> None:
+        """Frees the memory of a ScaNN searcher, which a process otherwise keeps."""
+        release = getattr(self.module.retrieval.index, "release", None)
+        if release is not None:
+            release()
 
 
 def load_bundle(path: Path) -> Any:
@@ -162,17 +219,7 @@ def load_bundle(path: Path) -> Any:
         raise UserError(f"{path}: the SavedModel cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
-def check_pair(retrieval: dict[str, Any], ranking: dict[str, Any], where: Path | str) -> None:
-    """Raises UserError if the ranking bundle was not trained for this retrieval bundle."""
-    expected = ranking["built_from"]["retrieval"]
-    if expected != {"version": retrieval["version"], "id": retrieval["id"]}:
-        raise UserError(
-            f"{where} was trained for retrieval version {expected['version']}, not for version "
-            f"{retrieval['version']}: name a matching pair, or pass --allow-mismatch"
-        )
-
-
-def pad_lists(lists: list[list[str]]) -> tf.Tensor:
+def pad_lists(lists: Sequence[list[str]]) -> tf.Tensor:
     """Ragged lists of ids -> [B, widest] string, "" on the left."""
     width = max(map(len, lists), default=0)
     rows = [[""] * (width - len(row)) + list(row) for row in lists]

@@ -11,12 +11,16 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from rec.errors import UserError
 
 STAGES = ("retrieval", "ranking", "recommender")
+KNOWN_USERS = 1000  # user ids that a bundle tells, of all that it knows
 
 
 def versions(stage_dir: Path) -> list[int]:
@@ -71,6 +75,30 @@ def read_metadata(bundle: Path, stage: str | None = None) -> dict[str, Any]:
     if stage not in (None, found):
         raise UserError(f"{bundle} is a {found} bundle, not a {stage} bundle")
     return metadata
+
+
+def check_pair(retrieval: dict[str, Any], ranking: dict[str, Any], where: Path | str) -> None:
+    """Raises UserError if the ranking bundle was not trained for this retrieval bundle."""
+    expected = ranking["built_from"]["retrieval"]
+    if expected != {"version": retrieval["version"], "id": retrieval["id"]}:
+        raise UserError(
+            f"{where} was trained for retrieval version {expected['version']}, not for version "
+            f"{retrieval['version']}: name a matching pair, or pass --allow-mismatch"
+        )
+
+
+def read_catalogue(retrieval: Path) -> tuple[pd.DataFrame, list[str]]:
+    """A retrieval bundle's items.parquet, indexed by item_id, and some of the users that it knows.
+
+    Raises:
+      UserError: a file is missing or damaged.
+    """
+    try:
+        items = pd.read_parquet(retrieval / "items.parquet").set_index("item_id")
+        with open(retrieval / "assets" / "users.txt", encoding="utf-8", newline="\n") as lines:
+            return items, [line.removesuffix("\n") for line in islice(lines, KNOWN_USERS)]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{retrieval}: items.parquet or users.txt is damaged: export the bundle again") from error
 
 
 @contextmanager

@@ -15,22 +15,30 @@
 """
 
 import argparse
+import os
 import signal
 import socket
 import sys
-from concurrent.futures import Future
+import tempfile
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+import uvicorn.supervisors
+from starlette.types import ASGIApp
 
 from rec import registry
 from rec.config import add_config_arguments, load_config
 from rec.errors import UserError, run_command
-from rec.recommender import Recommender
-from rec.serving.app import Service, create_app
-from rec.serving.auth import Tokens
+from rec.serving.answer import Backend
+from rec.serving.app import create_app
+from rec.serving.gate import Tokens
+from rec.serving.service import Pair, Service
 
+STARTUP_FAILURE = 3  # uvicorn's exit code of a worker that need not be started again
 CACHE = Path("~/.cache/rec/wandb")  # downloaded artifacts, one directory a version
 
 
@@ -86,8 +94,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host} port {port}: {reason}; choose another --port or --host") from error
 
 
-def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # what uvicorn ends with once its requests are answered
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m rec.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -97,37 +104,91 @@ def main() -> None:
         group.add_argument(f"--{stage}-wandb", metavar="REF", help="a W&B artifact: ENTITY/PROJECT/NAME:ALIAS")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for everyone who reaches this machine")
     parser.add_argument("--port", type=int, default=8000, help="0 for any free one (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with its models (default: %(default)s)")
+    parser.add_argument(
+        "--follow", type=float, default=5, metavar="SECONDS", help="between looks for newer bundles; 0: never"
+    )
+    parser.add_argument(
+        "--tf-serving", action="append", metavar="URL", help="let TF Serving compute, such as http://127.0.0.1:8501"
+    )
     parser.add_argument("--require-auth", action="store_true", help="refuse every request while no token is set")
+    parser.add_argument("--cors-origin", action="append", default=[], help="a page's origin that may call the API")
+    parser.add_argument("--no-access-log", action="store_true", help="no line a request on stdout")
     parser.add_argument("--allow-mismatch", action="store_true", help="serve a pair that was not trained together")
     add_config_arguments(parser)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def build(args: argparse.Namespace) -> tuple[Service, ASGIApp]:
+    """The service, without models yet, and the application in front of it."""
+
+    def load(pair: Pair) -> Backend:
+        print(f"loading {' and '.join(str(path) for path in pair if path)}", file=sys.stderr)
+        if args.tf_serving:
+            from rec.serving.tf_serving import connect
+
+            return connect(args.tf_serving, *pair, allow_mismatch=args.allow_mismatch)
+        import tensorflow as tf
+
+        from rec.recommender import Recommender
+
+        # One thread an operation: requests share calls instead, and the other cores are for other workers.
+        with suppress(RuntimeError):  # TensorFlow is in use already: in the tests
+            tf.config.threading.set_intra_op_parallelism_threads(1)
+            tf.config.threading.set_inter_op_parallelism_threads(1)
+        return Recommender.load(*pair, args.allow_mismatch)
+
+    service = Service(lambda: find_pair(args), load)
     tokens = Tokens.from_environment(args.require_auth)
-    if args.require_auth and not tokens.api:
+    follow = max(args.follow, 60) if args.follow and (args.retrieval_wandb or args.ranking_wandb) else args.follow
+    return service, create_app(service, tokens, follow, tuple(args.cors_origin), not args.no_access_log)
+
+
+def worker() -> ASGIApp:
+    """The application of one of several workers, which knows its arguments from the command line."""
+    service, app = build(parse())
+
+    def load() -> None:
+        try:
+            service.load()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(STARTUP_FAILURE)  # tells the parent to end, and not to try again
+
+    threading.Thread(target=load, daemon=True).start()
+    return app
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # what uvicorn ends with once its requests are answered
+    args = parse()
+    if args.require_auth and not Tokens.from_environment(True).api:
         print("warning: --require-auth without REC_API_TOKENS: requests are refused", file=sys.stderr)
     listener = listen(args.host, args.port)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"listening on http://{host}:{listener.getsockname()[1]}", file=sys.stderr)
-
-    def load() -> Recommender:
-        retrieval, ranking = find_pair(args)
-        print(f"loading {retrieval}{f' and {ranking}' if ranking else ''}", file=sys.stderr)
-        pair = Recommender.load(retrieval, ranking, args.allow_mismatch)
-        names = " and ".join(f"{stage} version {version}" for stage, version in pair.versions().items())
-        print(f"serving {names}", file=sys.stderr)
-        return pair
-
-    service = Service(load)
     settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 10}
-    server = uvicorn.Server(uvicorn.Config(create_app(service, tokens), lifespan="off", **settings))
+    if args.workers > 1:
+        find_pair(args)  # says at once what is wrong
+        settings |= {"workers": args.workers, "factory": True, "timeout_worker_healthcheck": 60}
+        with tempfile.TemporaryDirectory(prefix="rec-metrics-") as shared:
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared
+            uvicorn.supervisors.Multiprocess(uvicorn.Config("rec.serve:worker", **settings), [listener]).run()
+        return
+
+    service, app = build(args)
+    server = uvicorn.Server(uvicorn.Config(app, **settings))
 
     def loaded(loading: Future[None]) -> None:
         server.should_exit = loading.exception() is not None
         if not server.should_exit:
-            print("ready", file=sys.stderr)
+            names = " and ".join(f"{stage} version {n}" for stage, n in service.ready.backend.versions().items())
+            print(f"serving {names}\nready", file=sys.stderr)
 
-    loading = service.thread.submit(service.load)
-    loading.add_done_callback(loaded)
-    server.run(sockets=[listener])
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(service.load)
+        loading.add_done_callback(loaded)
+        server.run(sockets=[listener])
     loading.result()
 
 

@@ -68,6 +68,11 @@ def test_the_signatures_are_those_of_the_contract(bundles: dict[str, Any]):
             "serving_default": ({"user_id": ids}, listed),
             "from_history": ({"user_id": ids, "history": lists}, listed),
             "similar_items": ({"item_id": ids}, listed),
+            "answer": (
+                {"user_id": ids, "history": lists, "is_given": ("bool", 1), "exclude": lists},
+                {**listed, "row": ("int32", 2), "history": lists, "cold": ("bool", 1)},
+            ),
+            "history": ({"user_id": ids}, {"output_0": lists}),
         },
         "ranking": {
             "serving_default": ({"user_id": ids, "item_id": lists}, scored),

@@ -138,8 +138,7 @@ class RetrievalModel(tfrs.Model):
         longest = tf.reduce_max(last) + 1  # nothing to compute behind the longest history of the batch
         tokens = tokens[:, :longest]
         time = now(user) if time is None else time
-        queries = self.query_tower(user, tokens, tf.broadcast_to(time[:, None], tf.shape(tokens)))
-        return tf.gather(queries, last, batch_dims=1)
+        return self.query_tower(user, tokens, time[:, None], last)[:, 0]
 
     def candidates(self) -> tf.Tensor:
         """[catalogue, d + 1]: every item, from FIRST_ITEM on."""

@@ -167,19 +167,27 @@ class QueryTower(tf.keras.layers.Layer):
         self._dense = tf.keras.layers.Dense(config.embedding_dim, kernel_initializer="zeros", name="add_context")
 
     def call(
-        self, user: tf.Tensor, tokens: tf.Tensor, time: tf.Tensor | None = None, training: bool = False
+        self,
+        user: tf.Tensor,
+        tokens: tf.Tensor,
+        time: tf.Tensor | None = None,
+        last: tf.Tensor | None = None,
+        training: bool = False,
     ) -> tf.Tensor:
-        """The query at every position of the history.
+        """The query at every position of the history, or at its last one only.
 
         Args:
           user: [B] int32 user rows.
           tokens: [B, L] int32 item rows, L <= window, left-aligned; START first where the history begins there.
           time: [B, L] int64 seconds, when the item after each position is asked for (`query_time` only).
+          last: [B] int32: then L of the result and of `time` is 1, and dense layers see this position alone.
 
         Returns:
           [B, L, d + 1]: position t has seen tokens 0..t. The last dimension is 1, for the candidates' bias.
         """
         hidden = self._sequence(self._items(tokens, training=training), tokens, training=training)
+        if last is not None:
+            hidden = tf.gather(hidden, last, batch_dims=1)[:, None]
         parts = [hidden]
         if self.users is not None:
             about_user = self.users(user, training=training)[:, None]

@@ -4,22 +4,20 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+LOWEST = -3.4028234663852886e38  # float32's lowest: the bundles' score of an empty place
 MAX_BODY = 128 * 1024  # bytes: room for the longest history and exclusions with UUIDs as ids
+MAX_BATCH, MAX_BATCH_BODY = 100, 1024 * 1024  # requests, and their bytes, in a body of /v1/recommend/batch
 
 Id = Annotated[str, Field(max_length=512)]
 Ids = Annotated[list[Id], Field(max_length=1000)]
-Items = Annotated[
-    list[dict[str, Any]],
-    Field(
-        description="item_id, score, and the columns of items.parquet, null where there is no value. The score is null"
-        " for a popular item that fills up an answer short of recommendations."
-    ),
+EXAMPLES: list[Any] = [
+    {"user_id": "u7", "k": 3},
+    {"history": ["i1", "i2"], "k": 3, "exclude": ["i5"], "filter": {"genres": ["Comedy"]}, "explain": True},
 ]
-Versions = Annotated[dict[str, int], Field(description="The versions that answered, by stage.")]
 
 
 class RecommendRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": EXAMPLES})
 
     user_id: Id | None = Field(default=None, description="Absent, null, empty or unknown: an anonymous user.")
     history: Ids | None = Field(
@@ -30,20 +28,55 @@ class RecommendRequest(BaseModel):
     filter: dict[Id, list[str | int | float | bool]] = Field(
         default={}, description="{column: [values]}: items with one of the values (a list: in it), in every column."
     )
+    explain: bool = Field(default=False, description="Say of each item where it comes from.")
 
 
-class Recommendations(BaseModel):
+class BatchRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"requests": EXAMPLES}]})
+
+    requests: list[RecommendRequest] = Field(min_length=1, max_length=MAX_BATCH)
+
+
+class Item(BaseModel):
+    """An item: its id, its score, and the columns of items.parquet, null where there is no value."""
+
+    model_config = ConfigDict(extra="allow")
+
+    item_id: str
+    score: float | None = Field(description="Null where the models have not scored the item.")
+    explain: dict[str, Any] | None = Field(
+        default=None,
+        description="retrieval_rank (1 = first; among the items that pass where the filter is narrow), retrieval_score,"
+        " ranking_score, and nearest: the item of the history that is most like it, with the cosine as similarity.",
+    )
+
+
+Versions = Annotated[dict[str, int], Field(description="The versions that answered, by stage.")]
+
+
+class Items(BaseModel):
+    items: list[Item]
+
+
+class Recommendations(Items):
     user_id: str | None
-    items: Items
     cold_start: bool = Field(description="Nothing is known of the user: these are the popular items.")
     model: Versions
+    history: list[Item] | None = Field(default=None, description="With explain: what it rests on, oldest first.")
 
 
-class Similar(BaseModel):
+class Batch(BaseModel):
+    answers: list[Recommendations] = Field(description="In the order of the requests.")
+
+
+class Similar(Items):
     item_id: str
-    items: Items
     model: Versions
 
 
 class Problem(BaseModel):
     detail: str = Field(description="One sentence: what is wrong.")
+
+
+class UnavailableError(Exception):
+    """What answers cannot do so now: 503 with this sentence."""

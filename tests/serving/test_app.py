@@ -1,32 +1,40 @@
 """The HTTP API on a real pair of bundles: 120 items, index.k 50, of which 40 are ranked."""
 
+import asyncio
 import json
+import re
 import shutil
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from httpx import Response
+from starlette.exceptions import HTTPException
 
 from rec import registry
+from rec.errors import UserError
 from rec.recommender import Recommender
-from rec.serving.answer import Engine
-from rec.serving.app import Service, create_app
-from rec.serving.auth import Tokens
+from rec.serving.answer import Backend, Engine
+from rec.serving.app import create_app
+from rec.serving.gate import Tokens
 from rec.serving.schemas import MAX_BODY, RecommendRequest
+from rec.serving.service import MAX_WAITING, Job, Service
 from tests.conftest import Trained
 
 USER, K, RANKED = "u7", 50, 40
 NONE = Tokens()
 
 
-def load_latest(savedmodels: Path) -> Recommender:
-    return Recommender.load(*registry.latest_pair(savedmodels))
+def service_of(savedmodels: Path) -> Service:
+    """A service that has loaded the latest pair."""
+    service = Service(lambda: registry.latest_pair(savedmodels), lambda pair: Recommender.load(*pair))
+    service.load()
+    return service
 
 
 def client_of(service: Service, tokens: Tokens = NONE) -> TestClient:
@@ -35,9 +43,7 @@ def client_of(service: Service, tokens: Tokens = NONE) -> TestClient:
 
 @pytest.fixture(scope="module")
 def service(trained: Trained) -> Service:
-    service = Service(lambda: load_latest(trained.savedmodels))
-    service.load()
-    return service
+    return service_of(trained.savedmodels)
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +65,27 @@ def asked(client: TestClient, **body: Any) -> Response:
     return client.post("/v1/recommend", json=body)
 
 
+def ranked(engine: Engine) -> tuple[list[str], list[float]]:
+    """What the models answer for USER: ids and scores."""
+    found = engine.backend.answer([USER], [None], [[]])
+    return [engine.catalogue.ids[row] for row in found["rows"][0]], found["scores"][0].tolist()
+
+
+def stored_of(engine: Engine) -> list[str]:
+    return engine.backend.histories([USER])[0]
+
+
 def genres_of(engine: Engine) -> dict[str, list[str]]:
-    return dict(zip(engine.catalogue.ids, engine.catalogue.columns["genres"], strict=True))
+    return {str(item): list(genres) for item, genres in engine.backend.items["genres"].items()}
 
 
 def test_a_known_user_gets_what_the_models_rank_highest_with_the_items_columns(
     client: TestClient, engine: Engine
 ) -> None:
-    found, scores, _ = engine.recommender.recommend([USER], [None])
+    found, scores = ranked(engine)
     answer = client.get(f"/v1/users/{USER}/recommendations", params={"k": 5}).json()
-    assert [item["item_id"] for item in answer["items"]] == found[0, :5].tolist()
-    assert [item["score"] for item in answer["items"]] == scores[0, :5].tolist()
+    assert [item["item_id"] for item in answer["items"]] == found[:5]
+    assert [item["score"] for item in answer["items"]] == scores[:5]
     assert list(answer["items"][0]) == ["item_id", "score", "title", "genres", "price", "released", "popularity"]
     assert {name: answer[name] for name in ("user_id", "cold_start", "model")} == {
         "user_id": USER,
@@ -85,7 +101,7 @@ def test_ten_items_are_the_default_and_both_addresses_agree(client: TestClient) 
 
 
 def test_nothing_comes_back_that_the_user_has_seen(client: TestClient, engine: Engine) -> None:
-    stored = engine.recommender.stored_history(USER)
+    stored = stored_of(engine)
     assert stored and not set(stored) & set(ids(asked(client, user_id=USER, k=K)))
     told = [item for item in engine.catalogue.ids if item not in stored][:3]
     assert not {*stored, *told} & set(ids(asked(client, user_id=USER, history=told, k=K)))
@@ -93,7 +109,7 @@ def test_nothing_comes_back_that_the_user_has_seen(client: TestClient, engine: E
 
 
 def test_an_unknown_user_without_a_history_gets_the_popular_items(client: TestClient, engine: Engine) -> None:
-    popular = engine.recommender.items["popularity"].sort_values(ascending=False, kind="stable").index[:10].tolist()
+    popular = engine.backend.items["popularity"].sort_values(ascending=False, kind="stable").index[:10].tolist()
     for body in ({"user_id": "nobody"}, {}, {"user_id": None, "history": None}, {"history": ["no such item"]}):
         answer = asked(client, **body)
         assert ids(answer) == popular
@@ -128,34 +144,109 @@ def test_excluded_items_are_left_out_and_the_next_ones_move_up(client: TestClien
 
 def test_a_filter_keeps_the_order_of_what_passes(client: TestClient, engine: Engine) -> None:
     genres = genres_of(engine)
-    found, _, _ = engine.recommender.recommend([USER], [None])
-    passing = [item for item in found[0] if item and {"Drama", "Sci-Fi"} & set(genres[item])]
+    passing = [item for item in ranked(engine)[0] if {"Drama", "Sci-Fi"} & set(genres[item])]
     answer = ids(asked(client, user_id=USER, k=5, filter={"genres": ["Drama", "Sci-Fi"]}))
     assert len(passing) >= 3
     assert answer[: len(passing)] == passing[:5]
 
 
-def test_a_short_answer_is_filled_with_popular_items_that_pass(client: TestClient, engine: Engine) -> None:
-    genres, stored = genres_of(engine), engine.recommender.stored_history(USER)
-    genre = max({name for each in genres.values() for name in each}, key=lambda g: sum(g in x for x in genres.values()))
-    excluded = next(item for item in engine.catalogue.ids if genre in genres[item] and item not in stored)
-    passing = [item for item in engine.catalogue.ids if genre in genres[item] and item not in {*stored, excluded}]
-    ranked = engine.recommender.recommend([USER], [None])[0][0].tolist()
-    first = [item for item in ranked if item in passing]
-    assert 0 < len(first) < len(passing) < K
-    answer = asked(client, user_id=USER, k=K, filter={"genres": [genre]}, exclude=[excluded])
-    assert ids(answer) == first + [item for item in passing if item not in first]
-    scores = [item["score"] for item in answer.json()["items"]]
-    assert None not in scores[: len(first)] and set(scores[len(first) :]) == {None}
+def narrow(engine: Engine) -> tuple[str, list[str]]:
+    """A genre of which fewer than K items are new to USER, and those items, the most popular first."""
+    genres, stored = genres_of(engine), stored_of(engine)
+    by_genre = {
+        genre: [item for item in engine.catalogue.ids if genre in genres[item] and item not in stored]
+        for genre in {name for each in genres.values() for name in each}
+    }
+    found = set(ranked(engine)[0][:RANKED])
+    return next((name, items) for name, items in by_genre.items() if 5 < len(items) < RANKED and set(items) - found)
 
 
-def test_items_beyond_the_ranked_ones_are_popular_ones(client: TestClient) -> None:
-    scores = [item["score"] for item in asked(client, history=["i1"], k=K).json()["items"]]
-    assert len(scores) == K and scores[RANKED:] == [None] * (K - RANKED)
+def test_a_narrow_filter_scores_all_that_passes(client: TestClient, engine: Engine) -> None:
+    genre, passing = narrow(engine)
+    ranker = engine.backend.module.ranking  # type: ignore[attr-defined]
+    wanted = dict(zip(passing, ranker.serving_default([USER], [passing])["score"][0].numpy().tolist(), strict=True))
+    answer = asked(client, user_id=USER, k=K, filter={"genres": [genre]})
+    assert ids(answer) == sorted(passing, key=lambda item: -wanted[item])
+    assert [item["score"] for item in answer.json()["items"]] == pytest.approx(sorted(wanted.values(), reverse=True))
+    assert ids(asked(client, user_id=USER, k=K, filter={"genres": [genre]}, exclude=passing[1:])) == passing[:1]
+
+
+class Shallow:
+    """A backend that cannot score given items, as TF Serving cannot."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def answer_within(self, *_: object) -> None:
+        return None
+
+
+def test_a_short_answer_is_filled_with_popular_items_that_pass(engine: Engine) -> None:
+    genre, passing = narrow(engine)
+    request = RecommendRequest(user_id=USER, k=K, filter={"genres": [genre]}, exclude=passing[:1])
+    [text] = replace(engine, backend=Shallow(engine.backend)).recommend([request])
+    items = json.loads(text)["items"]
+    first = [item for item in ranked(engine)[0] if item in passing[1:]]
+    assert [item["item_id"] for item in items] == first + [item for item in passing[1:] if item not in first]
+    assert 0 < sum(item["score"] is None for item in items) < len(items)
+
+
+def test_items_beyond_the_ranked_ones_follow_in_retrievals_order(client: TestClient, engine: Engine) -> None:
+    answer = asked(client, history=["i1"], k=K, explain=True).json()["items"]
+    assert [item["explain"]["retrieval_rank"] for item in answer[RANKED:]] == list(range(RANKED + 1, K + 1))
+    assert [item["score"] for item in answer[RANKED:]] == [None] * (K - RANKED)
+
+
+def test_an_explanation_says_where_each_item_comes_from(client: TestClient, engine: Engine) -> None:
+    answer = asked(client, user_id=USER, k=5, explain=True).json()
+    plain = asked(client, user_id=USER, k=5).json()
+    assert [{**item, "explain": None} for item in answer["items"]] == [{**i, "explain": None} for i in plain["items"]]
+    assert [item["item_id"] for item in answer["history"]] == stored_of(engine)
+    retrieval = engine.backend.module.retrieval  # type: ignore[attr-defined]
+    found = retrieval.serving_default([USER])
+    order = [item.decode() for item in found["item_id"][0].numpy()]
+    for item in answer["items"]:
+        explain = item["explain"]
+        assert order[explain["retrieval_rank"] - 1] == item["item_id"]
+        assert explain["retrieval_score"] == found["score"][0, explain["retrieval_rank"] - 1].numpy()
+        assert explain["ranking_score"] == item["score"]
+        near = engine.backend.cosines([item["item_id"]], stored_of(engine)[-50:])
+        assert near is not None and explain["nearest"]["similarity"] == pytest.approx(near.max())
+        assert explain["nearest"]["item_id"] in stored_of(engine) and explain["nearest"]["title"]
+    cold = asked(client, explain=True).json()
+    assert cold["history"] == [] and cold["items"][0]["explain"]["nearest"] is None
+    assert cold["items"][0]["explain"]["ranking_score"] is None
+
+
+def test_a_batch_is_answered_like_its_requests_one_by_one(client: TestClient) -> None:
+    bodies: list[dict[str, Any]] = [
+        {"user_id": "u1"}, {"history": ["i1", "i2"]}, {}, {"user_id": "u2", "history": []}, {"user_id": "u3", "k": 3}
+    ]  # fmt: skip
+    together = client.post("/v1/recommend/batch", json={"requests": bodies})
+    assert together.status_code == 200
+    for answer, body in zip(together.json()["answers"], bodies, strict=True):
+        alone = asked(client, **body).json()
+        assert [item["item_id"] for item in answer["items"]] == [item["item_id"] for item in alone["items"]]
+        assert (answer["user_id"], answer["cold_start"]) == (alone["user_id"], alone["cold_start"])
+    assert_refused(client.post("/v1/recommend/batch", json={"requests": bodies * 21}), 422)
+    assert_refused(client.post("/v1/recommend/batch", json={"requests": [{"k": K + 1}]}), 422)
+
+
+def test_items_are_found_by_their_title_and_users_with_their_history(client: TestClient, engine: Engine) -> None:
+    found = client.get("/v1/items", params={"q": "COMEDY OF", "limit": 3}).json()["items"]
+    titles = engine.backend.items["title"]
+    assert [item["item_id"] for item in found] == titles.index[titles.str.contains("Comedy of")][:3].tolist()
+    assert ids(client.get("/v1/items")) == engine.catalogue.ids[:20]
+    assert client.get("/v1/users", params={"limit": 2}).json() == {"users": engine.backend.users[:2]}
+    assert ids(client.get(f"/v1/users/{USER}/history")) == stored_of(engine)
+    assert ids(client.get("/v1/users/nobody/history")) == []
 
 
 def test_every_column_of_a_filter_must_match(client: TestClient, engine: Engine) -> None:
-    item = engine.catalogue.show(30, None)
+    item = engine.catalogue.item(30)
     wanted = {"genres": item["genres"][:1], "price": [item["price"], "text", True], "title": [item["title"]]}
     assert ids(asked(client, filter=wanted)) == [item["item_id"]]
     assert ids(asked(client, filter={**wanted, "title": ["No Such Title"]})) == []
@@ -187,17 +278,6 @@ def test_models_tells_what_answers(client: TestClient, trained: Trained) -> None
     assert answer["models"]["retrieval"]["metrics"] == trained.report["retrieval"]["metrics"]
     assert answer["catalogue"]["items"] == 120 and "genres" in answer["catalogue"]["columns"]
     assert answer["max_k"] == K
-
-
-def test_a_batch_gets_the_answers_of_its_requests_one_by_one(engine: Engine) -> None:
-    bodies: list[dict[str, Any]] = [
-        {"user_id": "u1"}, {"history": ["i1", "i2"]}, {}, {"user_id": "u2", "history": []}, {"user_id": "u3", "k": 3}
-    ]  # fmt: skip
-    requests = [RecommendRequest(**body) for body in bodies]
-    for together, request in zip(engine.answer(requests), requests, strict=True):
-        [alone] = engine.answer([request])
-        assert [item["item_id"] for item in together["items"]] == [item["item_id"] for item in alone["items"]]
-        assert together["cold_start"] == alone["cold_start"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -339,63 +419,183 @@ def test_null_bytes_in_ids_are_part_of_the_id(client: TestClient) -> None:
 # The service
 
 
+def unloaded() -> Service:
+    return Service(lambda: pytest.fail("not to be called"), lambda _: pytest.fail("not to be called"))
+
+
 def test_a_failure_tells_nothing_of_the_inside(engine: Engine) -> None:
-    broken = Service(lambda: engine.recommender)
-    broken.engine = replace(engine, recommender=replace(engine.recommender, module=None))
+    broken = unloaded()
+    broken.engine = replace(engine, backend=replace(engine.backend, module=None))  # type: ignore[type-var]
     response = client_of(broken).get(f"/v1/users/{USER}/recommendations")
     assert response.status_code == 500
     assert response.json() == {"detail": "the server failed to answer; its log says why"}
 
 
+def test_a_request_that_fails_does_not_take_its_batch_along(engine: Engine) -> None:
+    service = unloaded()
+    requests = [RecommendRequest(user_id="u1"), RecommendRequest(filter={"no such column": [1]})]
+
+    async def both() -> list[Any]:
+        asked = (service.ask(engine, "recommend", request) for request in requests)
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    [answer], error = asyncio.run(both())
+    assert json.loads(answer)["user_id"] == "u1" and isinstance(error, KeyError)
+
+
 def test_it_is_alive_before_it_is_ready(engine: Engine) -> None:
-    loading = Service(lambda: engine.recommender)
+    loading = unloaded()
     client = client_of(loading)
     assert client.get("/healthz").status_code == 200
     for path in ("/readyz", f"/v1/users/{USER}/recommendations", "/v1/models"):
         assert client.get(path).status_code == 503
         assert client.get(path).json()["detail"].startswith("the models are being loaded")
-    loading.load()
+    loading.engine = engine
     assert client.get("/readyz").json() == {"status": "ready", "model": {"retrieval": 1, "ranking": 1}}
 
 
 def test_a_retrieval_bundle_answers_alone(trained: Trained) -> None:
-    service = Service(lambda: Recommender.load(trained.savedmodels / "retrieval" / "1"))
+    service = Service(lambda: (trained.savedmodels / "retrieval" / "1", None), lambda pair: Recommender.load(*pair))
     service.load()
-    answer = asked(client_of(service), user_id=USER, k=K).json()
+    answer = asked(client_of(service), user_id=USER, k=K, explain=True).json()
     assert answer["model"] == {"retrieval": 1}
     assert len(answer["items"]) == K and all(item["score"] is not None for item in answer["items"])
+    assert {item["explain"]["ranking_score"] for item in answer["items"]} == {None}
 
 
-def test_health_is_answered_while_the_models_work(service: Service, client: TestClient) -> None:
-    release = threading.Event()
-    working = service.thread.submit(release.wait)
-    assert client.get("/healthz").status_code == 200 and not working.done()
-    release.set()
+class Slow:
+    """An engine that answers when it is let, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.let, self.batches = threading.Event(), list[list[Any]]()
+
+    def recommend(self, requests: list[Any]) -> list[Any]:
+        self.let.wait(10)
+        self.batches.append(list(requests))
+        return requests
+
+
+def test_what_queues_while_a_call_runs_shares_the_next_and_what_is_cancelled_costs_nothing() -> None:
+    service, slow = unloaded(), Slow()
+
+    async def ask() -> list[Any]:
+        first = asyncio.create_task(service.ask(slow, "recommend", 0))  # type: ignore[arg-type]
+        await asyncio.sleep(0.05)
+        others = [asyncio.create_task(service.ask(slow, "recommend", n)) for n in range(1, 6)]  # type: ignore[arg-type]
+        await asyncio.sleep(0.05)
+        others[2].cancel()
+        await asyncio.sleep(0.05)
+        slow.let.set()
+        return await asyncio.gather(first, *others, return_exceptions=True)
+
+    answers = asyncio.run(ask())
+    assert slow.batches == [[0], [1, 2, 4, 5]]
+    assert [n for [n] in answers[:3]] == [0, 1, 2] and isinstance(answers[3], asyncio.CancelledError)
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
+    service, slow = unloaded(), Slow()
+
+    async def ask() -> list[Any]:
+        tasks = [asyncio.create_task(service.ask(slow, "recommend", n)) for n in range(MAX_WAITING + 3)]  # type: ignore[arg-type]
+        await asyncio.sleep(0.1)
+        slow.let.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    refused = [answer for answer in asyncio.run(ask()) if isinstance(answer, HTTPException)]
+    assert len(refused) == 3 and {each.status_code for each in refused} == {503}
+    assert {(each.headers or {})["Retry-After"] for each in refused} == {"1"}
+    assert sum(map(len, slow.batches)) == MAX_WAITING and max(map(len, slow.batches)) <= 64
+
+
+def test_health_is_answered_while_the_models_work(engine: Engine) -> None:
+    service, slow = unloaded(), Slow()
+    service.engine = replace(engine)
+    service._jobs.put(Job(slow, "recommend", 0, None, 0.0))  # type: ignore[arg-type]
+    assert client_of(service).get("/healthz").status_code == 200 and not slow.batches
+    slow.let.set()
+
+
+def test_every_answer_has_the_id_of_its_request(client: TestClient) -> None:
+    assert client.get("/healthz", headers={"X-Request-ID": "abc-1"}).headers["X-Request-ID"] == "abc-1"
+    made = [
+        client.get("/healthz", headers={"X-Request-ID": given}).headers["X-Request-ID"]
+        for given in ("", "a b", "x" * 129)
+    ]
+    assert len({*made}) == 3 and all(re.fullmatch("[0-9a-f]{16}", each) for each in made)
+    assert "X-Request-ID" in client.get("/nowhere").headers
+
+
+def test_only_the_pages_that_are_named_may_call_from_elsewhere(service: Service) -> None:
+    asking = {"Origin": "https://shop.example", "Access-Control-Request-Method": "POST"}
+    for origins, allowed in (((), None), (("https://shop.example",), "https://shop.example"), (("https://a.b",), None)):
+        client = TestClient(create_app(service, Tokens(api=("t",)), origins=origins))
+        assert client.options("/v1/recommend", headers=asking).headers.get("Access-Control-Allow-Origin") == allowed
+
+
+def test_metrics_count_what_happened(client: TestClient) -> None:
+    def value(name: str) -> float:
+        lines = client.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+    counted = 'rec_requests_total{address="/v1/recommend",status="200"}'
+    before = value(counted), value("rec_cold_starts_total"), value("rec_batch_size_count")
+    asked(client, history=[])
+    assert (value(counted), value("rec_cold_starts_total")) == (before[0] + 1, before[1] + 1)
+    assert value("rec_batch_size_count") == before[2] + 1
+    assert value('rec_model_version{stage="ranking"}') == 1
+    for stage in ("queue", "model", "answer"):
+        assert value(f'rec_stage_seconds_count{{stage="{stage}"}}') > 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# New bundles
 
 
 @pytest.fixture
-def copied(trained: Trained, tmp_path: Path) -> Iterator[Path]:
+def copied(trained: Trained, tmp_path: Path) -> Path:
     """Bundles that a test may change."""
-    yield Path(shutil.copytree(trained.savedmodels, tmp_path / "savedmodels"))
+    return Path(shutil.copytree(trained.savedmodels, tmp_path / "savedmodels"))
 
 
-def test_a_reload_takes_the_new_version_and_a_failing_one_keeps_the_old(copied: Path, trained: Trained) -> None:
-    service = Service(lambda: load_latest(copied))
-    service.load()
-    client = client_of(service, Tokens(admin=("secret",)))
+def publish_ranking(savedmodels: Path, version: int, damaged: bool = False) -> None:
+    """A copy of the first ranking bundle as another version, published as the registry does."""
+    draft = Path(shutil.copytree(savedmodels / "ranking" / "1", savedmodels / "ranking" / f"draft-{version}"))
+    metadata = registry.read_metadata(draft)
+    (draft / "metadata.json").write_text(json.dumps({**metadata, "version": version}))
+    if damaged:
+        (draft / "saved_model.pb").write_bytes(b"damaged")
+    draft.rename(savedmodels / "ranking" / str(version))
+
+
+def test_a_reload_takes_the_new_version_and_a_failing_one_keeps_the_old(copied: Path) -> None:
+    client = client_of(service_of(copied), Tokens(admin=("secret",)))
     admin = {"Authorization": "Bearer secret"}
     assert client.post("/v1/models/reload").status_code == 401
 
-    newer = shutil.copytree(copied / "ranking" / "1", copied / "ranking" / "2")
-    metadata = registry.read_metadata(newer)
-    (newer / "metadata.json").write_text(json.dumps({**metadata, "version": 2}))
+    publish_ranking(copied, 2)
     assert client.post("/v1/models/reload", headers=admin).json() == {"model": {"retrieval": 1, "ranking": 2}}
     before = client.get(f"/v1/users/{USER}/recommendations").json()
     assert before["model"] == {"retrieval": 1, "ranking": 2}
+    assert client.get("/v1/models").json()["failed"] is None
 
-    shutil.copytree(newer, copied / "ranking" / "3")
-    (copied / "ranking" / "3" / "saved_model.pb").write_bytes(b"damaged")
+    publish_ranking(copied, 3, damaged=True)
     refused = client.post("/v1/models/reload", headers=admin)
     assert_refused(refused, 409)
     assert "ranking/3: the SavedModel cannot be loaded" in refused.json()["detail"]
     assert client.get(f"/v1/users/{USER}/recommendations").json() == before
+    failed = client.get("/v1/models").json()["failed"]
+    assert "ranking/3" in failed["bundles"] and "cannot be loaded" in failed["error"]
+    assert 'rec_reloads_total{result="failed"}' in client.get("/metrics").text
+
+
+def test_a_bundle_that_answers_nonsense_is_not_taken(engine: Engine) -> None:
+    class Nonsense(Shallow):
+        def answer(self, *arguments: Any) -> dict[str, np.ndarray]:
+            found = self._backend.answer(*arguments)
+            return {**found, "scores": np.full_like(found["scores"], np.nan)}
+
+    service = Service(lambda: (Path("a"), Path("b")), lambda _: Nonsense(engine.backend))
+    with pytest.raises(UserError, match="without a single score"):
+        service.load()
+    assert service.engine is None and service.failed and service.failed["bundles"] == "a, b"

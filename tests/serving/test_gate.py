@@ -5,20 +5,23 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from rec.recommender import Recommender
-from rec.serving.app import Service, create_app
-from rec.serving.auth import RELOAD, Tokens
+from rec.serving.app import create_app
+from rec.serving.gate import RELOAD, Tokens
+from rec.serving.service import Pair, Service
 
 CLOSED, NO_MODELS = (401, 403), 503
 
 
-def never_loaded() -> Recommender:
+def never_found() -> Pair:
     raise AssertionError("no model is needed here")
+
+
+SERVICE = Service(never_found, never_found)  # type: ignore[arg-type]
 
 
 def status(tokens: Tokens, path: str, token: str | bytes | None = None, scheme: str = "Bearer") -> int:
     """Of a server without models, which answers 503 to what it lets pass."""
-    client = TestClient(create_app(Service(never_loaded), tokens))
+    client = TestClient(create_app(SERVICE, tokens))
     sent = token.encode() if isinstance(token, str) else token
     headers = {} if sent is None else {b"Authorization": scheme.encode() + b" " + sent}
     response = client.post(path, headers=headers) if path == RELOAD else client.get(path, headers=headers)

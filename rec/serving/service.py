@@ -1,0 +1,186 @@
+"""The engine in service: a queue, the one thread that calls the models, and how new bundles take over.
+
+- The thread takes whatever has queued while its last call ran, and answers it in one call: a lone request does not
+  wait for company, and there is no timer. (Waiting 1 ms for company was slower at every load.)
+- The queue is bounded: a request that finds it full is refused with 503 and Retry-After.
+- New bundles are loaded, warmed and checked beside the old ones and then take over in one step. A request keeps the
+  engine that it was checked against. If anything fails, the old bundles stay, and `failed` says what and why.
+"""
+
+import asyncio
+import gc
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from starlette.exceptions import HTTPException
+
+from rec.errors import UserError
+from rec.serving.answer import Backend, Engine
+from rec.serving.metrics import BATCH_SIZE, QUEUE, RELOADS, STAGE_SECONDS, VERSION
+from rec.serving.schemas import UnavailableError
+
+MAX_WAITING = 512  # a quarter of a second of work
+LARGEST = 64  # requests of one call: larger ones cost as much a request, and the first of them waits longer
+Pair = tuple[Path, Path | None]  # the directories of a retrieval and a ranking bundle
+
+
+class Job(NamedTuple):
+    engine: Engine
+    method: str  # of the engine
+    argument: Any
+    future: asyncio.Future[Any] | None
+    queued: float
+
+
+class Service:
+    def __init__(self, find: Callable[[], Pair], load: Callable[[Pair], Backend]) -> None:
+        """`find` says which bundles the references mean now, `load` loads those; both may raise UserError."""
+        self._find, self._load = find, load
+        self.engine: Engine | None = None
+        self.failed: dict[str, str] | None = None
+        self._pair: Pair | None = None
+        self._refused: Pair | None = None
+        self._reloading = threading.Lock()
+        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._waiting = 0
+        threading.Thread(target=self._work, name="model", daemon=True).start()
+
+    @property
+    def ready(self) -> Engine:
+        if self.engine is None:
+            raise HTTPException(503, "the models are being loaded: try again in a few seconds", {"Retry-After": "2"})
+        return self.engine
+
+    # --------------------------------------------------------------------------------------------------------
+    # Questions
+
+    async def ask(self, engine: Engine, method: str, *arguments: Any) -> list[Any]:
+        """What the engine's method answers to each of the arguments.
+
+        Raises:
+          HTTPException: 503, because too many requests wait already.
+        """
+        if self._waiting + len(arguments) > MAX_WAITING:
+            raise HTTPException(503, "the server is overloaded: try again in a second", {"Retry-After": "1"})
+        loop, now = asyncio.get_running_loop(), time.perf_counter()
+        futures = [loop.create_future() for _ in arguments]
+        self._waiting += len(futures)
+        try:
+            for argument, future in zip(arguments, futures, strict=True):
+                self._jobs.put(Job(engine, method, argument, future, now))
+            return [await future for future in futures]
+        except UnavailableError as error:
+            raise HTTPException(503, str(error), {"Retry-After": "2"}) from error
+        finally:
+            self._waiting -= len(futures)
+            for future in futures:
+                future.cancel()  # where the client has hung up: the thread passes over it
+
+    def _work(self) -> None:
+        """The thread of the models."""
+        while True:
+            jobs = [self._jobs.get()]
+            while len(jobs) < LARGEST and not self._jobs.empty():
+                jobs.append(self._jobs.get())
+            STAGE_SECONDS.labels("queue").observe(time.perf_counter() - jobs[0].queued)
+            groups: dict[tuple[Engine, str], list[Job]] = {}
+            for job in jobs:
+                if job.future is None or not job.future.cancelled():
+                    groups.setdefault((job.engine, job.method), []).append(job)
+            for (engine, method), group in groups.items():
+                self._answer(getattr(engine, method), group)
+
+    def _answer(self, function: Callable[[list[Any]], list[Any]], group: list[Job]) -> None:
+        BATCH_SIZE.observe(len(group))
+        QUEUE.set(self._waiting)
+        try:
+            answers = function([job.argument for job in group])
+        except Exception as error:
+            if len(group) > 1 and not isinstance(error, UnavailableError):  # one is to blame: the others get answers
+                for job in group:
+                    self._answer(function, [job])
+                return
+            answers = [error] * len(group)
+        loop = group[0].future.get_loop() if group[0].future else None
+        if loop is None:
+            self._tidy()
+        elif not loop.is_closed():
+            loop.call_soon_threadsafe(_deliver, group, answers)
+
+    # --------------------------------------------------------------------------------------------------------
+    # Bundles
+
+    def load(self) -> None:
+        """Takes into service what the references mean now.
+
+        Raises:
+          UserError: another load is under way, or this one fails; what was in service stays.
+        """
+        if not self._reloading.acquire(blocking=False):
+            raise UserError("another reload is under way")
+        pair = None
+        try:
+            pair = self._find()
+            engine = Engine.warm(self._load(pair))
+        except Exception as error:
+            self._refused = None if isinstance(error, UnavailableError) else pair
+            named = ", ".join(str(path) for path in pair or () if path)
+            self.failed = {"bundles": named, "error": str(error), "at": datetime.now(UTC).isoformat(timespec="seconds")}
+            RELOADS.labels("failed").inc()
+            if isinstance(error, UserError):
+                raise
+            if not isinstance(error, UnavailableError):
+                traceback.print_exc()
+            raise UserError(f"{named} cannot be taken into service: {str(error).splitlines()[0]}") from error
+        else:
+            old, self.engine, self._pair = self.engine, engine, pair  # the step
+            self.failed = self._refused = None
+            RELOADS.labels("done").inc()
+            for stage, version in engine.backend.versions().items():
+                VERSION.labels(stage).set(version)
+            if old is not None:
+                self._jobs.put(Job(old, "close", engine, None, time.perf_counter()))  # behind all that still need it
+            self._tidy()
+        finally:
+            self._reloading.release()
+
+    async def reload(self) -> None:
+        """As `load`, in a thread of its own: the models' thread goes on answering."""
+        await asyncio.get_running_loop().run_in_executor(None, self.load)
+
+    async def follow(self, seconds: float) -> None:
+        """For ever: loads what the references mean, when that has changed. What failed is not tried a second time."""
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                pair = await asyncio.get_running_loop().run_in_executor(None, self._find)
+                if self.engine is not None and pair not in (self._pair, self._refused):
+                    await self.reload()
+                    print(f"serving {self.ready.backend.versions()}", file=sys.stderr)
+            except UserError as error:
+                print(f"the models stay as they are: {error}", file=sys.stderr)
+
+    @staticmethod
+    def _tidy() -> None:
+        """Collects garbage, then leaves all that is left out of later collections: a full one takes 0.2 s."""
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 50, 100)
+
+
+def _deliver(group: list[Job], answers: list[Any]) -> None:
+    for job, answer in zip(group, answers, strict=True):
+        if job.future is None or job.future.done():
+            continue
+        if isinstance(answer, Exception):
+            job.future.set_exception(answer)
+        else:
+            job.future.set_result(answer)
