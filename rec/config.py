@@ -76,10 +76,10 @@ class Ranking:
     holdout: Share = 0.15  # latest share of the training interactions that labels the candidate lists
     hidden: tuple[Count, ...] = (128, 64)
     dropout: Rate = 0.2
-    epochs: Count = 10
-    patience: Count = 3
+    epochs: Count = 5
+    patience: Count = 2
     batch_size: Count = 64  # candidate lists a step; with `rating`, 16 ratings count as one
-    l2: NotNegative = 0.05  # with `rating`: penalty on the squared vectors of the users and items of a batch
+    l2: NotNegative = 0.03  # with `rating`: penalty on the squared vectors of the users and items of a batch
     learning_rate: Positive = 0.001
 
 
