@@ -237,7 +237,7 @@ def _shares(train: Sequences) -> tuple[float, ...]:
 def _ndcg(
     corpus: Corpus, train: Sequences, users: np.ndarray, scores: Callable[[np.ndarray], Iterator[Any]]
 ) -> np.ndarray:
-    """[choices, U]: NDCG@100 on validation data; `scores` gives those of some users, [part, catalogue], by each choice."""
+    """[choices, U]: NDCG@100 on validation data; `scores` gives some users' by each choice, [part, catalogue]."""
     parts = []
     for part in np.array_split(users, np.arange(256, len(users), 256)):
         seen, relevant = train.last(part, train.longest(part)), corpus.val.matrix(part, corpus.items.rows)
