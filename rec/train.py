@@ -41,12 +41,13 @@ from rec.retrieval.model import RetrievalModel, calibrate
 from rec.tracking import track
 
 FACTORIZED_KS = (10, 100)
-# What a ranker is chosen by: what it adds to retrieval's order, which has 0, less one standard error. The best of several
-# epochs by NDCG alone is often luck, and worse than retrieval on test.
+# What a ranker is chosen by: what it adds to retrieval's order, which has 0, less one standard error. The best of
+# several epochs by NDCG alone is often luck, and worse than retrieval on test.
 GAIN = "val/ndcg@10_gain_low"
 VALIDATION_USERS = 10_000  # more would take longer to validate than to train
 MOST_LISTS = 50_000  # that a ranker is trained on
-RATINGS_A_LIST = 16  # a batch of ratings is so many times a batch of lists
+RATINGS_A_LIST = 16  # a batch of ratings is so many times a batch of lists,
+RATING_PACE = 3  # and its learning rate so many times as high
 
 
 def train_retrieval(config: Config) -> tuple[TrainedRetrieval, dict[str, Any]]:
@@ -151,11 +152,12 @@ def train_ranking(config: Config, init_from: Path | None, trained: TrainedRetrie
     run = describe(
         config, corpus, "ranking", retrieval_run=trained.run, init_from=None if init_from is None else str(init_from)
     )
+    rate = settings.learning_rate * (RATING_PACE if settings.objective == "rating" else 1)
     with track(config, "ranking") as tracker:
         fitted = fit(
             model, batches, examples, Path(config.output.checkpoints) / "ranking", run, {}, epochs=settings.epochs,
-            learning_rate=settings.learning_rate, seed=config.seed, validate=validate, monitor=monitor,
-            patience=settings.patience, on_epoch=tracker.log,
+            learning_rate=rate, seed=config.seed, validate=validate, monitor=monitor, patience=settings.patience,
+            on_epoch=tracker.log,
         )  # fmt: skip
         exported = export_ranking(model, trained, config, run, fitted.metrics)
         tracker.log_bundle(exported)
@@ -205,7 +207,7 @@ def _by_clicks(config: Config, trained: TrainedRetrieval, model: RankingModel) -
 
 def _by_rating(config: Config, trained: TrainedRetrieval, model: RankingModel) -> tuple[Epochs, int, Validate, str]:
     """Every training rating, from the history before it; or from all others of the user, as a test of a given split."""
-    corpus, width = trained.corpus, trained.model.config.window
+    corpus, width = trained.corpus, model.window
     train, batch_size = corpus.train, config.ranking.batch_size * RATINGS_A_LIST
     known = train if corpus.split_strategy == "given" or not corpus.ordered else None
     counts = Counts(train, corpus.items.rows)

@@ -22,14 +22,21 @@ from rec.ranking.archs import build_arch
 from rec.ranking.candidates import CandidateLists
 from rec.retrieval.model import LOWEST, RetrievalModel
 
+RATED_WINDOW = 300  # with 50, as retrieval reads, the RMSE on MovieLens 100K is .01 higher
+
 
 class RankingModel(tfrs.Model):
     """Scores lists of candidates."""
 
     def __init__(self, config: Ranking, window: int, dim: int, corpus: Corpus) -> None:
-        """`window`, the longest history, and `dim`, the width of the embeddings, are the retrieval model's."""
+        """`window`, the longest history, and `dim`, the width of the embeddings, are the retrieval model's.
+
+        Ratings are about taste rather than what comes next: they get RATED_WINDOW at least.
+        """
         super().__init__(name="ranking")
         self.config = config
+        self._is_rating = config.objective == "rating"
+        self.window = max(window, RATED_WINDOW) if self._is_rating else window
         self.items = Encoder(
             corpus.items, corpus.item_columns, corpus.item_table, dim, UNKNOWN, id_dropout=0.02, name="items"
         )
@@ -39,8 +46,7 @@ class RankingModel(tfrs.Model):
         self._dim = dim
         self._arch = build_arch(config, dim)
         self._out = tf.keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros", name="out")
-        self._recency = self.add_weight(name="recency", shape=[window], initializer="zeros")
-        self._is_rating = config.objective == "rating"
+        self._recency = self.add_weight(name="recency", shape=[self.window], initializer="zeros")
         ratings = corpus.train.ratings
         if self._is_rating and ratings is None:
             raise UserError("ranking.objective: rating needs ratings, which the dataset has not")
@@ -170,7 +176,7 @@ def score_candidates(
     Returns:
       [B, N] float32.
     """
-    retrieved, past = retrieval.score(user, history, items, time), recent_items(history, retrieval.config.window)
+    retrieved, past = retrieval.score(user, history, items, time), recent_items(history, model.window)
     longest = tf.maximum(tf.reduce_max(tf.reduce_sum(tf.cast(past != PAD, tf.int32), 1)), 1)
     return model.score(user, past[:, :longest], items, retrieved, counts(past, items, time))
 
