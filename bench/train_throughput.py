@@ -124,7 +124,7 @@ def train_tutorial(dataset: Dataset, batch_size: int, metrics_in_training: bool,
 def train_rec(dataset: Dataset, epochs: int, seed: int) -> dict[str, Any]:
     """Trains rec's two_tower on ids; returns the JSON of the epoch with the best NDCG@10 on val."""
     config = Retrieval(
-        arch="two_tower", embedding_dim=DIMENSION, window=50, learning_rate=0.01, dropout=0.1, user_id=True,
+        arch="two_tower", embedding_dim=DIMENSION, window=50, learning_rate=0.01, dropout=0.0, user_id=True,
         batch_size=128, in_batch_negatives=64, uniform_negatives=64,
     )  # fmt: skip
     corpus = load_corpus(dataset, Features({}, {}))

@@ -46,15 +46,18 @@ class SampledSoftmax(tfrs.tasks.Retrieval):
         negatives: tf.Tensor,
         target_probability: tf.Tensor,
         negative_probability: tf.Tensor,
+        weights: tf.Tensor,
         score_mask: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        """The mean loss over P positions.
+        """The mean loss over P positions, each of its weight.
 
         Args:
           queries, targets: [P, d] float32. The last dimension is the bias: 1 in every query.
           negatives: [C, d] float32, the pool.
           target_probability, negative_probability: [P], [C] float32, of each item to fill a slot of the pool.
-          score_mask: [P, C] bool, false where a pool item must not count as a negative of the position.
+          weights: [P] float32.
+          score_mask: [G, C] bool, false where a pool item must not count as a negative; each row is for as many of the
+            positions in turn (G = P, or positions that lie together share one).
         """
         positive = tf.reduce_sum(queries * targets, 1, keepdims=True) / self._temperature
         if self._logq:
@@ -64,7 +67,8 @@ class SampledSoftmax(tfrs.tasks.Retrieval):
             positive -= tf.math.log(target_probability)[:, None]
         pool = tf.matmul(queries / self._temperature, negatives, transpose_b=True)
         if score_mask is not None:
-            pool = tf.where(score_mask, pool, MASKED)
+            grouped = tf.reshape(pool, [tf.shape(score_mask)[0], -1, tf.shape(pool)[1]])
+            pool = tf.reshape(tf.where(score_mask[:, None], grouped, MASKED), tf.shape(pool))
         logits = tf.concat([positive, pool], 1)
         if self._hardest is not None:
             is_target = tf.concat([tf.ones_like(positive), tf.zeros_like(pool)], 1)
@@ -72,7 +76,7 @@ class SampledSoftmax(tfrs.tasks.Retrieval):
             losses = tf.nn.softmax_cross_entropy_with_logits(is_target, logits)
         else:
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.zeros([tf.shape(logits)[0]], tf.int32), logits)
-        return tf.reduce_mean(losses)
+        return tf.reduce_sum(weights * losses) / tf.maximum(tf.reduce_sum(weights), 1.0)
 
 
 class RetrievalModel(tfrs.Model):
@@ -109,24 +113,22 @@ class RetrievalModel(tfrs.Model):
         """The loss of a batch of `pipeline.window_batches` (shapes there)."""
         inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
         queries = self.query_tower(batch["user"], inputs, batch.get("time"), training=training)
-        real = tf.where(targets != PAD)
-        rows = tf.concat([tf.gather_nd(targets, real), batch["negatives"]], 0)
-        candidates = self.candidate_tower(rows, training=training)
-        probability = tf.gather(self.probability, rows)
-        p = tf.shape(real)[0]
+        rows = tf.concat([tf.reshape(targets, [-1]), batch["negatives"]], 0)
+        p, c = tf.size(targets), tf.size(batch["negatives"])
+        wanted, pool = tf.split(self.candidate_tower(rows, training=training), [p, c])
+        # Targets of PAD have weight 0: to leave them out costs more than to compute them.
         loss = self.task.sampled_loss(
-            tf.gather_nd(queries, real), candidates[:p], candidates[p:], probability[:p], probability[p:],
-            self._score_mask(batch, rows[:p], tf.cast(real[:, 0], tf.int32)),
+            tf.reshape(queries, [p, -1]), wanted, pool, *tf.split(tf.gather(self.probability, rows), [p, c]),
+            tf.cast(rows[:p] != PAD, tf.float32), self._score_mask(batch, rows[:p]),
         )  # fmt: skip
         if self.config.l2:
-            loss += self.config.l2 * tf.reduce_mean(tf.reduce_sum(tf.square(candidates[p:, :-1]), 1))
+            loss += self.config.l2 * tf.reduce_mean(tf.reduce_sum(tf.square(pool[:, :-1]), 1))
         return loss
 
-    def _score_mask(self, batch: dict[str, tf.Tensor], targets: tf.Tensor, window: tf.Tensor) -> tf.Tensor | None:
-        """[P, C] false where a pool item is no negative: it stands in the position's own window, or is its target."""
+    def _score_mask(self, batch: dict[str, tf.Tensor], targets: tf.Tensor) -> tf.Tensor | None:
+        """False where a pool item is no negative: it stands in the position's own window [B, C], or is its target."""
         if self.config.mask_user_positives:  # the target stands in the window too
-            in_window = tf.reduce_any(batch["tokens"][:, :, None] == batch["negatives"], 1)
-            return tf.gather(~in_window, window)
+            return ~tf.reduce_any(batch["tokens"][:, :, None] == batch["negatives"], 1)
         if self.config.mask_accidental_hits:
             return targets[:, None] != batch["negatives"]
         return None

@@ -53,7 +53,8 @@ def by_hand(temperature: float, logq: bool, mask: np.ndarray | None = None, hard
 
 def loss(mask: np.ndarray | None = None, **changes: Any) -> float:
     task = SampledSoftmax(Retrieval(**changes))
-    return float(task.sampled_loss(QUERIES, TARGETS, NEGATIVES, TARGET_Q, NEGATIVE_Q, mask))
+    weights = np.ones(2, np.float32)
+    return float(task.sampled_loss(QUERIES, TARGETS, NEGATIVES, TARGET_Q, NEGATIVE_Q, weights, mask))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
@@ -75,16 +76,17 @@ def test_hard_negatives_keeps_the_highest_scored():
 def mask_of(**changes: Any) -> list[list[bool]] | None:
     """Two windows: one predicts 4 after 3, the other 5, then 8. The pool is 4, 5, 3."""
     batch = {"tokens": tf.constant([[3, 4, PAD], [START, 5, 8]]), "negatives": tf.constant([4, 5, 3])}
-    mask = model(**changes)._score_mask(batch, tf.constant([4, 5, 8]), tf.constant([0, 1, 1]))
+    mask = model(**changes)._score_mask(batch, tf.constant([4, PAD, 5, 8]))
     return None if mask is None else mask.numpy().tolist()
 
 
 def test_user_positives_are_masked_in_all_of_their_window():
-    assert mask_of() == [[False, True, False], [True, False, True], [True, False, True]]
+    assert mask_of() == [[False, True, False], [True, False, True]]
 
 
 def test_accidental_hits_are_masked_at_their_own_position_only():
-    assert mask_of(mask_user_positives=False) == [[False, True, True], [True, False, True], [True, True, True]]
+    everything, own = [True, True, True], [[False, True, True], [True, False, True]]
+    assert mask_of(mask_user_positives=False) == [own[0], everything, own[1], everything]
     assert mask_of(mask_user_positives=False, mask_accidental_hits=False) is None
 
 
@@ -93,6 +95,11 @@ def test_padding_contributes_nothing_to_the_loss():
     batch = {"user": tf.constant([1]), "tokens": tf.constant([[START, 3, 4]]), "negatives": tf.constant([5, 6, 7])}
     wider = {**batch, "tokens": tf.constant([[START, 3, 4, PAD, PAD]])}
     assert float(built.compute_loss(wider)) == pytest.approx(float(built.compute_loss(batch)), rel=1e-5)
+
+
+def test_windows_share_a_row_of_the_mask():
+    mask = np.array([[True, False, True]])
+    assert loss(mask) == pytest.approx(by_hand(1.0, True, np.repeat(mask, 2, 0)), rel=1e-5)
 
 
 # The towers
