@@ -116,9 +116,10 @@ class RetrievalModel(tfrs.Model):
         rows = tf.concat([tf.reshape(targets, [-1]), batch["negatives"]], 0)
         p, c = tf.size(targets), tf.size(batch["negatives"])
         wanted, pool = tf.split(self.candidate_tower(rows, training=training), [p, c])
+        probability = tf.gather(self.probability, rows)
         # Targets of PAD have weight 0: to leave them out costs more than to compute them.
         loss = self.task.sampled_loss(
-            tf.reshape(queries, [p, -1]), wanted, pool, *tf.split(tf.gather(self.probability, rows), [p, c]),
+            tf.reshape(queries, [p, -1]), wanted, pool, probability[:p], probability[p:],
             tf.cast(rows[:p] != PAD, tf.float32), self._score_mask(batch, rows[:p]),
         )  # fmt: skip
         if self.config.l2:
