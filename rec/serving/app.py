@@ -54,6 +54,7 @@ def create_app(
         yield
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         gate.flush()
 
     app = FastAPI(
