@@ -35,6 +35,10 @@ class LazyAdam(tf.keras.optimizers.Adam):
     Keras' Adam decays the moments of every row at every step, which costs time in proportion to the table.
     """
 
+    def apply_gradients(self, grads_and_vars: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Keras', without a warning for variables that this configuration of a model does not train."""
+        return super().apply_gradients([pair for pair in grads_and_vars if pair[0] is not None], *args, **kwargs)
+
     def update_step(self, gradient: tf.Tensor | tf.IndexedSlices, variable: tf.Variable) -> None:
         if not isinstance(gradient, tf.IndexedSlices):
             super().update_step(gradient, variable)

@@ -81,6 +81,13 @@ def _hits(ranked: np.ndarray, relevant: csr_matrix, first_row: int) -> np.ndarra
     return np.isin(np.where(ranked >= 0, rows[:, None] * items + ranked, -1), truth, kind="sort")
 
 
+def ndcg_of_lists(labels: np.ndarray, k: int) -> np.ndarray:
+    """NDCG@k of re-ordered lists: labels [Q, N] of 0 and 1, best first -> float64 [Q]; 0 where none is 1."""
+    discounts = 1 / np.log2(np.arange(2, min(k, labels.shape[1]) + 2))
+    ideal = np.append(0, np.cumsum(discounts))[np.minimum(labels.sum(1).astype(int), len(discounts))]
+    return labels[:, :k] @ discounts / np.where(ideal > 0, ideal, 1)
+
+
 def coverage(ranked: np.ndarray, k: int, catalogue_size: int) -> float:
     """The share of the catalogue that somebody gets in the first k slots of ranked [U, K] (-1 = empty)."""
     top = ranked[:, :k]

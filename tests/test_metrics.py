@@ -158,3 +158,14 @@ def test_history_that_holds_the_ground_truth_is_an_error_with_the_first_pair() -
     check_no_overlap(matrix([[0, 1], [2]], 5), matrix([[3], [1]], 5))
     with pytest.raises(UserError, match="overlap in 2 user-item pairs, the first at user row 0 and item row 3"):
         check_no_overlap(matrix([[0, 3], [2]], 5), matrix([[3], [2]], 5))
+
+
+def test_ndcg_of_lists_agrees_with_per_user() -> None:
+    labels = (np.random.default_rng(0).random((50, 30)) < 0.1).astype(np.float32)
+    labels[0] = 0
+    some = labels[labels.any(axis=1)]
+    rows = np.tile(np.arange(30), (len(some), 1))
+    expected = metrics.per_user(rows, csr_matrix(some), ks=(10,))["ndcg@10"]
+    assert metrics.ndcg_of_lists(some, 10) == pytest.approx(expected)
+    assert metrics.ndcg_of_lists(labels, 10)[0] == 0
+    assert metrics.ndcg_of_lists(np.eye(3), 10) == pytest.approx(1 / np.log2([2, 3, 4]))

@@ -91,23 +91,23 @@ class RankingModel(tfrs.Model):
         present = tf.cast(history != PAD, tf.float32)
         length = tf.reduce_sum(present, 1)
         mean = tf.reduce_sum(past * present[..., None], 1) / tf.maximum(length, 1.0)[:, None]
+        about_user = self.users(user, training=training)
+        if self._is_rating:  # retrieval scores and counts have seen the very interactions that are rated
+            base = self._factorised(user, items, about_user + mean * tf.sqrt(length)[:, None], candidate)
+            retrieved, rank, counts = tf.zeros_like(scores), tf.zeros_like(scores), tf.zeros_like(counts)
+            about_user = tf.stop_gradient(about_user)
+        else:
+            retrieved, rank = _retrieved(scores)
+            base = self._scale * retrieved
+        # The architecture reads the items' vectors as they are: trained with it, they would fit the few labels' noise.
+        candidate, past, mean = (tf.stop_gradient(vectors) for vectors in (candidate, past, mean))
         back = tf.cast(tf.cumsum(present, 1, exclusive=True, reverse=True), tf.int32)  # how many items came since
         affinity = tf.einsum("bnd,bhd->bnh", candidate, past) / self._dim**0.5 + tf.gather(self._recency, back)[:, None]
         attention = tf.nn.softmax(affinity + (1 - present)[:, None] * -1e9)
         attended = tf.einsum("bnh,bhd->bnd", tf.ensure_shape(attention, [None, None, None]), past * present[..., None])
-        about_user = self.users(user, training=training)
         fields = tf.stack(
             [candidate, attended, *(tf.broadcast_to(x[:, None], tf.shape(candidate)) for x in (mean, about_user))], 2
         )
-        if self._is_rating:
-            base = self._factorised(user, items, about_user + mean * tf.sqrt(length)[:, None], candidate)
-            # Retrieval scores and counts have seen the very interactions that are rated. What the architecture adds
-            # must not bend the factors either: only their penalty keeps these from fitting the noise.
-            retrieved, rank, counts = tf.zeros_like(scores), tf.zeros_like(scores), tf.zeros_like(counts)
-            fields = tf.stop_gradient(fields)
-        else:
-            retrieved, rank = _retrieved(scores)
-            base = self._scale * retrieved
         numbers = [retrieved, rank, tf.broadcast_to(tf.math.log1p(length)[:, None], tf.shape(rank))]
         numbers = tf.concat([tf.stack(numbers, 2), counts], 2)
         fields = tf.reshape(fields, [-1, 4, self._dim])
