@@ -61,10 +61,15 @@ class Task:
         return cls(corpus, held, history, users, relevant, seen)
 
     def segments(self) -> dict[str, np.ndarray]:
-        """[U] bool masks: users without a history, and those with one up to the median length, or a longer one."""
+        """[U] bool masks: all users; those without a history, with one up to the median length, with a longer one."""
         lengths = self.history.lengths[self.users]
         median = np.median(lengths[lengths > 0]) if lengths.any() else 0
-        masks = {"cold": lengths == 0, "light": (lengths > 0) & (lengths <= median), "heavy": lengths > median}
+        masks = {
+            "all": lengths >= 0,
+            "cold": lengths == 0,
+            "light": (lengths > 0) & (lengths <= median),
+            "heavy": lengths > median,
+        }
         return {name: mask for name, mask in masks.items() if mask.any()}
 
     def requests(self) -> Iterator[tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
@@ -215,7 +220,7 @@ def show_systems(report: dict[str, Any]) -> None:
         print(f"{name:20}{cells}{f'{low:.4f} - {high:.4f}':>18}{f'{least:+.4f} {most:+.4f}':>22}", file=sys.stderr)
     for segment, part in report["segments"].items():
         print(f"\n{segment}, {part['users']:,} users", file=sys.stderr)
-        for name, values in part["systems"].items():
+        for name, values in part["systems"].items() if segment != "all" else ():
             print(
                 f"  {name:18}" + "".join(f"{metric:>12} {value:.4f}" for metric, value in values.items()),
                 file=sys.stderr,

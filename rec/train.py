@@ -41,9 +41,9 @@ from rec.retrieval.model import RetrievalModel, calibrate
 from rec.tracking import track
 
 FACTORIZED_KS = (10, 100)
-# What a ranker is chosen by: what it adds to the NDCG@10 of retrieval's order (which has 0), less one standard error, on
-# validation's lists and those of one in JUDGED users, which it is not trained on. The best of several epochs by NDCG on
-# validation alone is often luck, and worse than retrieval on test.
+# What a ranker is chosen by: what it adds to the NDCG@10 of retrieval's order (which has 0), less one standard error,
+# on validation's lists and those of one in JUDGED users, which it is not trained on. The best of several epochs by NDCG
+# on validation alone is often luck, and worse than retrieval on test.
 JUDGED = 5
 GAIN = "val/ndcg@10_gain_low"
 VALIDATION_USERS = 10_000  # more would take longer to validate than to train
