@@ -7,6 +7,9 @@
 Data without times have one window, all of them, and what came soon after is then what occurs together.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 
@@ -84,6 +87,14 @@ class Counts(tf.Module):
         count = tf.where(tf.gather(self._pairs, found) == keys, tf.gather(self._count, found), 0.0)
         expected = tf.gather(self._first, recent) * tf.gather(self._second, items)[..., None]
         return tf.where(recent == PAD, 0.0, tf.math.log((count + 1.0) / (expected + 1.0)))
+
+
+def no_counts(history: tf.Tensor, items: tf.Tensor, time: tf.Tensor) -> tf.Tensor:
+    """In the place of `Counts` for a model that does not read them: zeros."""
+    return tf.zeros([*items.shape, NUMBERS])
+
+
+Counter = Callable[[Any, Any, Any], tf.Tensor]  # Counts, or no_counts
 
 
 def _find(ascending: tf.Variable, keys: tf.Tensor) -> tf.Tensor:

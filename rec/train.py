@@ -27,7 +27,7 @@ import tensorflow_recommenders as tfrs
 from rec import metrics
 from rec.checkpoint import TrainedRetrieval, corpus_files, describe, load_retrieval
 from rec.config import Config, add_config_arguments, load_config, settled
-from rec.counts import Counts
+from rec.counts import Counts, no_counts
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError, run_command
 from rec.evaluate import evaluate, show_recommendations, show_systems
@@ -35,7 +35,15 @@ from rec.export import bundle_of, export_ranking, export_recommender, export_ret
 from rec.features import FIRST_ITEM, PAD
 from rec.fit import Fitted, OnEpoch, fit, read_run, restore
 from rec.pipeline import Corpus, Sequences, load_corpus, window_batches
-from rec.ranking.candidates import first_queries, hold_out, list_batches, mine, rated_lists, training_queries
+from rec.ranking.candidates import (
+    CandidateLists,
+    first_queries,
+    hold_out,
+    list_batches,
+    mine,
+    rated_lists,
+    training_queries,
+)  # fmt: skip
 from rec.ranking.model import RankingModel, score_lists
 from rec.retrieval.model import RetrievalModel, calibrate
 from rec.tracking import track
@@ -195,14 +203,17 @@ def _by_clicks(config: Config, trained: TrainedRetrieval, model: RankingModel) -
     offered = mine(trained.model, corpus.train, corpus.val, queries, settings.candidates, whole=True)
     before, served = (Counts(part, corpus.items.rows) for part in (past, corpus.train))
 
+    def added(lists: CandidateLists, order: np.ndarray) -> np.ndarray:
+        ranked = np.take_along_axis(lists.labels, order, 1)
+        return metrics.ndcg_of_lists(ranked, 10) - metrics.ndcg_of_lists(lists.labels, 10)
+
     def validate() -> dict[str, float]:
-        gains = []
-        for part, counts in ((judged, before), (offered, served)):
-            order = np.argsort(-score_lists(model, part, counts), axis=1, kind="stable")
-            ranked = np.take_along_axis(part.labels, order, 1)
-            gains.append(metrics.ndcg_of_lists(ranked, 10) - metrics.ndcg_of_lists(part.labels, 10))
-        gain = np.concatenate(gains)
-        values = _per_user(np.take_along_axis(offered.items, order, 1), relevant)
+        of_judged, of_offered = (
+            np.argsort(-score_lists(model, part, counts), axis=1, kind="stable")
+            for part, counts in ((judged, before), (offered, served))
+        )
+        gain = np.concatenate([added(judged, of_judged), added(offered, of_offered)])
+        values = _per_user(np.take_along_axis(offered.items, of_offered, 1), relevant)
         return {**_means(values), GAIN: float(gain.mean() - gain.std() / len(gain) ** 0.5)}
 
     def batches(epoch: int) -> tf.data.Dataset:
@@ -217,15 +228,16 @@ def _by_rating(config: Config, trained: TrainedRetrieval, model: RankingModel) -
     corpus, width = trained.corpus, model.window
     train, batch_size = corpus.train, config.ranking.batch_size * RATINGS_A_LIST
     known = train if corpus.split_strategy == "given" or not corpus.ordered else None
-    counts = Counts(train, corpus.items.rows)
     val = rated_lists(corpus.val, np.arange(len(corpus.val.items)), train, width)
 
     def batches(epoch: int) -> tf.data.Dataset:
         rng = np.random.default_rng([config.seed, epoch])
-        return list_batches(lambda at: rated_lists(train, at, known, width), counts, len(train.items), batch_size, rng)
+        return list_batches(
+            lambda at: rated_lists(train, at, known, width), no_counts, len(train.items), batch_size, rng
+        )
 
     def validate() -> dict[str, float]:
-        return {"val/rmse": metrics.rmse(score_lists(model, val, counts), val.labels)}
+        return {"val/rmse": metrics.rmse(score_lists(model, val, no_counts), val.labels)}
 
     return batches, len(train.items), validate, "val/rmse"
 

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from rec.counts import NUMBERS, Counts
+from rec.counts import NUMBERS, Counter
 from rec.features import PAD, recent_items
 from rec.pipeline import Corpus, Sequences
 from rec.retrieval.model import LOWEST, RetrievalModel, best_unseen
@@ -138,7 +138,7 @@ def rated_lists(sequences: Sequences, at: np.ndarray, known: Sequences | None, w
 
 
 def list_batches(
-    take: Callable[[np.ndarray], CandidateLists], counts: Counts, n: int, batch_size: int, rng: np.random.Generator
+    take: Callable[[np.ndarray], CandidateLists], counts: Counter, n: int, batch_size: int, rng: np.random.Generator
 ) -> tf.data.Dataset:
     """Lists 0..n-1 in shuffled batches: dicts of `CandidateLists`' fields and their `counts` [B, N, NUMBERS].
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
 from rec.config import Ranking
-from rec.counts import NUMBERS, Counts
+from rec.counts import NUMBERS, Counter, Counts
 from rec.errors import UserError
 from rec.features import PAD, UNKNOWN, UNKNOWN_USER, Encoder, recent_items
 from rec.pipeline import Corpus
@@ -181,7 +181,7 @@ def score_candidates(
     return model.score(user, past[:, :longest], items, retrieved, counts(past, items, time))
 
 
-def score_lists(model: RankingModel, lists: CandidateLists, counts: Counts, batch_size: int = 256) -> np.ndarray:
+def score_lists(model: RankingModel, lists: CandidateLists, counts: Counter, batch_size: int = 256) -> np.ndarray:
     """The model's scores of all lists, [Q, N] float32, LOWEST at empty places."""
     parts = []
     for begin in range(0, len(lists.user), batch_size):

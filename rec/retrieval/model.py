@@ -206,7 +206,8 @@ def calibrate(model: RetrievalModel, corpus: Corpus) -> dict[str, float]:
     users = np.flatnonzero((corpus.val.lengths > 0) & (train.lengths > 0)).astype(np.int32)
     users = np.random.default_rng(0).permutation(users)[:CALIBRATION_USERS]
     choices = [(1.0, 0.0), *product(_shares(train), LEANINGS)]
-    leans = [weight * recent_popularity(train, share, corpus.items.rows)[FIRST_ITEM:] for share, weight in choices]
+    popularity = {share: recent_popularity(train, share, corpus.items.rows)[FIRST_ITEM:] for share in _shares(train)}
+    leans = [weight * popularity[share] for share, weight in choices]
 
     def scores(part: np.ndarray) -> Iterator[tf.Tensor]:
         without = model.score_catalogue_compiled(part, train.last(part, model.config.window), candidates)
