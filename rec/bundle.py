@@ -63,6 +63,11 @@ class Lookup(tf.Module):
         inside = at < end[:, None]
         return tf.where(inside, tf.gather(self._history, tf.where(inside, at, 0)), PAD)
 
+    def history(self, user: tf.Tensor, rows: tf.Tensor, is_given: tf.Tensor) -> tf.Tensor:
+        """[B, H + S]: the caller's history, `rows` [B, H], where it is given, else the stored one; PAD anywhere."""
+        told = tf.where(is_given[:, None], rows, PAD)
+        return tf.concat([told, tf.where(is_given[:, None], PAD, self.stored(user))], 1)
+
 
 def _table(vocabulary: Vocabulary, path: Path) -> tf.lookup.StaticHashTable:
     path.write_text("".join(f"{word}\n" for word in vocabulary.ids), encoding="utf-8", newline="\n")
@@ -163,12 +168,11 @@ class RetrievalModule(tf.Module):
           exclude: [B, E] left out, beside what has been seen.
 
         Returns:
-          item_id, score [B, k]; row [B, k], the items' places in items.parquet, -1 where there is none; history
-          [B, window], what the towers read; cold [B] bool.
+          item_id, score [B, k]; row [B, k], the items' places in items.parquet, -1 where there is none; cold [B] bool.
         """
         user, rows = self.lookup.user_rows(user_id), self.lookup.item_rows(history)
         seen = tf.concat([rows, self.lookup.stored(user), self.lookup.item_rows(exclude)], 1)
-        history = self._read(user, rows, is_given)
+        history = self._latest(user, rows, is_given)
         return self._described(self._answer(user, history, seen), user, history)
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, ROWS])
@@ -177,22 +181,20 @@ class RetrievalModule(tf.Module):
     ) -> dict[str, tf.Tensor]:
         """Like `answer`, with the best of just these items (places in items.parquet), each of them scored."""
         user = self.lookup.user_rows(user_id)
-        history = self._read(user, self.lookup.item_rows(history), is_given)
+        history = self._latest(user, self.lookup.item_rows(history), is_given)
         within = tf.pad(within + FIRST_ITEM, [[0, self.k]], constant_values=PAD)
         within = tf.broadcast_to(within, [tf.shape(user)[0], tf.shape(within)[0]])
         best = self._named(*self._top(self.model.get.score(user, history, within), within))
         return self._described(best, user, history)
 
-    def _read(self, user: tf.Tensor, rows: tf.Tensor, is_given: tf.Tensor) -> tf.Tensor:
-        """What the towers read: the last items of the caller's history where it is given, else of the stored one."""
-        told = tf.where(is_given[:, None], rows, PAD)
-        stored = tf.where(is_given[:, None], PAD, self.lookup.stored(user))
-        return recent_items(tf.concat([told, stored], 1), self.model.get.config.window)
+    def _latest(self, user: tf.Tensor, rows: tf.Tensor, is_given: tf.Tensor) -> tf.Tensor:
+        """[B, window], what the towers read."""
+        return recent_items(self.lookup.history(user, rows, is_given), self.model.get.config.window)
 
     def _described(self, best: dict[str, tf.Tensor], user: tf.Tensor, history: tf.Tensor) -> dict[str, tf.Tensor]:
         row = tf.maximum(self.lookup.item_rows(best["item_id"]) - FIRST_ITEM, -1)
         cold = self.model.get.is_cold(user, history)
-        return {**best, "row": row, "history": self.lookup.item_ids(history), "cold": cold}
+        return {**best, "row": row, "cold": cold}
 
     @tf.function(input_signature=[IDS, IDS])
     def cosines(self, item_id: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
@@ -267,10 +269,20 @@ class RankingModule(tf.Module):
         """Like from_history, at a given time: what an evaluation needs."""
         return self._answer(self.lookup.user_rows(user_id), self.lookup.item_rows(history), item_id, time)
 
+    @tf.function(input_signature=[IDS, LISTS, FLAGS, LISTS])
+    def answer(
+        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, item_id: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """What a server asks: scores from `history` [B, H] where it is given, else from the stored one."""
+        user = self.lookup.user_rows(user_id)
+        history = self.lookup.history(user, self.lookup.item_rows(history), is_given)
+        return self._answer(user, history, item_id, now(user))
+
     def _answer(self, user: tf.Tensor, history: tf.Tensor, item_id: tf.Tensor, time: tf.Tensor) -> dict[str, tf.Tensor]:
         rows = self.lookup.item_rows(item_id)
         scores = score_candidates(self.model.get, self.retrieval.get, self.counts, user, history, rows, time)
         return {"score": tf.where(rows == PAD, LOWEST, scores)}
 
     def signatures(self) -> dict[str, tf.types.experimental.ConcreteFunction]:
-        return {name: getattr(self, name).get_concrete_function() for name in ("serving_default", "from_history")}
+        names = ("serving_default", "from_history", "answer")
+        return {name: getattr(self, name).get_concrete_function() for name in names}

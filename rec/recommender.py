@@ -73,23 +73,27 @@ class RecommenderModule(tf.Module):
         self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, exclude: tf.Tensor
     ) -> dict[str, tf.Tensor]:
         """What a server asks: retrieval, exclusions and ranking in one call (`Recommender.answer`)."""
-        return self._all_ranked(user_id, self.retrieval.answer(user_id, history, is_given, exclude))
+        found = self.retrieval.answer(user_id, history, is_given, exclude)
+        return self._all_ranked(found, user_id, history, is_given)
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, ROWS])
     def answer_within(
         self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, within: tf.Tensor
     ) -> dict[str, tf.Tensor]:
         """Like `answer`, with the best of just the items at these places of items.parquet."""
-        return self._all_ranked(user_id, self.retrieval.answer_within(user_id, history, is_given, within))
+        found = self.retrieval.answer_within(user_id, history, is_given, within)
+        return self._all_ranked(found, user_id, history, is_given)
 
-    def _all_ranked(self, user_id: tf.Tensor, found: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    def _all_ranked(
+        self, found: dict[str, tf.Tensor], user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
         """All that was retrieved: the candidates in the ranker's order, then the others in retrieval's."""
         rows, scores, retrieved = found["row"], found["score"], found["score"]
         ranks = tf.broadcast_to(tf.range(1, tf.shape(rows)[1] + 1), tf.shape(rows))
         if self.ranking is not None:
             n = self._candidates
             items = found["item_id"][:, :n]
-            ranked = self.ranking.from_history(user_id, found["history"], items)["score"]
+            ranked = self.ranking.answer(user_id, history, is_given, items)["score"]
             best, order = tf.math.top_k(tf.where(found["cold"][:, None], scores[:, :n], ranked), items.shape[1])
             ranks = tf.concat([order + 1, ranks[:, n:]], 1)
             scores = tf.concat([best, tf.fill(tf.shape(ranks[:, n:]), LOWEST)], 1)
@@ -138,8 +142,9 @@ class Recommender:
         count = metadata["ranking"]["config"]["ranking"]["candidates"] if ranking is not None else 0
         module = RecommenderModule(loaded["retrieval"], loaded["ranking"], count)
         items, users = read_catalogue(retrieval)
-        if not hasattr(loaded["retrieval"], "answer_within"):
-            raise UserError(f"{retrieval} is from an older version of rec: export the bundle again")
+        for stage, path in (("retrieval", retrieval), ("ranking", ranking)):
+            if loaded[stage] is not None and not hasattr(loaded[stage], "answer"):
+                raise UserError(f"{path} is from an older version of rec: export the bundle again")
         return cls(module, items, users, metadata)
 
     @cached_property

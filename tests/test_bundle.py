@@ -70,13 +70,14 @@ def test_the_signatures_are_those_of_the_contract(bundles: dict[str, Any]):
             "similar_items": ({"item_id": ids}, listed),
             "answer": (
                 {"user_id": ids, "history": lists, "is_given": ("bool", 1), "exclude": lists},
-                {**listed, "row": ("int32", 2), "history": lists, "cold": ("bool", 1)},
+                {**listed, "row": ("int32", 2), "cold": ("bool", 1)},
             ),
             "history": ({"user_id": ids}, {"output_0": lists}),
         },
         "ranking": {
             "serving_default": ({"user_id": ids, "item_id": lists}, scored),
             "from_history": ({"user_id": ids, "history": lists, "item_id": lists}, scored),
+            "answer": ({"user_id": ids, "history": lists, "is_given": ("bool", 1), "item_id": lists}, scored),
         },
         "recommender": {
             "serving_default": ({"user_id": ids}, listed),
@@ -173,6 +174,17 @@ def test_fewer_items_than_asked_for_are_filled_with_nothing(trained: Trained, tm
         assert (found["score"][0, 3:] == LOWEST).all() and np.isfinite(found["score"]).all()
 
 
+def test_a_ranker_answers_from_the_whole_stored_history_or_from_the_callers(bundles: dict[str, Any]):
+    users, items = ["u4", "u4", ""], [["i1", "i2", "i3"]] * 3
+    lists = [["", ""], ["i7", "i8"], ["i7", "i8"]]
+    given = tf.constant([False, True, True])
+    answer = call(bundles["ranking"], "answer", user_id=users, history=lists, is_given=given, item_id=items)
+    stored = call(bundles["ranking"], "serving_default", user_id=["u4"], item_id=items[:1])
+    told = call(bundles["ranking"], "from_history", user_id=["u4", ""], history=lists[1:], item_id=items[1:])
+    assert np.allclose(answer["score"], np.concatenate([stored["score"], told["score"]]), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The C API: what TF Serving calls to load and run a bundle
 
 

@@ -47,14 +47,14 @@ class TfServing:
         self, user_ids: Sequence[str], histories: Sequence[list[str] | None], excluded: Sequence[list[str]]
     ) -> dict[str, np.ndarray]:
         users, given = list(user_ids), [history is not None for history in histories]
-        lists = {"history": _padded([history or [] for history in histories]), "exclude": _padded(excluded)}
-        found = self._call("retrieval", "answer", {"user_id": users, "is_given": given, **lists})
+        lists = _padded([history or [] for history in histories])
+        asked = {"user_id": users, "is_given": given, "history": lists}
+        found = self._call("retrieval", "answer", {**asked, "exclude": _padded(excluded)})
         scores, cold = np.array(found["score"], np.float32), np.array(found["cold"])
         parts = {"rows": np.array(found["row"]), "retrieved": scores}
         if "ranking" in self.metadata:
             n = self.metadata["ranking"]["config"]["ranking"]["candidates"]
-            lists = {"history": found["history"], "item_id": [row[:n] for row in found["item_id"]]}
-            ranked = self._call("ranking", "from_history", {"user_id": users, **lists})
+            ranked = self._call("ranking", "answer", {**asked, "item_id": [row[:n] for row in found["item_id"]]})
             scores = np.full_like(scores, LOWEST)  # what is not ranked follows in retrieval's order
             scores[:, :n] = np.where(cold[:, None], parts["retrieved"][:, :n], ranked)
         order = np.argsort(-scores, axis=1, kind="stable")
