@@ -127,9 +127,9 @@ def trivial() -> FastAPI:
 def thread_pool() -> FastAPI:
     """What one would write first: the loaded bundles, called in a plain `def`."""
     from rec.recommender import Recommender
-    from rec.registry import latest_pair
+    from rec.registry import find_pair
 
-    pair = Recommender.load(*latest_pair(Path(os.environ["BENCH_SAVEDMODELS"])))
+    pair = Recommender.load(*find_pair(Path(os.environ["BENCH_SAVEDMODELS"])))
     titles = pair.items["title"].to_dict()
     app = FastAPI()
 

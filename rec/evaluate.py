@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from rec import baselines, metrics, registry
 from rec.config import Config, Features, add_config_arguments, load_config
-from rec.data_prep.dataset import open_dataset
+from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError, run_command
 from rec.features import FIRST_ITEM, PAD
 from rec.pipeline import Corpus, Sequences, load_corpus
@@ -35,6 +35,7 @@ from rec.recommender import Recommender
 
 K = max(metrics.KS)
 BATCH = 256  # users a call
+Bundles = tuple[Path, Path | None]  # the directories of a retrieval and a ranking bundle
 SHOWN = ("ndcg@10", "recall@10", "recall@100", "mrr", "coverage@10", "popularity@10")
 
 
@@ -148,6 +149,66 @@ def evaluate(
     return report
 
 
+def compare(config: Config, candidate: Bundles, current: Bundles | None = None) -> dict[str, Any]:
+    """A pair beside the one in production, on the test data that belong to the candidate.
+
+    Returns:
+      data: where they are; users; index_recall, index_recall_ci: how much of the k best by exact search the
+      candidate's index finds for them; index_recall_target; metric: "ndcg@10", or "squared error" where both predict
+      ratings; candidate: its value; where something is in production: production, difference, ci (paired), worse.
+
+    Raises:
+      UserError: the data set that the candidate was trained on is not at hand, or a bundle is damaged.
+    """
+    pair = Recommender.load(*candidate)
+    dataset = data_of(pair, config)
+    task = Task.of(load_corpus(dataset, Features({}, {})), "test")
+    exact, found = (
+        task.ranked(ask) for ask in (pair.module.retrieval.retrieve_exactly, pair.module.retrieval.retrieve)
+    )
+    of_index = metrics.summarise({"index_recall": _overlap(found, exact, task.relevant.shape[1])}, config.seed)
+    pairs = {"candidate": pair} | ({"production": Recommender.load(*current)} if current else {})
+    by_ratings = all(each.predicts_ratings for each in pairs.values())
+    values = {name: _quality(task, each, by_ratings) for name, each in pairs.items()}
+    report: dict[str, Any] = {"data": str(dataset.path), "users": len(task.users), **of_index}
+    report["index_recall_target"] = pair.metadata["retrieval"]["config"]["index"]["recall_target"]
+    report["metric"] = "squared error" if by_ratings else "ndcg@10"
+    report |= {name: float(each.mean()) for name, each in values.items()}
+    if current:
+        report |= metrics.paired_bootstrap(values["candidate"], values["production"], config.seed)
+        low, high = report["ci"]
+        report["worse"] = low > 0 if by_ratings else high < 0
+    return report
+
+
+def data_of(pair: Recommender, config: Config) -> Dataset:
+    """The data set that a pair was trained on: the config's, or where the pair says that it was. Else a UserError."""
+    trained_on = pair.metadata["retrieval"]["dataset"]
+    places = (config.dataset, pair.metadata["retrieval"]["config"]["dataset"])
+    for place in filter(lambda each: (Path(each) / "dataset.json").exists(), places):
+        dataset = open_dataset(place)
+        if dataset.id == trained_on:
+            return dataset
+    raise UserError(f"the data set of the candidate is neither {' nor '.join(places)}: name it by --set dataset=DIR")
+
+
+def _quality(task: Task, pair: Recommender, by_ratings: bool) -> np.ndarray:
+    """The squared error of every held-out rating, or the NDCG@10 of every user's answer."""
+    if by_ratings:
+        assert task.held.ratings is not None
+        return (task.predicted_ratings(pair) - task.held.ratings) ** 2
+    ask = pair.module.retrieval.retrieve if pair.module.ranking is None else pair.module.recommend_from
+    return metrics.per_user(task.ranked(ask), task.relevant)["ndcg@10"]
+
+
+def _overlap(found: np.ndarray, exact: np.ndarray, items: int) -> np.ndarray:
+    """[U], the share of the item rows `exact` [U, K] (-1 behind) that are in `found`, of the users who have any."""
+    some = exact[:, 0] >= 0
+    users, places = np.nonzero(exact[some] >= 0)
+    wanted = sp.csr_matrix((np.ones(len(users)), (users, exact[some][users, places])), (some.sum(), items))
+    return metrics.per_user(found[some], wanted)[f"recall@{K}"]
+
+
 def _summary(task: Task, rows: np.ndarray, values: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
     """What the report says of one system."""
     popularity, top = task.corpus.popularity[FIRST_ITEM:], rows[:, :10]
@@ -206,7 +267,7 @@ def _baselines(task: Task, corpus: Corpus, seed: int, all_of_them: bool) -> dict
 
 def load_latest(config: Config) -> Recommender:
     """The latest ranking bundle with the retrieval bundle it belongs to; or the latest retrieval bundle alone."""
-    return Recommender.load(*registry.latest_pair(Path(config.output.savedmodels)))
+    return Recommender.load(*registry.find_pair(Path(config.output.savedmodels)))
 
 
 def show_systems(report: dict[str, Any]) -> None:

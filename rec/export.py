@@ -10,6 +10,7 @@ of stdout is JSON: {"stage", "bundle", "version", "seconds"}.
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from rec.config import Config, add_config_arguments, load_config, to_dict
 from rec.counts import Counts
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError, run_command
+from rec.fit import Fitted
 from rec.pipeline import Corpus
 from rec.ranking.model import RankingModel
 from rec.recommender import RecommenderModule, load_bundle
@@ -58,12 +60,12 @@ def export_retrieval(trained: TrainedRetrieval, config: Config) -> Path:
         module = RetrievalModule(model, index, Lookup(corpus, history, wanted.max_seen, Path(assets)), wanted.k)
         return _save(
             "retrieval", module, config, **_of_corpus(corpus), architecture=model.config.arch, run=trained.run,
-            metrics=trained.fitted.metrics, index=report, built_from={},
+            **_of_training(trained.fitted), index=report, built_from={},
         )  # fmt: skip
 
 
 def export_ranking(
-    model: RankingModel, retrieval: TrainedRetrieval, config: Config, run: dict[str, Any], metrics: dict[str, float]
+    model: RankingModel, retrieval: TrainedRetrieval, config: Config, run: dict[str, Any], fitted: Fitted
 ) -> Path:
     """Writes the ranking bundle for the newest bundle of `retrieval`, whose towers it takes along, and publishes it."""
     corpus = retrieval.corpus
@@ -73,18 +75,18 @@ def export_ranking(
         lookup = Lookup(corpus, corpus.history("test"), config.index.max_seen, Path(assets))
         return _save(
             "ranking", RankingModule(model, retrieval.model, counts, lookup), config, **_of_corpus(corpus),
-            architecture=model.config.arch, run=run, metrics=metrics, built_from=_identities(source),
+            architecture=model.config.arch, run=run, **_of_training(fitted), built_from=_identities(source),
         )  # fmt: skip
 
 
 def export_recommender(retrieval: Path, ranking: Path, config: Config) -> Path:
     """Composes two published bundles into one and publishes it. Raises UserError if they are not a pair."""
-    first, second = registry.read_metadata(retrieval, "retrieval"), registry.read_metadata(ranking, "ranking")
+    first, second = registry.verify(retrieval, "retrieval"), registry.verify(ranking, "ranking")
     registry.check_pair(first, second, ranking)
     module = RecommenderModule(load_bundle(retrieval), load_bundle(ranking), second["config"]["ranking"]["candidates"])
     return _save(
         "recommender", module, config, items=pd.read_parquet(retrieval / "items.parquet"), architecture="recommender",
-        metrics=second["metrics"], built_from=_identities(first, second), index=first["index"],
+        metrics=second["metrics"], run_id=second["run_id"], built_from=_identities(first, second), index=first["index"],
         dataset=first["dataset"], vocabulary=first["vocabulary"],
     )  # fmt: skip
 
@@ -93,6 +95,11 @@ def _of_corpus(corpus: Corpus) -> dict[str, Any]:
     """What a bundle holds of its corpus: the items to show, and the identity of the rows that its weights belong to."""
     items = corpus.item_table.assign(popularity=corpus.popularity[corpus.items.first :])
     return {"items": items, "dataset": corpus.dataset_id, "vocabulary": corpus.items.digest()}
+
+
+def _of_training(fitted: Fitted) -> dict[str, Any]:
+    """What a bundle holds of the run that trained it."""
+    return {"metrics": fitted.metrics, "run_id": fitted.run_id, "history": fitted.history}
 
 
 def _identities(*sources: dict[str, Any]) -> dict[str, Any]:
@@ -111,6 +118,7 @@ def _save(stage: str, module: Any, config: Config, items: pd.DataFrame, **metada
         "config": to_dict(config),
         "libraries": {name: library_version(name) for name in LIBRARIES},
         "git_commit": _git_commit(),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     with registry.draft(stage_dir) as draft:
@@ -169,7 +177,7 @@ def export_stage(config: Config, stage: str, checkpoint: Path | None) -> Path:
     if stage == "retrieval":
         return export_retrieval(retrieval, config)
     model, fitted, run = load_ranking(places["ranking"], retrieval)
-    return export_ranking(model, retrieval, config, run, fitted.metrics)
+    return export_ranking(model, retrieval, config, run, fitted)
 
 
 def bundle_of(config: Config, run: dict[str, Any]) -> Path:

@@ -7,7 +7,8 @@
     run.json        what the checkpoint belongs to: compared before its weights are used
     epoch-N.*       weights and optimiser after epoch N (0: before training): of the best epoch, and of the last one
     state.json      how far the run has come; an epoch counts from the moment this file says so
-    metrics.jsonl   a line an epoch
+    metrics.jsonl   a line an epoch, and one every LOG_STEPS training steps
+    events/         the same for TensorBoard
 """
 
 import json
@@ -15,8 +16,9 @@ import os
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,9 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from rec.errors import UserError
+from rec.tracking import Tracker
 
-OnEpoch = Callable[[int, dict[str, float]], None]
+LOG_STEPS = 10
 
 
 class LazyAdam(tf.keras.optimizers.Adam):
@@ -63,6 +66,9 @@ class Fitted:
     epoch: int = 0  # the last complete one
     best_epoch: int = 0
     train_seconds: float = 0.0  # without validation, over all sessions of the run
+    step: int = 0  # training steps so far
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+    log: list[dict[str, float]] = field(default_factory=list)  # the lines of metrics.jsonl
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -72,6 +78,24 @@ class Fitted:
     @property
     def examples_per_second(self) -> float:
         return self.epoch * self.examples / self.train_seconds if self.epoch else 0.0
+
+
+class _Steps(tf.keras.callbacks.Callback):
+    """Logs the loss and the pace of every LOG_STEPS-th training step."""
+
+    _supports_tf_logs = True  # or Keras converts every step's
+
+    def __init__(self, first: int, log: Callable[[dict[str, float]], None]) -> None:
+        super().__init__()
+        self.step, self._log, self._since = first, log, time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, tf.Tensor]) -> None:
+        self.step += 1
+        if self.step % LOG_STEPS == 0:
+            now = time.perf_counter()
+            pace = LOG_STEPS / (now - self._since)
+            self._since = now
+            self._log({"step": self.step, "train/loss": float(logs["loss"]), "train/steps_per_second": pace})
 
 
 def fit(
@@ -90,7 +114,7 @@ def fit(
     calibrate: Callable[[], dict[str, float]] | None = None,
     monitor: str = "val/ndcg@10",
     patience: int = 0,
-    on_epoch: OnEpoch = lambda epoch, metrics: None,
+    tracker: Tracker | None = None,
 ) -> Fitted:
     """Trains `model` and leaves its best weights in it and in `directory`. Raises UserError if the loss diverges.
 
@@ -106,7 +130,7 @@ def fit(
         which are then taken again.
       monitor: the metric to stop on: the higher the better, but for `val/rmse`.
       patience: epochs without a better one before training stops.
-      on_epoch: called with each epoch's number and metrics.
+      tracker: told of all that is logged.
     """
     partial = Path(f"{directory}.partial")
     optimizer = LazyAdam(learning_rate)
@@ -121,6 +145,13 @@ def fit(
             (partial / name).write_text(text, encoding="utf-8", newline="\n")
         state = Fitted(examples, [validate() if validate else {}])
         _save(partial, checkpoint, state)
+    tracker = tracker or Tracker()
+    tracker.start(state.run_id, partial)
+
+    def log(values: dict[str, float]) -> None:
+        state.log.append(values)
+        tracker.log(values)
+
     sign = -1.0 if monitor == "val/rmse" else 1.0
     last = stop_after or epochs
     progress = tqdm(range(state.epoch + 1, last + 1), directory.name, last, unit="epoch", initial=state.epoch)
@@ -132,8 +163,10 @@ def fit(
         # Takes dropout back to the start of its sequence, which is fixed when the training step is traced. With
         # another seed every epoch, a resumed run would be traced with another one than an unbroken run.
         tf.random.set_seed(seed)
-        trained = model.fit(batches(state.epoch), epochs=1, verbose=0)
-        state.train_seconds += time.perf_counter() - start
+        steps = _Steps(state.step, log)
+        trained = model.fit(batches(state.epoch), epochs=1, verbose=0, callbacks=[steps])
+        seconds = time.perf_counter() - start
+        state.train_seconds += seconds
         values = {"loss": float(trained.history["loss"][-1])}
         if not np.isfinite(values["loss"]):
             raise UserError(f"the loss is {values['loss']} after epoch {epoch}: lower the learning rate")
@@ -141,15 +174,16 @@ def fit(
             values |= validate()
         if validate is None or sign * values[monitor] > sign * state.metrics[monitor]:
             state.best_epoch = epoch
-        state.epoch = epoch
+        state.epoch, state.step = epoch, steps.step
         state.history.append(values)
-        on_epoch(epoch, values)
+        log({"step": state.step, "epoch": epoch, "train/examples_per_second": examples / seconds, **values})
         _save(partial, checkpoint, state)
         shown = {name: values[name] for name in ("loss", monitor) if name in values}
         progress.set_postfix(shown, best_epoch=state.best_epoch)
     checkpoint.read(str(partial / f"epoch-{state.best_epoch}")).assert_consumed()
     if calibrate is not None and validate is not None:
         state.metrics.update(calibrate() | validate())
+        log({"step": state.step, "epoch": state.best_epoch, **state.metrics})
         _write_state(partial, state)
     _keep(partial, state.best_epoch)
     replace_directory(partial, directory)
@@ -195,8 +229,7 @@ def _save(partial: Path, checkpoint: tf.train.Checkpoint, state: Fitted) -> None
 
 
 def _write_state(partial: Path, state: Fitted) -> None:
-    rows = [json.dumps({"epoch": epoch, **values}) for epoch, values in enumerate(state.history)]
-    (partial / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows[1:]))
+    (partial / "metrics.jsonl").write_text("".join(f"{json.dumps(values)}\n" for values in state.log))
     (partial / "state.tmp").write_text(json.dumps(vars(state)))
     os.replace(partial / "state.tmp", partial / "state.json")
 

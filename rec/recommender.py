@@ -18,7 +18,7 @@ import pandas as pd
 import tensorflow as tf
 
 from rec.errors import UserError
-from rec.registry import check_pair, read_catalogue, read_metadata
+from rec.registry import check_pair, read_catalogue, verify
 
 IDS = tf.TensorSpec([None], tf.string)
 LISTS = tf.TensorSpec([None, None], tf.string)
@@ -129,13 +129,13 @@ class Recommender:
         """Loads a retrieval bundle and, if given, the ranking bundle that was trained for it.
 
         Raises:
-          UserError: a directory is not a bundle of that stage, or the ranking bundle belongs to another retrieval
-            version and `allow_mismatch` is not set.
+          UserError: a directory is not a bundle of that stage, is damaged, or the ranking bundle belongs to another
+            retrieval version and `allow_mismatch` is not set.
         """
         retrieval = Path(retrieval)
-        metadata = {"retrieval": read_metadata(retrieval, "retrieval")}
+        metadata = {"retrieval": verify(retrieval, "retrieval")}
         if ranking is not None:
-            metadata["ranking"] = read_metadata(Path(ranking), "ranking")
+            metadata["ranking"] = verify(Path(ranking), "ranking")
             if not allow_mismatch:
                 check_pair(metadata["retrieval"], metadata["ranking"], ranking)
         loaded = {"retrieval": load_bundle(retrieval), "ranking": None if ranking is None else load_bundle(ranking)}

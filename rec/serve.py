@@ -1,6 +1,7 @@
 """Answers HTTP requests with a pair of bundles.
 
     python -m rec.serve                                      the latest ranking bundle and its retrieval bundle
+    python -m rec.serve --alias production                   the pair that rec.promote has put there
     python -m rec.serve --ranking-bundle savedmodels/ranking/3 --port 8001
     python -m rec.serve --retrieval-bundle savedmodels/retrieval/production        an alias; retrieval alone
     curl -s 'http://127.0.0.1:8000/v1/users/u7/recommendations?k=5'
@@ -11,7 +12,7 @@
   finds the bundles anew: `latest`, an alias and a W&B alias may by then mean another version.
 - The config is only read for where the bundles are, and not if one is named.
 
---retrieval-wandb and --ranking-wandb download an artifact with W&B's client. They were not tried against W&B itself.
+--retrieval-wandb and --ranking-wandb download artifacts with W&B's client, which was not tried against W&B itself.
 """
 
 import argparse
@@ -39,46 +40,34 @@ from rec.serving.gate import Tokens
 from rec.serving.service import Pair, Service
 
 STARTUP_FAILURE = 3  # uvicorn's exit code of a worker that need not be started again
-CACHE = Path("~/.cache/rec/wandb")  # downloaded artifacts, one directory a version
 
 
 def find_pair(args: argparse.Namespace) -> tuple[Path, Path | None]:
     """The bundles that the command line means now; a ranking bundle brings the retrieval bundle it was trained for."""
-    retrieval = _named(args.retrieval_bundle, args.retrieval_wandb)
-    ranking = _named(args.ranking_bundle, args.ranking_wandb)
-    if retrieval is None and ranking is None:
-        return registry.latest_pair(Path(load_config(args.config, args.overrides).output.savedmodels))
-    if retrieval is None and args.ranking_wandb:
-        raise UserError("--ranking-wandb needs its retrieval bundle: add --retrieval-wandb or --retrieval-bundle")
-    if retrieval is None:
-        assert ranking is not None
-        retrieval = registry.retrieval_of(ranking)
-    return retrieval, ranking
+    retrieval, ranking = _named(args.retrieval_bundle), _named(args.ranking_bundle)
+    if args.ranking_wandb:
+        store, version = registry.WandbStore.find(args.ranking_wandb, "ranking")
+        ranking = store.directory("ranking", version)
+        if not args.retrieval_wandb and retrieval is None:
+            wanted = registry.read_metadata(ranking, "ranking")["built_from"]["retrieval"]
+            paired = registry.same(store, "retrieval", wanted)
+            if paired is None:
+                raise UserError(f"{args.ranking_wandb}: its retrieval bundle is not at W&B: name --retrieval-bundle")
+            retrieval = store.directory("retrieval", paired)
+    if args.retrieval_wandb:
+        store, version = registry.WandbStore.find(args.retrieval_wandb, "retrieval")
+        retrieval = store.directory("retrieval", version)
+    if ranking is not None:
+        return retrieval or registry.retrieval_of(ranking), ranking
+    if retrieval is not None:
+        return retrieval, None
+    return registry.find_pair(Path(load_config(args.config, args.overrides).output.savedmodels), args.alias)
 
 
-def _named(bundle: Path | None, artifact: str | None) -> Path | None:
-    if artifact is not None:
-        return from_wandb(artifact)
+def _named(bundle: Path | None) -> Path | None:
     if bundle is None or (bundle / "metadata.json").exists():
         return bundle
     return registry.resolve(bundle.parent, bundle.name)
-
-
-def from_wandb(reference: str) -> Path:
-    """Downloads an artifact, such as ENTITY/PROJECT/retrieval_bundle:production; what is there already is kept.
-
-    Raises:
-      UserError: W&B cannot be reached, or has no such artifact.
-    """
-    import wandb
-
-    try:
-        artifact = wandb.Api().artifact(reference)
-        name, _, version = artifact.name.rpartition(":")
-        root = CACHE.expanduser() / artifact.entity / artifact.project / name / version
-        return Path(artifact.download(root=str(root)))
-    except (wandb.errors.Error, ValueError, OSError) as error:
-        raise UserError(f"W&B artifact {reference}: {' '.join(str(error).split())}") from error
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -102,6 +91,7 @@ def parse() -> argparse.Namespace:
         group = parser.add_mutually_exclusive_group()
         group.add_argument(f"--{stage}-bundle", type=Path, metavar="D", help="a directory: SAVEDMODELS/STAGE/VERSION")
         group.add_argument(f"--{stage}-wandb", metavar="REF", help="a W&B artifact: ENTITY/PROJECT/NAME:ALIAS")
+    parser.add_argument("--alias", default="latest", help="of the config's bundles (default: %(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for everyone who reaches this machine")
     parser.add_argument("--port", type=int, default=8000, help="0 for any free one (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes, each with its models (default: %(default)s)")

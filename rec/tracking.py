@@ -1,8 +1,11 @@
-"""Weights & Biases, where a team has it: metrics of every epoch, and each bundle as an artifact.
+"""Where a training run's numbers go: TensorBoard's files beside the checkpoint, and Weights & Biases.
 
-With `use_wandb: true` and WANDB_API_KEY (or WANDB_MODE=offline) set, a stage is a run, and its bundle the artifact
-`retrieval_bundle` or `ranking_bundle`. Otherwise nothing is asked and nothing imported. W&B's failures never stop
-training: they are warned of once, and tracking ends.
+    tensorboard --logdir checkpoints
+
+With `use_wandb: true` and WANDB_API_KEY (or WANDB_MODE=offline) set, a stage is also a W&B run of the project
+WANDB_PROJECT (`rec`): its config, what metrics.jsonl holds, and its bundle as the artifact `retrieval_bundle`,
+`ranking_bundle` or `recommender_bundle`. A ranking run says which retrieval artifact it used. Otherwise nothing is
+asked and nothing imported. W&B's failures never stop training: they are warned of once, and tracking there ends.
 """
 
 import os
@@ -12,18 +15,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rec.config import Config, to_dict
-from rec.registry import read_metadata
+import tensorflow as tf
 
-PROJECT = "rec"
+from rec.config import Config, to_dict
+from rec.registry import PROJECT, read_metadata
+
+PATIENCE = 300  # seconds for W&B to take a run, an artifact, or a run's end
+KEPT = ("stage", "version", "id", "run_id", "architecture", "metrics", "dataset", "index", "built_from", "config")
 
 
 class Tracker:
-    """Logs to a W&B run, or to nothing."""
+    """Logs to TensorBoard and perhaps to a W&B run; without a config, to nothing."""
 
-    _run: Any = None
+    def __init__(self, config: Config | None = None, stage: str = "") -> None:
+        self._config, self._stage = config, stage
+        self._events: Any = None
+        self._run: Any = None
 
-    def start(self, config: Config, stage: str) -> None:
+    def start(self, run_id: str, directory: Path | None) -> None:
+        """Starts a run, or goes on with it. `directory` is its checkpoint's, if it makes one."""
+        if self._config is None:
+            return
+        if directory is not None:
+            self._events = tf.summary.create_file_writer(str(directory / "events"))
+        if not self._config.use_wandb:
+            return
         if not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") != "offline":
             message = "use_wandb is set, but neither WANDB_API_KEY nor WANDB_MODE=offline: not tracking"
             print(f"warning: {message}", file=sys.stderr)
@@ -31,14 +47,28 @@ class Tracker:
         with self._forgiving():
             import wandb
 
-            project = os.environ.get("WANDB_PROJECT", PROJECT)
-            self._run = wandb.init(project=project, job_type=stage, config=to_dict(config))
+            project, config = os.environ.get("WANDB_PROJECT", PROJECT), to_dict(self._config)
+            settings = wandb.Settings(init_timeout=PATIENCE, finish_timeout=PATIENCE)
+            self._run = wandb.init(
+                project=project, job_type=self._stage, id=run_id, resume="allow", config=config, settings=settings
+            )
 
-    def log(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Logs an epoch's metrics under their names."""
+    def log(self, values: dict[str, float]) -> None:
+        """Logs numbers under their names; `step`, the training steps so far, is one of them."""
+        if self._events is not None:
+            with self._events.as_default(step=int(values["step"])):
+                for name, value in values.items():
+                    tf.summary.scalar(name, value)
         with self._forgiving():
             if self._run:
-                self._run.log({"epoch": epoch, **metrics})
+                self._run.log(values)
+
+    def use(self, bundle: Path) -> None:
+        """Says that the run builds on a published bundle."""
+        with self._forgiving():
+            if self._run and not self._run.offline:
+                metadata = read_metadata(bundle)
+                self._run.use_artifact(f"{metadata['stage']}_bundle:id-{metadata['id']}")
 
     def log_bundle(self, bundle: Path) -> None:
         """Logs a published bundle as the artifact STAGE_bundle, with its metrics, data set and versions."""
@@ -47,10 +77,19 @@ class Tracker:
                 import wandb
 
                 metadata = read_metadata(bundle)
-                kept = {key: metadata[key] for key in ("metrics", "dataset", "version", "built_from", "id")}
+                kept = {key: metadata[key] for key in KEPT if key in metadata}
                 artifact = wandb.Artifact(f"{metadata['stage']}_bundle", type="model", metadata=kept)
                 artifact.add_dir(str(bundle))
-                self._run.log_artifact(artifact)
+                logged = self._run.log_artifact(artifact, aliases=["latest", f"id-{metadata['id']}"])
+                if not self._run.offline:
+                    logged.wait(timeout=PATIENCE)  # nothing else tells of an upload that failed
+
+    def finish(self) -> None:
+        if self._events is not None:
+            self._events.close()
+        with self._forgiving():
+            if self._run:
+                self._run.finish()
 
     @contextmanager
     def _forgiving(self) -> Iterator[None]:
@@ -64,12 +103,8 @@ class Tracker:
 @contextmanager
 def track(config: Config, stage: str) -> Iterator[Tracker]:
     """A tracker for one stage's training, finished when the block ends."""
-    tracker = Tracker()
-    if config.use_wandb:
-        tracker.start(config, stage)
+    tracker = Tracker(config, stage)
     try:
         yield tracker
     finally:
-        with tracker._forgiving():
-            if tracker._run:
-                tracker._run.finish()
+        tracker.finish()

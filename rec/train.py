@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from rec.errors import UserError, run_command
 from rec.evaluate import evaluate, show_recommendations, show_systems
 from rec.export import bundle_of, export_ranking, export_recommender, export_retrieval
 from rec.features import FIRST_ITEM, PAD
-from rec.fit import Fitted, OnEpoch, fit, read_run, restore
+from rec.fit import Fitted, fit, read_run, restore
 from rec.pipeline import Corpus, Sequences, load_corpus, window_batches
 from rec.ranking.candidates import (
     CandidateLists,
@@ -46,7 +47,7 @@ from rec.ranking.candidates import (
 )  # fmt: skip
 from rec.ranking.model import RankingModel, score_lists
 from rec.retrieval.model import RetrievalModel, calibrate
-from rec.tracking import track
+from rec.tracking import Tracker, track
 
 FACTORIZED_KS = (10, 100)
 # What a ranker is chosen by: what it adds to the NDCG@10 of retrieval's order (which has 0), less one standard error,
@@ -67,7 +68,7 @@ def train_retrieval(config: Config) -> tuple[TrainedRetrieval, dict[str, Any]]:
     corpus = load_corpus(dataset, config.features)
     directory = Path(config.output.checkpoints) / "retrieval"
     with track(config, "retrieval") as tracker:
-        model, fitted, run = _fit_retrieval(config, corpus, corpus.train, directory, on_epoch=tracker.log)
+        model, fitted, run = _fit_retrieval(config, corpus, corpus.train, directory, tracker=tracker)
         trained = TrainedRetrieval(model, corpus, fitted, run)
         bundle = export_retrieval(trained, config)
         tracker.log_bundle(bundle)
@@ -80,7 +81,7 @@ def _fit_retrieval(
     train: Sequences,
     directory: Path,
     stop_after: int | None = None,
-    on_epoch: OnEpoch = lambda epoch, metrics: None,
+    tracker: Tracker | None = None,
 ) -> tuple[RetrievalModel, Fitted, dict[str, Any]]:
     """Fits a retrieval model; if told when to stop, without looking at validation data."""
     config = replace(config, retrieval=settled(config.retrieval, corpus.ordered, len(corpus.train.items)))
@@ -102,7 +103,7 @@ def _fit_retrieval(
         run, corpus_files(corpus), epochs=settings.epochs, stop_after=stop_after,
         learning_rate=settings.learning_rate, seed=config.seed,
         validate=validate if stop_after is None else None, calibrate=lambda: calibrate(model, corpus),
-        patience=settings.patience, on_epoch=on_epoch,
+        patience=settings.patience, tracker=tracker,
     )  # fmt: skip
     return model, fitted, run
 
@@ -151,7 +152,7 @@ def train_ranking(config: Config, init_from: Path | None, trained: TrainedRetrie
             f"{config.output.checkpoints}/retrieval was trained on another data set than {config.dataset}: "
             "run python -m rec.train --stage retrieval first"
         )
-    bundle_of(config, trained.run)  # there must be one: say so before training
+    source = bundle_of(config, trained.run)  # there must be one: say so before training
     tf.keras.utils.set_random_seed(config.seed)
     settings, corpus = config.ranking, trained.corpus
     model = RankingModel(settings, trained.model.config.window, trained.model.config.embedding_dim, corpus)
@@ -167,9 +168,10 @@ def train_ranking(config: Config, init_from: Path | None, trained: TrainedRetrie
         fitted = fit(
             model, batches, examples, Path(config.output.checkpoints) / "ranking", run, {}, epochs=settings.epochs,
             learning_rate=rate, seed=config.seed, validate=validate, monitor=monitor, patience=settings.patience,
-            on_epoch=tracker.log,
+            tracker=tracker,
         )  # fmt: skip
-        exported = export_ranking(model, trained, config, run, fitted.metrics)
+        tracker.use(source)
+        exported = export_ranking(model, trained, config, run, fitted)
         tracker.log_bundle(exported)
     return _answer("ranking", exported, fitted, start)
 
@@ -247,6 +249,7 @@ def _answer(stage: str, bundle: Path, fitted: Fitted, start: float) -> dict[str,
         "stage": stage,
         "bundle": str(bundle),
         "version": int(bundle.name),
+        "run_id": fitted.run_id,
         "metrics": fitted.metrics,
         "examples_per_second": round(fitted.examples_per_second, 1),
         "seconds": round(time.perf_counter() - start, 1),
@@ -259,6 +262,11 @@ def train_all(config: Config, init_from: Path | None) -> dict[str, Any]:
     ranking = train_ranking(config, init_from, trained)
     start = time.perf_counter()
     bundle = export_recommender(Path(retrieval["bundle"]), Path(ranking["bundle"]), config)
+    with track(config, "recommender") as tracker:
+        tracker.start(uuid.uuid4().hex[:8], None)
+        tracker.use(Path(retrieval["bundle"]))
+        tracker.use(Path(ranking["bundle"]))
+        tracker.log_bundle(bundle)
     recommender = {"stage": "recommender", "bundle": str(bundle), "version": int(bundle.name)}
     report = evaluate(config, "test")
     show_systems(report)

@@ -15,7 +15,7 @@ from tensorflow_serving.apis import prediction_log_pb2
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError
 from rec.recommender import Recommender, check_pair, load_bundle, pad_lists
-from rec.registry import file_digests, read_metadata
+from rec.registry import file_digest, read_metadata, verify
 from tests.conftest import Trained, run
 
 LOWEST = float(np.finfo(np.float32).min)
@@ -251,8 +251,9 @@ def test_metadata_says_what_a_bundle_is(trained: Trained):
     assert set(recommender["built_from"]) == {"retrieval", "ranking"}
     for stage in ("retrieval", "ranking", "recommender"):
         directory = bundle_of(trained, stage)
-        files = {name: value for name, value in file_digests(directory).items() if name != "metadata.json"}
-        assert read_metadata(directory)["files"] == files
+        files = [path for path in directory.rglob("*") if path.is_file() and path.name != "metadata.json"]
+        expected = {str(path.relative_to(directory)): file_digest(path) for path in files}
+        assert verify(directory)["files"] == expected
 
 
 def test_a_pair_that_does_not_match_is_refused(trained: Trained):

@@ -1,5 +1,6 @@
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import tensorflow as tf
 
 from rec.errors import UserError
 from rec.fit import LazyAdam, fit, read_run, replace_directory, restore
+from rec.tracking import Tracker
 
 X = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
 Y = X @ np.array([[1.0], [2.0], [3.0], [4.0]], np.float32)
@@ -37,13 +39,25 @@ def batches(epoch: int) -> tf.data.Dataset:
     return tf.data.Dataset.from_tensor_slices({"x": X[order], "y": Y[order]}).batch(16)
 
 
-def run(directory: Path, model: Linear, on_epoch=lambda *_: None, epochs=6, validate=None, **kwargs):
+class Told(Tracker):
+    """Calls a function with the number of each epoch."""
+
+    def __init__(self, on_epoch: Callable[[int], None]) -> None:
+        super().__init__()
+        self._on_epoch = on_epoch
+
+    def log(self, values: dict[str, float]) -> None:
+        if "epoch" in values:
+            self._on_epoch(int(values["epoch"]))
+
+
+def run(directory: Path, model: Linear, on_epoch=lambda _: None, epochs=6, validate=None, **kwargs):
     def error() -> dict[str, float]:
         return {"val/ndcg@10": -float(np.mean(np.square(X @ model.w.numpy() - Y)))}
 
     return fit(
         model, batches, 64, directory, {"name": "test", **kwargs}, {"note.txt": "kept\n"}, epochs=epochs,
-        learning_rate=0.1, seed=0, validate=validate or error, patience=2, on_epoch=on_epoch,
+        learning_rate=0.1, seed=0, validate=validate or error, patience=2, tracker=Told(on_epoch),
     )  # fmt: skip
 
 
@@ -51,7 +65,7 @@ def test_a_killed_run_goes_on_to_the_same_weights_as_an_unbroken_one(tmp_path: P
     unbroken = Linear()
     run(tmp_path / "a", unbroken)
 
-    def kill(epoch: int, metrics: dict[str, float]) -> None:
+    def kill(epoch: int) -> None:
         if epoch == 4:
             raise KeyboardInterrupt
 
@@ -60,15 +74,16 @@ def test_a_killed_run_goes_on_to_the_same_weights_as_an_unbroken_one(tmp_path: P
     assert not (tmp_path / "b").exists()
     epochs: list[int] = []
     resumed = Linear()
-    run(tmp_path / "b", resumed, lambda epoch, metrics: epochs.append(epoch))
+    run(tmp_path / "b", resumed, epochs.append)
     assert epochs == [4, 5, 6]  # the killed epoch is trained again
     assert resumed.w.numpy() == pytest.approx(unbroken.w.numpy(), abs=1e-6)
-    logged = [json.loads(line)["epoch"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
-    assert logged == [1, 2, 3, 4, 5, 6]
+    logged = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+    assert [values["epoch"] for values in logged if "epoch" in values] == [1, 2, 3, 4, 5, 6]
+    assert [values["step"] for values in logged] == [4, 8, 10, 12, 16, 20, 20, 24]  # four an epoch, and every tenth
 
 
 def test_a_resumed_run_drops_out_what_an_unbroken_one_does(tmp_path: Path):
-    def kill(epoch: int, metrics: dict[str, float]) -> None:
+    def kill(epoch: int) -> None:
         if epoch == 3:
             raise KeyboardInterrupt
 
@@ -95,20 +110,20 @@ def test_a_kill_between_the_two_renames_loses_neither_checkpoint(tmp_path: Path,
     assert not (tmp_path / "a").exists()
     assert read_run(tmp_path / "a") == {"name": "test"}  # whoever asks first puts the old one back
     epochs: list[int] = []
-    run(tmp_path / "a", Linear(), lambda epoch, metrics: epochs.append(epoch), learning="other")
+    run(tmp_path / "a", Linear(), epochs.append, learning="other")
     assert epochs == []  # all were trained
     assert read_run(tmp_path / "a") == {"name": "test", "learning": "other"}
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_another_configuration_starts_anew(tmp_path: Path):
-    def stop(epoch: int, metrics: dict[str, float]) -> None:
+    def stop(epoch: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "a", Linear(), stop)
     epochs: list[int] = []
-    run(tmp_path / "a", Linear(), lambda epoch, metrics: epochs.append(epoch), learning="other")
+    run(tmp_path / "a", Linear(), epochs.append, learning="other")
     assert epochs == [1, 2, 3, 4, 5, 6]
 
 

@@ -48,7 +48,7 @@ class TfServing:
     ) -> dict[str, np.ndarray]:
         users, given = list(user_ids), [history is not None for history in histories]
         lists = _padded([history or [] for history in histories])
-        asked = {"user_id": users, "is_given": given, "history": lists}
+        asked: dict[str, list[Any]] = {"user_id": users, "is_given": given, "history": lists}
         found = self._call("retrieval", "answer", {**asked, "exclude": _padded(excluded)})
         scores, cold = np.array(found["score"], np.float32), np.array(found["cold"])
         parts = {"rows": np.array(found["row"]), "retrieved": scores}

@@ -33,7 +33,7 @@ NONE = Tokens()
 
 def service_of(savedmodels: Path) -> Service:
     """A service that has loaded the latest pair."""
-    service = Service(lambda: registry.latest_pair(savedmodels), lambda pair: Recommender.load(*pair))
+    service = Service(lambda: registry.find_pair(savedmodels), lambda pair: Recommender.load(*pair))
     service.load()
     return service
 

@@ -61,7 +61,7 @@ def service(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Servi
     items = pd.read_parquet(path)
     items.loc[0, "title"] = HOSTILE
     items.to_parquet(path, index=False)
-    service = Service(lambda: registry.latest_pair(bundles), lambda pair: Recommender.load(*pair))
+    service = Service(lambda: registry.find_pair(bundles), lambda pair: Recommender.load(*pair))
     service.load()
     return service
 

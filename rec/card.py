@@ -1,0 +1,132 @@
+"""A version's card: a page of Markdown, with plots, that says what it is, how good, for whom, and how it was made.
+
+Mitchell et al., "Model Cards for Model Reporting", FAT* 2019. `python -m rec.promote --card` writes it to
+SAVEDMODELS/cards/STAGE-VERSION/: its numbers are measured anew, from the bundles.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from rec.config import Config
+from rec.evaluate import data_of, evaluate
+from rec.promote import bundles, together
+from rec.recommender import Recommender
+from rec.registry import Metadata, Store, draft, same
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt  # noqa: E402  (after the choice of how to draw)
+
+SHOWN = ("ndcg@10", "recall@10", "recall@100", "mrr")
+
+
+def write_card(store: Store, config: Config, stage: str, version: int) -> Path:
+    """Measures a version on its test data and writes its card; returns the page's path.
+
+    A ranking version is measured with the retrieval version that it was trained for.
+
+    Raises:
+      UserError: a bundle is damaged, or its data are not at hand.
+    """
+    metadata = store.metadata(stage)[version]
+    of = together(store, stage, version, {})
+    if stage == "ranking":
+        of["retrieval"] = same(store, "retrieval", metadata["built_from"]["retrieval"]) or 0
+    pair = Recommender.load(*bundles(store, of))
+    dataset = data_of(pair, config)
+    report = evaluate(replace(config, dataset=str(dataset.path)), "test", pair=pair)
+    cards = Path(config.output.savedmodels) / "cards"
+    place = cards / f"{stage}-{version}"
+    with draft(cards) as beside:
+        histories = {name: each["history"] for name, each in pair.metadata.items() if each.get("history")}
+        plots = _plot(report, histories, beside)
+        (beside / "card.md").write_text(_page(metadata, pair.metadata, dataset.manifest, report, plots))
+        shutil.rmtree(place, ignore_errors=True)
+        beside.rename(place)
+    return place / "card.md"
+
+
+def _plot(report: dict[str, Any], histories: dict[str, list[dict[str, float]]], place: Path) -> list[str]:
+    """Draws what was measured, and how training went; returns the files' names."""
+    systems = report["systems"]
+    values = [of["ndcg@10"] for of in systems.values()]
+    errors = [[abs(of["ndcg@10"] - of["ndcg@10_ci"][side]) for of in systems.values()] for side in (0, 1)]
+    _, axes = plt.subplots(figsize=(6, 0.6 * len(systems) + 1))
+    axes.barh(list(systems), values, xerr=errors, capsize=3)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"NDCG@10 of {report['users']:,} users, 95 % intervals")
+    names = [_saved(place, "quality.png")]
+    for stage, epochs in histories.items():
+        shown = [name for name in ("loss", "val/ndcg@10", "val/recall@100", "val/rmse") if name in epochs[-1]]
+        _, panels = plt.subplots(1, len(shown), figsize=(3 * len(shown), 2.5), squeeze=False)
+        for axes, name in zip(panels[0], shown, strict=True):
+            points = [(epoch, of[name]) for epoch, of in enumerate(epochs) if name in of]
+            axes.plot(*zip(*points, strict=True))
+            axes.set(title=name, xlabel="epoch")
+        names.append(_saved(place, f"{stage}.png"))
+    return names
+
+
+def _saved(place: Path, name: str) -> str:
+    plt.tight_layout()
+    plt.savefig(place / name, dpi=120)
+    plt.close()
+    return name
+
+
+def _page(
+    metadata: Metadata, parts: dict[str, Metadata], manifest: dict[str, Any], report: dict[str, Any], plots: list[str]
+) -> str:
+    stage, version, system = metadata["stage"], metadata["version"], list(report["systems"])[-1]
+    counts = ", ".join(f"{count:,} {name}" for name, count in manifest["counts"].items())
+    made = "\n".join(
+        f"- {stage} {part['version']}: {part['architecture']}, run {part['run_id']}, {part['created']}, commit "
+        f"{(part['git_commit'] or 'unknown')[:10]}\n\n      {part['command']}\n"
+        for stage, part in parts.items()
+    )
+    slices = {f"{name}, {of['users']:,} users": of["systems"][system] for name, of in report["segments"].items()}
+    images = "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in plots)
+    index = parts["retrieval"]["index"]
+    return f"""# {stage.capitalize()} {version}
+
+Recommends items of the catalogue to users by their id or by a history; `{metadata["id"]}`. It knows what people have
+interacted with, not why: what is popular or shown often is recommended more (popularity@10 below is the mean count of
+training interactions of what it recommends, coverage@10 the share of the catalogue that anyone is shown).
+
+## Data
+
+`{manifest["name"]}` ({manifest["source"]}), split {manifest["split"]["strategy"]}: {counts}.
+
+## Quality
+
+On the test part, {report["users"]:,} users, full catalogue without what they have seen; 95 % bootstrap intervals.
+
+{_table(report["systems"], (*SHOWN, "coverage@10", "popularity@10"))}
+
+{system} by what is known of a user: cold, nothing; light, up to the median history; heavy, more.
+
+{_table(slices, SHOWN[:3])}
+
+Index: {index["kind"]}; {", ".join(f"{key} {index[key]}" for key in index if key != "kind")}.
+
+## Training
+
+{made}
+{images}
+"""
+
+
+def _table(rows: dict[str, dict[str, Any]], columns: Sequence[str]) -> str:
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    return "\n".join(
+        [*lines, *(f"| {name} | {' | '.join(_number(of, at) for at in columns)} |" for name, of in rows.items())]
+    )
+
+
+def _number(of: dict[str, Any], metric: str) -> str:
+    low, high = of.get(f"{metric}_ci", (None, None))
+    return f"{of[metric]:.4f}" + (f" ({low:.4f} to {high:.4f})" if low is not None else "")
