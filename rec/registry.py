@@ -33,6 +33,7 @@ STAGES = ("retrieval", "ranking", "recommender")
 KNOWN_USERS = 1000  # user ids that a bundle tells, of all that it knows
 LABELS = {"stable": "production", "canary": "canary"}  # TF Serving's labels and the aliases that they show
 IN_TF_SERVING = "/models"  # where its images find SAVEDMODELS
+KEPT_STATES = 20  # of the aliases: somebody may just be reading an older one
 PROJECT = "rec"  # of W&B, where WANDB_PROJECT names no other
 CACHE = Path("~/.cache/rec/bundles")  # downloaded artifacts, by digest
 
@@ -87,7 +88,11 @@ def find_pair(savedmodels: Path, alias: str = "latest") -> tuple[Path, Path | No
 
 
 def read_metadata(bundle: Path, stage: str | None = None) -> Metadata:
-    """A bundle's metadata.json. Raises UserError if the directory is not a bundle, or not one of `stage`."""
+    """A bundle's metadata.json.
+
+    Raises:
+      UserError: the directory is not a bundle, or not one of `stage`, or the file has changed since the export.
+    """
     path = bundle / "metadata.json"
     if not path.exists():
         raise UserError(f"{bundle} is not a bundle: it has no metadata.json (a bundle is SAVEDMODELS/STAGE/VERSION)")
@@ -96,6 +101,8 @@ def read_metadata(bundle: Path, stage: str | None = None) -> Metadata:
         found = metadata["stage"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read: export the bundle again") from error
+    if metadata.get("checksum") != checksum(metadata):
+        raise UserError(f"{path} has changed since the export: export the bundle again")
     if stage not in (None, found):
         raise UserError(f"{bundle} is a {found} bundle, not a {stage} bundle")
     return metadata
@@ -108,10 +115,7 @@ def verify(bundle: Path, stage: str | None = None) -> Metadata:
       UserError: the directory is not a bundle, or not of that stage, or a file of it is missing or has changed.
     """
     metadata = read_metadata(bundle, stage)
-    files = metadata.get("files", {})
-    if metadata.get("checksum") != _checksum(metadata):
-        raise UserError(f"{bundle}/metadata.json has changed since the export: export the bundle again")
-    for name, digest in files.items():
+    for name, digest in metadata["files"].items():
         if not (bundle / name).exists():
             raise UserError(f"{bundle} lacks {name}: export the bundle again")
         if file_digest(bundle / name) != digest:
@@ -119,7 +123,7 @@ def verify(bundle: Path, stage: str | None = None) -> Metadata:
     return metadata
 
 
-def _checksum(metadata: Metadata) -> str:
+def checksum(metadata: Metadata) -> str:
     """Of all that the metadata say but this."""
     content = {key: value for key, value in metadata.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -180,7 +184,7 @@ def publish(directory: Path, stage_dir: Path, metadata: Metadata) -> int:
     version = max(versions(stage_dir), default=0) + 1
     while True:
         content = {"stage": stage_dir.name, "version": version, "id": identity, **metadata, "files": files}
-        content["checksum"] = _checksum(content)
+        content["checksum"] = checksum(content)
         (directory / "metadata.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         try:
             os.rename(directory, stage_dir / str(version))
@@ -296,7 +300,7 @@ class LocalStore:
             path = self._root / stage / "aliases.json"
             path = state / f"{stage}.json" if path.is_symlink() else path
             found[stage] = json.loads(path.read_text()) if path.exists() else {}
-        return found
+        return found if state == (self._states / "current").resolve() else self._all_aliases()
 
     def _become(self, aliases: dict[str, dict[str, int]], history: list[dict[str, Any]]) -> None:
         """Writes a state beside the current one, then takes its place in one step."""
@@ -310,7 +314,7 @@ class LocalStore:
         (new / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
         (new / "models.config").write_text(_models_config(aliases))
         _link(current, new.name)
-        shutil.rmtree(self._states / str(number - 2), ignore_errors=True)  # the one before may just be being read
+        shutil.rmtree(self._states / str(number - KEPT_STATES), ignore_errors=True)
 
 
 def _link(path: Path, target: str) -> None:

@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from rec.registry import checksum, file_digest, read_metadata
+from tests.wandb_server import WandbServer
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -31,16 +35,28 @@ class Trained:
     report: dict[str, Any]  # the JSON of the train command
 
 
-def run(module: str, *arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """`python -m module arguments`, with its outputs as text."""
+def run(
+    module: str, *arguments: object, cwd: Path = ROOT, changes: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`python -m module arguments`, with its outputs as text and changes of the environment."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=environment())
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, check=False, env=environment(**(changes or {}))
+    )
 
 
 def environment(**changes: str) -> dict[str, str]:
     """This process' environment with rec importable from any directory, and without API tokens."""
     kept = {name: value for name, value in os.environ.items() if not name.endswith("API_TOKENS")}
     return {**kept, "PYTHONPATH": str(ROOT), **changes}
+
+
+def rewrite(bundle: Path, **changes: Any) -> None:
+    """Changes what a bundle says of itself and of its files, which it holds with the right sums."""
+    metadata = {**read_metadata(bundle), **changes}
+    metadata["files"] = {name: file_digest(bundle / name) for name in metadata["files"]}
+    metadata["checksum"] = checksum(metadata)
+    (bundle / "metadata.json").write_text(json.dumps(metadata))
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +70,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     return Trained(root / "dataset", config, root / "checkpoints", root / "savedmodels", report)
+
+
+@pytest.fixture
+def server() -> Iterator[WandbServer]:
+    """A W&B server on this machine, which understood all that it was asked."""
+    with WandbServer() as server:
+        yield server
+    assert server.refused == []
+
+
+@pytest.fixture
+def wandb(server: WandbServer, tmp_path: Path) -> Iterator[Any]:
+    """The wandb module as its client."""
+    with server.client(tmp_path / "client") as client:
+        yield client

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,6 @@ from tests.wandb_server import WandbServer
 
 NAME = "retrieval_bundle"
 BINARY = bytes(range(256)) * 4096  # 1 MB
-
-
-@pytest.fixture
-def server() -> Iterator[WandbServer]:
-    with WandbServer() as server:
-        yield server
-    assert server.refused == []
-
-
-@pytest.fixture
-def wandb(server: WandbServer, tmp_path: Path) -> Iterator[Any]:
-    with server.client(tmp_path / "client") as client:
-        yield client
 
 
 @pytest.fixture

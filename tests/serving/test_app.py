@@ -25,7 +25,7 @@ from rec.serving.app import create_app
 from rec.serving.gate import Tokens
 from rec.serving.schemas import MAX_BODY, RecommendRequest
 from rec.serving.service import MAX_WAITING, Job, Service
-from tests.conftest import Trained
+from tests.conftest import Trained, rewrite
 
 USER, K, RANKED = "u7", 50, 40
 NONE = Tokens()
@@ -156,10 +156,18 @@ def narrow(engine: Engine) -> tuple[str, list[str]]:
     genres, stored = genres_of(engine), stored_of(engine)
     by_genre = {
         genre: [item for item in engine.catalogue.ids if genre in genres[item] and item not in stored]
-        for genre in {name for each in genres.values() for name in each}
+        for genre in sorted({name for each in genres.values() for name in each})
     }
     found = set(ranked(engine)[0][:RANKED])
-    return next((name, items) for name, items in by_genre.items() if 5 < len(items) < RANKED and set(items) - found)
+
+    def mixed(items: list[str]) -> int:
+        """How many of them are among the ranked candidates, or are not, whichever are fewer."""
+        return min(len(found.intersection(items)), len(set(items) - found))
+
+    few = [(name, items) for name, items in by_genre.items() if len(items) < RANKED]
+    name, items = max(few, key=lambda each: mixed(each[1]))
+    assert mixed(items) > 1
+    return name, items
 
 
 def test_a_narrow_filter_scores_all_that_passes(client: TestClient, engine: Engine) -> None:
@@ -562,10 +570,9 @@ def copied(trained: Trained, tmp_path: Path) -> Path:
 def publish_ranking(savedmodels: Path, version: int, damaged: bool = False) -> None:
     """A copy of the first ranking bundle as another version, published as the registry does."""
     draft = Path(shutil.copytree(savedmodels / "ranking" / "1", savedmodels / "ranking" / f"draft-{version}"))
-    metadata = registry.read_metadata(draft)
-    (draft / "metadata.json").write_text(json.dumps({**metadata, "version": version}))
     if damaged:
         (draft / "saved_model.pb").write_bytes(b"damaged")
+    rewrite(draft, version=version)
     draft.rename(savedmodels / "ranking" / str(version))
 
 

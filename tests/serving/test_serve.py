@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from rec import registry, serve
+from rec import serve
 from rec.errors import UserError
-from tests.conftest import ROOT, Trained, environment
+from tests.conftest import ROOT, Trained, environment, rewrite
 
 
 def answer(
@@ -123,8 +123,7 @@ def test_a_pair_that_was_not_trained_together_is_refused(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handlers: None
 ) -> None:
     other = Path(shutil.copytree(trained.savedmodels / "retrieval" / "1", tmp_path / "retrieval" / "2"))
-    metadata = registry.read_metadata(other)
-    (other / "metadata.json").write_text(json.dumps({**metadata, "version": 2}))
+    rewrite(other, version=2)
     ranking = trained.savedmodels / "ranking" / "1"
     sentence = refusal(monkeypatch, "--port", 0, "--retrieval-bundle", other, "--ranking-bundle", ranking)
     assert "was trained for retrieval version 1, not for version 2" in sentence and "--allow-mismatch" in sentence

@@ -1,6 +1,5 @@
 """The API with its models in TF Serving: the same answers as in process, and what happens when replicas fail."""
 
-import json
 import shutil
 import socket
 import subprocess
@@ -17,13 +16,12 @@ from fastapi.testclient import TestClient
 
 from rec.errors import UserError
 from rec.recommender import Recommender
-from rec.registry import read_metadata
 from rec.serving.app import create_app
 from rec.serving.gate import Tokens
 from rec.serving.schemas import LOWEST, UnavailableError
 from rec.serving.service import Service
 from rec.serving.tf_serving import TfServing, connect
-from tests.conftest import ROOT, Trained, environment
+from tests.conftest import ROOT, Trained, environment, rewrite
 
 BATCH: tuple[list[str], list[list[str] | None], list[list[str]]] = (
     ["u7", "nobody", "", "u9", "u8", "u1"],
@@ -219,8 +217,7 @@ def test_a_fleet_without_these_versions_is_refused(
     replica: str, nobody: str, pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     newer = Path(shutil.copytree(pair[0], tmp_path / "retrieval" / "2"))
-    metadata = read_metadata(newer)
-    (newer / "metadata.json").write_text(json.dumps({**metadata, "version": 2}))
+    rewrite(newer, version=2)
     with pytest.raises(UnavailableError, match="no replica has retrieval version 2 loaded .*not found.*refused"):
         connect([replica, nobody], newer, None)
     with pytest.raises(UserError, match="was trained for retrieval version 1, not for version 2"):
