@@ -79,7 +79,8 @@ def test_a_server_imports_nothing_of_the_training_code() -> None:
 
 def arguments(**given: object) -> argparse.Namespace:
     names = ("retrieval_bundle", "ranking_bundle", "retrieval_wandb", "ranking_wandb")
-    return argparse.Namespace(**{**dict.fromkeys(names), "config": "no such config", "overrides": [], **given})
+    said = {"alias": "latest", "config": "no such config", "overrides": []}
+    return argparse.Namespace(**{**dict.fromkeys(names), **said, **given})
 
 
 def test_the_default_is_the_latest_ranking_bundle_and_its_retrieval_bundle(trained: Trained, tmp_path: Path) -> None:
