@@ -1,7 +1,7 @@
 """Baselines on the same splits as the models: popularity (all-time and recent), iALS and EASE.
 
 - Each is `fit` on training interactions and then scores *histories*: users and interactions that came later count too.
-- `tune` chooses hyper-parameters on validation data only, from the small grids of `grids`.
+- `tune` chooses hyper-parameters on validation data only, from the small `GRIDS`.
 - A history that holds nothing a baseline was trained on is answered with popularity, as anybody would deploy it.
 - Every matrix is CSR over user and item rows; a score is higher for better; nothing here needs TensorFlow.
 
@@ -35,6 +35,7 @@ class Popularity:
     """The number of training interactions of each item, for everybody. The others build on it and fall back on it."""
 
     name = "popularity"
+    needs_timestamps = False
 
     def fit(self, train: csr_matrix, timestamps: np.ndarray | None = None) -> None:
         """Learns from train [U, N]; `timestamps` int64 [nnz] are seconds, parallel to `train.indices`.
@@ -62,6 +63,7 @@ class RecentPopularity(Popularity):
 
     days: float
     name = "recent_popularity"
+    needs_timestamps = True
 
     def fit(self, train: csr_matrix, timestamps: np.ndarray | None = None) -> None:
         if timestamps is None or len(timestamps) != len(train.indices):
@@ -157,19 +159,27 @@ def rank(baseline: Baseline, histories: csr_matrix, seen: csr_matrix, k: int) ->
 Candidate = tuple[str, dict[str, Any], Callable[[], Baseline]]  # name, parameters, a maker of the unfitted baseline
 
 
-def grids(seed: int = 0, ordered: bool = True) -> dict[str, list[Candidate]]:
-    """What `tune` chooses from, by baseline: where Rendle et al. (2022) and Steck (2019) find their best, thinned out.
+# What `tune` chooses from: where Rendle et al. (2022) and Steck (2019) find their best, thinned out. All take about
+# 20 s on MovieLens 100K and 2 cores.
+GRIDS: dict[type[Baseline], list[dict[str, Any]]] = {
+    Popularity: [{}],
+    RecentPopularity: [{"days": days} for days in (1, 7, 30, 90, 365)],
+    IALS: [
+        {"factors": f, "alpha": a, "regularization": r}
+        for f, a, r in product((32, 128), (1.0, 3.0, 10.0, 30.0), (1.0, 10.0, 30.0))
+    ],
+    EASE: [{"regularization": r} for r in (30.0, 100.0, 300.0, 1000.0)],
+}
 
-    All take about 20 s on MovieLens 100K and 2 cores. Recent popularity needs timestamps (`ordered`).
-    """
-    ials = product((32, 128), (1.0, 3.0, 10.0, 30.0), (1.0, 10.0, 30.0))
-    choices: dict[type[Baseline], list[dict[str, Any]]] = {
-        Popularity: [{}],
-        RecentPopularity: [{"days": days} for days in (1, 7, 30, 90, 365) if ordered],
-        IALS: [{"factors": f, "alpha": a, "regularization": r, "seed": seed} for f, a, r in ials],
-        EASE: [{"regularization": r} for r in (30.0, 100.0, 300.0, 1000.0)],
-    }
-    return {make.name: [(make.name, p, partial(make, **p)) for p in grid] for make, grid in choices.items() if grid}
+
+def grids(seed: int = 0, ordered: bool = True) -> dict[str, list[Candidate]]:
+    """The candidates by baseline; those that need timestamps only where interactions have them (`ordered`)."""
+    found: dict[str, list[Candidate]] = {}
+    for make, grid in GRIDS.items():
+        fixed = {"seed": seed} if hasattr(make, "seed") else {}
+        if ordered or not make.needs_timestamps:
+            found[make.name] = [(make.name, each | fixed, partial(make, **each, **fixed)) for each in grid]
+    return found
 
 
 class Tuned(NamedTuple):
@@ -188,7 +198,7 @@ def tune(
     metric: str = "ndcg@10",
     timestamps: np.ndarray | None = None,
 ) -> Tuned:
-    """The candidate (see `grids`) with the highest mean metric over validation users; the first of equals.
+    """The candidate (see `GRIDS`) with the highest mean metric over validation users; the first of equals.
 
     `train` and `timestamps` are what `fit` takes; histories, seen and relevant are [U, N] for the validation users;
     `metric` is a name that `per_user` returns for the cut-off after its "@".

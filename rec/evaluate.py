@@ -17,6 +17,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -272,29 +273,24 @@ def load_latest(config: Config) -> Recommender:
 
 def show_systems(report: dict[str, Any]) -> None:
     """Prints the systems as tables on stderr: all users, then where quality is won or lost."""
-    print(f"\n{report['dataset']}, {report['split']}, {report['users']:,} users", file=sys.stderr)
+    say = partial(print, file=sys.stderr)
+    say(f"\n{report['dataset']}, {report['split']}, {report['users']:,} users")
     against = f"{'less ' + report['best_baseline']:>22}"
-    print(f"{'':20}" + "".join(f"{name:>14}" for name in SHOWN) + f"{'95 % of ndcg@10':>18}{against}", file=sys.stderr)
+    say(f"{'':20}" + "".join(f"{name:>14}" for name in SHOWN) + f"{'95 % of ndcg@10':>18}{against}")
     for name, values in report["systems"].items():
         (low, high), (least, most) = values["ndcg@10_ci"], values["ndcg@10_vs_best_baseline"]["ci"]
         cells = "".join(f"{values[metric]:14.4f}" for metric in SHOWN)
-        print(f"{name:20}{cells}{f'{low:.4f} - {high:.4f}':>18}{f'{least:+.4f} {most:+.4f}':>22}", file=sys.stderr)
+        say(f"{name:20}{cells}{f'{low:.4f} - {high:.4f}':>18}{f'{least:+.4f} {most:+.4f}':>22}")
     for segment, part in report["segments"].items():
-        print(f"\n{segment}, {part['users']:,} users", file=sys.stderr)
+        say(f"\n{segment}, {part['users']:,} users")
         for name, values in part["systems"].items() if segment != "all" else ():
-            print(
-                f"  {name:18}" + "".join(f"{metric:>12} {value:.4f}" for metric, value in values.items()),
-                file=sys.stderr,
-            )
+            say(f"  {name:18}" + "".join(f"{metric:>12} {value:.4f}" for metric, value in values.items()))
         for name in ("index_cost", "ranking_gain"):
             if name in part:
                 low, high = part[name]["ci"]
-                print(
-                    f"  {name:18}{part[name]['difference']:+.4f} of ndcg@10, 95 % {low:+.4f} {high:+.4f}",
-                    file=sys.stderr,
-                )
+                say(f"  {name:18}{part[name]['difference']:+.4f} of ndcg@10, 95 % {low:+.4f} {high:+.4f}")
     for name, values in report.get("ratings", {}).items():
-        print(f"{name:20}{'rmse':>12} {values['rmse']:.4f}", file=sys.stderr)
+        say(f"{name:20}{'rmse':>12} {values['rmse']:.4f}")
 
 
 def show_recommendations(config: Config, users: int = 3, k: int = 5) -> None:

@@ -2,6 +2,7 @@
 
 - A `Vocabulary` numbers ids. Row 0 of users is the unknown user; rows 0, 1, 2 of items are PAD, START, UNKNOWN.
 - `fit_columns` learns each feature column's encoding from the rows that training has seen; `Column.encode` applies it.
+  A column is of a kind of `TOKENIZERS` or of `NUMBERS`: add a kind by adding a function to one of them.
 - `Encoder` (a Keras layer) turns rows into vectors: the id's embedding plus what the feature columns say of the row.
   The encoded columns are part of the layer, so the exported graph computes exactly what training computed.
 
@@ -25,7 +26,6 @@ from rec.errors import UserError
 
 PAD, START, UNKNOWN, FIRST_ITEM = 0, 1, 2, 3  # item rows: padding, start of a sequence, an id not in training
 UNKNOWN_USER, FIRST_USER = 0, 1
-KINDS = ("categorical", "multi", "numeric", "text", "time")
 MAX_TOKENS = 8  # of a multi-valued or text column; the rest is cut off
 MIN_COUNT = 2  # a token that occurs in one row only says nothing that the id does not
 MAX_VOCABULARY = 50_000  # tokens of one column, the most frequent first
@@ -65,13 +65,13 @@ class Column:
 
     name: str
     kind: str
-    tokens: tuple[str, ...] = ()  # categorical, multi, text: the vocabulary; token j is encoded as FIRST_TOKEN + j
-    mean: float = 0.0  # numeric, time: of the training rows
+    tokens: tuple[str, ...] = ()  # of a kind of TOKENIZERS: the vocabulary; token j is encoded as FIRST_TOKEN + j
+    mean: float = 0.0  # of a kind of NUMBERS: of the training rows
     std: float = 1.0
 
     @property
     def is_tokens(self) -> bool:
-        return self.kind in ("categorical", "multi", "text")
+        return self.kind in TOKENIZERS
 
     def encode(self, table: pd.DataFrame) -> np.ndarray:
         """[n] values -> int32 [n, tokens] (0 = none) or float32 [n, numbers], missing values being zeros."""
@@ -87,10 +87,8 @@ class Column:
         values = _numbers(table[self.name])
         missing = ~np.isfinite(values)
         scaled = np.where(missing, 0.0, (values - self.mean) / self.std)
-        parts = [np.clip(scaled, -5, 5), (~missing).astype(np.float64)]
-        if self.kind == "time":
-            parts += [np.where(missing, 0.0, part) for part in cyclic(np.where(missing, 0.0, values))]
-        return np.stack(parts, axis=-1).astype(np.float32)
+        further = [np.where(missing, 0.0, part) for part in NUMBERS[self.kind](np.where(missing, 0.0, values))]
+        return np.stack([np.clip(scaled, -5, 5), ~missing, *further], axis=-1).astype(np.float32)
 
 
 def cyclic(seconds: Any) -> list[Any]:
@@ -113,12 +111,17 @@ def _numbers(values: pd.Series) -> np.ndarray:
 
 def _token_lists(values: pd.Series, kind: str) -> list[list[str]]:
     """The tokens of each value; a missing value has none."""
-    if kind == "multi":
-        return [[] if v is None or np.ndim(v) == 0 else [str(t) for t in v] for v in values]
-    texts = [None if pd.isna(v) else str(v) for v in values]
-    if kind == "text":
-        return [re.findall(r"\w+", text.lower()) if text else [] for text in texts]
-    return [[text] if text is not None else [] for text in texts]
+    return [[] if np.ndim(v) == 0 and pd.isna(v) else TOKENIZERS[kind](v) for v in values]
+
+
+# Kinds of columns that are read as tokens: a value that is not missing -> its tokens.
+TOKENIZERS: dict[str, Callable[[Any], list[str]]] = {
+    "categorical": lambda value: [str(value)],
+    "multi": lambda values: [str(value) for value in values] if np.ndim(values) else [],
+    "text": lambda value: re.findall(r"\w+", str(value).lower()),
+}
+# Kinds that are read as numbers: float64 [n] -> what the model reads of them, [n] each, beside the standardised number.
+NUMBERS: dict[str, Callable[[np.ndarray], list[np.ndarray]]] = {"numeric": lambda _: [], "time": cyclic}
 
 
 def infer_kind(values: pd.Series) -> str:
@@ -156,7 +159,9 @@ def fit_columns(
     for name, kind in declared.items():
         if name not in available:
             raise UserError(f"{where}.{name}: the dataset has no such column; it has {', '.join(available) or 'none'}")
-        if kind in ("numeric", "time"):
+        if kind not in (kinds := (*TOKENIZERS, *NUMBERS)):
+            raise UserError(f"{where}.{name}: there is no kind {kind!r}; choose one of {', '.join(kinds)}")
+        if kind in NUMBERS:
             is_time = pd.api.types.is_datetime64_any_dtype(table[name])
             if not (pd.api.types.is_numeric_dtype(table[name]) or is_time):
                 raise UserError(f"{where}.{name}: {kind} needs numbers, the column holds {table[name].dtype}")

@@ -36,6 +36,7 @@ from rec.export import bundle_of, export_ranking, export_recommender, export_ret
 from rec.features import FIRST_ITEM, PAD
 from rec.fit import Fitted, fit, read_run, restore
 from rec.pipeline import Corpus, Sequences, load_corpus, window_batches
+from rec.ranking.archs import ARCHS
 from rec.ranking.candidates import (
     CandidateLists,
     first_queries,
@@ -45,8 +46,9 @@ from rec.ranking.candidates import (
     rated_lists,
     training_queries,
 )  # fmt: skip
-from rec.ranking.model import RankingModel, score_lists
+from rec.ranking.model import OBJECTIVES, RankingModel, score_lists
 from rec.retrieval.model import RetrievalModel, calibrate
+from rec.retrieval.towers import SEQUENCE_ENCODERS
 from rec.tracking import Tracker, track
 
 FACTORIZED_KS = (10, 100)
@@ -281,6 +283,18 @@ def train_all(config: Config, init_from: Path | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def check_names(config: Config) -> None:
+    """Before anything is trained: raises UserError where an architecture or an objective is not registered."""
+    retrieval, ranking = config.retrieval, config.ranking
+    for key, name, known in (
+        ("retrieval.arch", retrieval.arch, ("auto", *SEQUENCE_ENCODERS)),
+        ("ranking.arch", ranking.arch, ARCHS),
+        ("ranking.objective", ranking.objective, OBJECTIVES),
+    ):
+        if name not in known:
+            raise UserError(f"{key}: there is no {name!r}; choose one of {', '.join(known)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m rec.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -306,6 +320,7 @@ def main() -> None:
     if args.init_from_retrieval and args.stage == "retrieval":
         raise UserError("--init-from-retrieval starts a ranker: use it with --stage ranking or all")
     config = load_config(args.config, overrides)
+    check_names(config)
     if args.stage == "retrieval":
         answer = train_retrieval(config)[1]
     elif args.stage == "ranking":

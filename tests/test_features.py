@@ -108,6 +108,11 @@ def test_a_numeric_column_of_words_is_an_error():
         fit_columns(ITEMS, "item_id", {"studio": "numeric"}, ALL, "features.items")
 
 
+def test_an_unknown_kind_names_the_known_ones():
+    with pytest.raises(UserError, match="there is no kind 'mutli'; choose one of categorical, "):
+        fit_columns(ITEMS, "item_id", {"genres": "mutli"}, ALL, "features.items")
+
+
 def test_columns_survive_json():
     columns = fit_columns(ITEMS, "item_id", "auto", ALL, "features.items")
     assert columns_from_json(columns_to_json(columns)) == columns

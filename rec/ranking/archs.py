@@ -10,7 +10,6 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
 from rec.config import Ranking
-from rec.errors import UserError
 
 
 def _mlp(config: Ranking, name: str) -> tf.keras.Sequential:
@@ -72,14 +71,3 @@ def _flat(fields: tf.Tensor) -> tf.Tensor:
 
 
 ARCHS: dict[str, Any] = {"mlp": Mlp, "dlrm": Dlrm, "dcn": Dcn}
-
-
-def build_arch(config: Ranking, dim: int) -> tf.keras.layers.Layer:
-    """The layer that `config.arch` names, for fields of width `dim`.
-
-    Raises:
-      UserError: there is no such architecture.
-    """
-    if config.arch not in ARCHS:
-        raise UserError(f"ranking.arch: there is no {config.arch!r}; choose one of {', '.join(ARCHS)}")
-    return ARCHS[config.arch](config, dim)

@@ -9,6 +9,8 @@
   (`rating`); or a softmax over each list (`listwise`).
 """
 
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
@@ -18,11 +20,35 @@ from rec.counts import NUMBERS, Counter, Counts
 from rec.errors import UserError
 from rec.features import PAD, UNKNOWN, UNKNOWN_USER, Encoder, recent_items
 from rec.pipeline import Corpus
-from rec.ranking.archs import build_arch
+from rec.ranking.archs import ARCHS
 from rec.ranking.candidates import CandidateLists
 from rec.retrieval.model import LOWEST, RetrievalModel
 
 RATED_WINDOW = 300  # with 50, as retrieval reads, the RMSE on MovieLens 100K is .01 higher
+
+
+def _implicit(labels: tf.Tensor, scores: tf.Tensor, real: tf.Tensor) -> tf.Tensor:
+    """Chosen or not, each candidate by itself: binary cross-entropy."""
+    return _mean(tf.nn.sigmoid_cross_entropy_with_logits(labels, scores), real)
+
+
+def _listwise(labels: tf.Tensor, scores: tf.Tensor, real: tf.Tensor) -> tf.Tensor:
+    """Which of the list: softmax cross-entropy, divided between the right ones."""
+    shares = labels / tf.reduce_sum(labels, 1, keepdims=True)
+    return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(shares, tf.where(real > 0, scores, -1e9)))
+
+
+def _rating(labels: tf.Tensor, scores: tf.Tensor, real: tf.Tensor) -> tf.Tensor:
+    """Squared error."""
+    return _mean(tf.square(labels - scores), real)
+
+
+def _mean(losses: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_sum(losses * weights) / tf.reduce_sum(weights)
+
+
+# ranking.objective -> the loss of lists: labels, scores and where there is a candidate (1 or 0), all [B, N] -> scalar.
+OBJECTIVES: dict[str, Any] = {"implicit": _implicit, "listwise": _listwise, "rating": _rating}
 
 
 class RankingModel(tfrs.Model):
@@ -44,7 +70,7 @@ class RankingModel(tfrs.Model):
             corpus.users, corpus.user_columns, corpus.user_table, dim, UNKNOWN_USER, id_dropout=0.1, name="users"
         )
         self._dim = dim
-        self._arch = build_arch(config, dim)
+        self._arch = ARCHS[config.arch](config, dim)
         self._out = tf.keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros", name="out")
         self._recency = self.add_weight(name="recency", shape=[self.window], initializer="zeros")
         ratings = corpus.train.ratings
@@ -56,12 +82,7 @@ class RankingModel(tfrs.Model):
         if self._is_rating:
             rows = [vocabulary.first + vocabulary.trained for vocabulary in (corpus.users, corpus.items)]
             self._user_bias, self._item_bias = (tf.keras.layers.Embedding(n, 1, "zeros") for n in rows)
-        losses = {
-            "implicit": lambda: tf.keras.losses.BinaryCrossentropy(from_logits=True),
-            "listwise": lambda: tf.keras.losses.CategoricalCrossentropy(from_logits=True),
-            "rating": tf.keras.losses.MeanSquaredError,
-        }
-        self.task = tfrs.tasks.Ranking(loss=losses[config.objective]())
+        self.task = tfrs.tasks.Ranking(loss=OBJECTIVES[config.objective])
         one = tf.ones([1, 1], tf.int32)
         self.score(one[0], one, one, tf.zeros([1, 1]), tf.zeros([1, 1, NUMBERS]))  # creates every weight
         self.score_compiled = tf.function(self.score, reduce_retracing=True)
@@ -125,10 +146,7 @@ class RankingModel(tfrs.Model):
         """The loss of a batch of candidate lists (`candidates.list_batches`), or of ratings (lists of one)."""
         user, history, items = batch["user"], batch["history"], batch["items"]
         scores = self.score(user, history, items, batch["scores"], batch["counts"], training)
-        labels, real = batch["labels"], items != PAD
-        if self.config.objective == "listwise":
-            return self.task(labels / tf.reduce_sum(labels, 1, keepdims=True), tf.where(real, scores, -1e9))
-        loss = self.task(tf.boolean_mask(labels, real), tf.boolean_mask(scores, real))
+        loss = self.task(batch["labels"], scores, sample_weight=tf.cast(items != PAD, tf.float32))
         if self._is_rating:
             vectors = tf.concat([self.users(user), self.items(items[:, 0])], 1)
             loss += self.config.l2 * tf.reduce_mean(tf.reduce_sum(tf.square(vectors), 1))

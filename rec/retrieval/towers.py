@@ -142,16 +142,8 @@ class QueryTower(tf.keras.layers.Layer):
     """What a user would like next: the history so far, the user, and the request's time."""
 
     def __init__(self, config: Retrieval, corpus: Corpus, items: Encoder) -> None:
-        """`items` embeds the history: it is the candidate tower's own encoder, so both sides learn from each example.
-
-        Raises:
-          UserError: `config.arch` is not registered.
-        """
+        """`items`, the candidate tower's own encoder, embeds the history: both sides learn from each example."""
         super().__init__(name="query_tower")
-        if config.arch not in SEQUENCE_ENCODERS:
-            raise UserError(
-                f"retrieval.arch: there is no {config.arch!r}; choose one of {', '.join(SEQUENCE_ENCODERS)}"
-            )
         self._items = items
         self._sequence = SEQUENCE_ENCODERS[config.arch](config, corpus.ordered)
         self._query_time = config.query_time

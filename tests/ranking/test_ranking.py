@@ -19,7 +19,7 @@ from rec.ranking.candidates import (
     rated_lists,
     training_queries,
 )
-from rec.ranking.model import RankingModel, score_candidates, score_lists
+from rec.ranking.model import OBJECTIVES, RankingModel, score_candidates, score_lists
 from rec.retrieval.model import RetrievalModel
 from tests.small import corpus
 
@@ -133,9 +133,14 @@ def test_embeddings_of_another_size_are_refused():
         RankingModel(Ranking(hidden=(8,)), 4, 16, SMALL).start_from(retrieval())
 
 
-def test_an_unknown_architecture_names_the_known_ones():
-    with pytest.raises(UserError, match="ranking.arch: there is no 'mpl'; choose one of mlp, dlrm, dcn"):
-        ranker(arch="mpl")
+def test_a_loss_looks_only_at_places_that_hold_a_candidate():
+    labels, real = tf.constant([[1.0, 0.0, 0.0]]), tf.constant([[1.0, 1.0, 0.0]])
+    for name, loss in OBJECTIVES.items():
+        near, far = (float(loss(labels, tf.constant([[0.5, 0.0, last]]), real)) for last in (0.0, 9.0))
+        assert near == far, name
+    scores = tf.constant([[0.0, 0.0, 0.0]])
+    losses = {name: float(loss(labels, scores, real)) for name, loss in OBJECTIVES.items()}
+    assert losses == pytest.approx({"implicit": np.log(2), "listwise": np.log(2), "rating": 0.5})
 
 
 def test_a_rating_is_predicted_from_the_history_before_it():

@@ -152,11 +152,6 @@ def test_the_time_of_the_request_matters_if_configured():
     assert still.query(tf.constant([1]), tf.constant([[3]])).shape == (1, 9)
 
 
-def test_an_unknown_architecture_names_the_known_ones():
-    with pytest.raises(UserError, match="retrieval.arch: there is no 'lstm'; choose one of two_tower, gru4rec, sasrec"):
-        model(arch="lstm")
-
-
 def test_heads_must_divide_the_embedding():
     with pytest.raises(UserError, match="retrieval.heads: 3 heads do not divide retrieval.embedding_dim 8"):
         model(arch="sasrec", heads=3)
