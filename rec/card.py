@@ -14,9 +14,8 @@ import matplotlib
 
 from rec.config import Config
 from rec.evaluate import data_of, evaluate
-from rec.promote import bundles, together
 from rec.recommender import Recommender
-from rec.registry import Metadata, Store, draft, same
+from rec.registry import Metadata, Store, bundles, draft, same, together
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the choice of how to draw)

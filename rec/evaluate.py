@@ -134,12 +134,8 @@ def evaluate(
         ranked["recommender"] = task.ranked(pair.module.recommend_from)
     values = {name: metrics.per_user(rows, task.relevant) for name, rows in ranked.items()}
     best = max(named, key=lambda name: values[name]["ndcg@10"].mean())
-    report: dict[str, Any] = {
-        "dataset": str(config.dataset),
-        "split": split,
-        "users": len(task.users),
-        "best_baseline": best,
-    }
+    report: dict[str, Any] = {"dataset": str(config.dataset), "split": split, "users": len(task.users)}
+    report["best_baseline"] = best
     report["systems"] = {name: _summary(task, rows, values[name], config.seed) for name, rows in ranked.items()}
     for name, summary in report["systems"].items():
         difference = metrics.paired_bootstrap(values[name]["ndcg@10"], values[best]["ndcg@10"], config.seed)

@@ -29,7 +29,7 @@ from typing import Any
 
 from rec.config import Config, add_config_arguments, load_config
 from rec.errors import UserError, run_command
-from rec.registry import STAGES, LocalStore, Store, Versions, WandbStore, pick, same
+from rec.registry import STAGES, LocalStore, Store, Versions, WandbStore, bundles, pick, together
 
 GUARDED = "production"  # the alias before which the gate stands
 
@@ -62,19 +62,6 @@ def choose(store: Store, stage: str, version: str | None, run_id: str | None, me
                         + ", ".join(found[max(found)]["metrics"]))  # fmt: skip
     best = (min if metric.endswith(("rmse", "loss")) else max)(values, key=lambda number: values[number])
     return best, f"{metric} {values[best]:.4f}, the best of {len(values)} versions"
-
-
-def together(store: Store, stage: str, version: int, current: Versions) -> Versions:
-    """The versions that have the alias once `version` of `stage` has it, which `current` have now."""
-    if stage != "recommender":
-        return {name: number for name, number in current.items() if name != "recommender"} | {stage: version}
-    to = {}
-    for part, wanted in store.metadata(stage)[version]["built_from"].items():
-        found = same(store, part, wanted)
-        if found is None:
-            raise UserError(f"recommender {version} was built from {part} {wanted['version']}, which is gone")
-        to[part] = found
-    return {**to, stage: version}
 
 
 def unmatched(store: Store, to: Versions) -> str | None:
@@ -116,12 +103,6 @@ def gate(store: Store, config: Config, to: Versions, current: Versions) -> dict[
             f"its target is {target:.1%}"
         )
     return {"passed": not reasons, "reasons": reasons, **measured}
-
-
-def bundles(store: Store, of: Versions) -> tuple[Path, Path | None]:
-    """The directories of a retrieval and a ranking version, verified."""
-    ranking = store.directory("ranking", of["ranking"]) if "ranking" in of else None
-    return store.directory("retrieval", of["retrieval"]), ranking
 
 
 def promote(

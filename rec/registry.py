@@ -240,6 +240,25 @@ def same(store: Store, stage: str, wanted: dict[str, Any]) -> int | None:
     return wanted["version"] if wanted["version"] in found else max(found, default=None)
 
 
+def together(store: Store, stage: str, version: int, current: Versions) -> Versions:
+    """The versions that have the alias once `version` of `stage` has it, which `current` have now."""
+    if stage != "recommender":
+        return {name: number for name, number in current.items() if name != "recommender"} | {stage: version}
+    to = {}
+    for part, wanted in store.metadata(stage)[version]["built_from"].items():
+        found = same(store, part, wanted)
+        if found is None:
+            raise UserError(f"recommender {version} was built from {part} {wanted['version']}, which is gone")
+        to[part] = found
+    return {**to, stage: version}
+
+
+def bundles(store: Store, of: Versions) -> tuple[Path, Path | None]:
+    """The directories of a retrieval and a ranking version, verified."""
+    ranking = store.directory("ranking", of["ranking"]) if "ranking" in of else None
+    return store.directory("retrieval", of["retrieval"]), ranking
+
+
 class LocalStore:
     """A directory SAVEDMODELS."""
 

@@ -269,18 +269,14 @@ def train_all(config: Config, init_from: Path | None) -> dict[str, Any]:
         tracker.use(Path(retrieval["bundle"]))
         tracker.use(Path(ranking["bundle"]))
         tracker.log_bundle(bundle)
-    recommender = {"stage": "recommender", "bundle": str(bundle), "version": int(bundle.name)}
     report = evaluate(config, "test")
     show_systems(report)
     show_recommendations(config)
     metrics_of_test = {f"test/{name}": value for name, value in report["systems"]["recommender"].items()}
-    return {
-        "retrieval": retrieval,
-        "ranking": ranking,
-        "recommender": {**recommender, "metrics": {**ranking["metrics"], **metrics_of_test},
-                        "examples_per_second": ranking["examples_per_second"],
-                        "seconds": round(time.perf_counter() - start, 1)},
-    }  # fmt: skip
+    recommender = {"stage": "recommender", "bundle": str(bundle), "version": int(bundle.name)}
+    recommender |= {"metrics": ranking["metrics"] | metrics_of_test, "seconds": round(time.perf_counter() - start, 1)}
+    recommender["examples_per_second"] = ranking["examples_per_second"]
+    return {"retrieval": retrieval, "ranking": ranking, "recommender": recommender}
 
 
 def check_names(config: Config) -> None:

@@ -75,3 +75,32 @@ def test_everything_that_the_package_imports_is_required() -> None:
     names = set().union(*(imported(path) for path in (ROOT / "rec").rglob("*.py")))
     third_party = names - sys.stdlib_module_names - {"rec"}
     assert {PACKAGES.get(name, name) for name in third_party} <= pins("requirements.txt").keys()
+
+
+def tree() -> list[str]:
+    """The modules of rec/ in the reading order that the README gives."""
+    found: list[str] = []
+    folder = ""
+    for line in (ROOT / "README.md").read_text().partition("    rec/\n")[2].splitlines():
+        match = re.fullmatch(r"      (  )?([a-z_]+)(/|\.py) .*|      (  )?([a-z_]+)/", line)
+        if not match:
+            return found
+        if match[2] and match[3] == ".py":
+            found.append(f"{folder if match[1] else ''}{match[2]}.py")
+        else:
+            folder = f"{match[2] or match[5]}/"
+    return found
+
+
+def test_the_readme_lists_every_module_and_nothing_imports_what_stands_below_it() -> None:
+    order, package = tree(), ROOT / "rec"
+    modules = [path for path in package.rglob("*.py") if not path.name.startswith("__")]
+    assert sorted(order) == sorted(str(path.relative_to(package)) for path in modules)
+    for path in modules:
+        name = str(path.relative_to(package))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "rec":
+                inside = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                used = {f"{each.removeprefix('rec.').replace('.', '/')}.py" for each in inside} & set(order)
+                above = order[: order.index(name)]
+                assert used <= set(above), f"{name} imports {used - set(above)}, which stands below it"

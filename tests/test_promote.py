@@ -18,8 +18,8 @@ from rec.config import Config, load_config
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError
 from rec.features import FIRST_ITEM
-from rec.promote import choose, promote, roll_back, together
-from rec.registry import LocalStore, find_pair, read_metadata
+from rec.promote import choose, promote, roll_back
+from rec.registry import LocalStore, find_pair, read_metadata, together
 from tests.conftest import Trained, rewrite, run
 
 ONE, SPOILT, POOR = ({"retrieval": n, "ranking": n, "recommender": n} for n in (1, 2, 3))

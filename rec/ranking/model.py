@@ -27,27 +27,28 @@ from rec.retrieval.model import LOWEST, RetrievalModel
 RATED_WINDOW = 300  # with 50, as retrieval reads, the RMSE on MovieLens 100K is .01 higher
 
 
-def _implicit(labels: tf.Tensor, scores: tf.Tensor, real: tf.Tensor) -> tf.Tensor:
+def _implicit(y_true: tf.Tensor, y_pred: tf.Tensor, sample_weight: tf.Tensor) -> tf.Tensor:
     """Chosen or not, each candidate by itself: binary cross-entropy."""
-    return _mean(tf.nn.sigmoid_cross_entropy_with_logits(labels, scores), real)
+    return _mean(tf.nn.sigmoid_cross_entropy_with_logits(y_true, y_pred), sample_weight)
 
 
-def _listwise(labels: tf.Tensor, scores: tf.Tensor, real: tf.Tensor) -> tf.Tensor:
+def _listwise(y_true: tf.Tensor, y_pred: tf.Tensor, sample_weight: tf.Tensor) -> tf.Tensor:
     """Which of the list: softmax cross-entropy, divided between the right ones."""
-    shares = labels / tf.reduce_sum(labels, 1, keepdims=True)
-    return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(shares, tf.where(real > 0, scores, -1e9)))
+    shares = y_true / tf.reduce_sum(y_true, 1, keepdims=True)
+    return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(shares, tf.where(sample_weight > 0, y_pred, -1e9)))
 
 
-def _rating(labels: tf.Tensor, scores: tf.Tensor, real: tf.Tensor) -> tf.Tensor:
+def _rating(y_true: tf.Tensor, y_pred: tf.Tensor, sample_weight: tf.Tensor) -> tf.Tensor:
     """Squared error."""
-    return _mean(tf.square(labels - scores), real)
+    return _mean(tf.square(y_true - y_pred), sample_weight)
 
 
 def _mean(losses: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(losses * weights) / tf.reduce_sum(weights)
 
 
-# ranking.objective -> the loss of lists: labels, scores and where there is a candidate (1 or 0), all [B, N] -> scalar.
+# ranking.objective -> the loss of lists, as a Keras loss: labels, scores and where there is a candidate (1 or 0), all
+# [B, N] float32 -> a scalar.
 OBJECTIVES: dict[str, Any] = {"implicit": _implicit, "listwise": _listwise, "rating": _rating}
 
 

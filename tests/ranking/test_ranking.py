@@ -136,7 +136,7 @@ def test_embeddings_of_another_size_are_refused():
 def test_a_loss_looks_only_at_places_that_hold_a_candidate():
     labels, real = tf.constant([[1.0, 0.0, 0.0]]), tf.constant([[1.0, 1.0, 0.0]])
     for name, loss in OBJECTIVES.items():
-        near, far = (float(loss(labels, tf.constant([[0.5, 0.0, last]]), real)) for last in (0.0, 9.0))
+        near, far = (float(loss(labels, tf.constant([[0.5, 0.0, last]]), sample_weight=real)) for last in (0.0, 9.0))
         assert near == far, name
     scores = tf.constant([[0.0, 0.0, 0.0]])
     losses = {name: float(loss(labels, scores, real)) for name, loss in OBJECTIVES.items()}
