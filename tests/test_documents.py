@@ -92,19 +92,23 @@ def script(text: str) -> str:
     return "\n".join(lines)
 
 
-def test_the_guides_commands_and_examples_run(tmp_path: Path) -> None:
-    for name in ("rec", "config"):
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy to work in, which trains for a moment only."""
+    for name in ("rec", "config", "notebooks"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    (tmp_path / "data").mkdir()
-    env = environment(PYTHONPATH=str(tmp_path), PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    config = tmp_path / "config" / "dummy" / "dummy_small.yaml"
+    config.write_text(config.read_text().replace("epochs: 10 ", "epochs: 2 "))
+    return tmp_path
+
+
+def test_the_guides_commands_and_examples_run(project: Path) -> None:
+    env = environment(PYTHONPATH=str(project), PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     text = script((ROOT / "GUIDE.md").read_text())
-    done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(["bash", "-c", text], cwd=project, env=env, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
-def test_the_tour_runs_from_a_clean_kernel(tmp_path: Path) -> None:
-    for name in ("rec", "config", "notebooks"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    place = tmp_path / "notebooks"
-    tour = nbformat.read(place / "tour.ipynb", as_version=4)
-    NotebookClient(tour, timeout=600, resources={"metadata": {"path": str(place)}}).execute()
+def test_the_tour_runs_from_a_clean_kernel(project: Path) -> None:
+    tour = nbformat.read(project / "notebooks" / "tour.ipynb", as_version=4)
+    NotebookClient(tour, timeout=600, resources={"metadata": {"path": str(project / "notebooks")}}).execute()
