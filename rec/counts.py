@@ -87,8 +87,9 @@ class Counts(tf.Module):
         recent = recent_items(history, RECENT)
         recent = tf.reverse_sequence(recent, tf.reduce_sum(tf.cast(recent != PAD, tf.int32), 1), 1)[:, None]
         keys = tf.cast(recent, tf.int64) * self._items + tf.cast(items, tf.int64)[..., None]
-        found = _find(self._pairs, keys)
-        count = tf.where(tf.gather(self._pairs, found) == keys, tf.gather(self._count, found), 0.0)
+        pairs = tf.convert_to_tensor(self._pairs)  # to gather from a variable makes TensorFlow copy it at every read
+        found = _find(pairs, keys)
+        count = tf.where(tf.gather(pairs, found) == keys, tf.gather(self._count, found), 0.0)
         expected = tf.gather(self._first, recent) * tf.gather(self._second, items)[..., None]
         return tf.where(recent == PAD, 0.0, tf.math.log((count + 1.0) / (expected + 1.0)))
 
@@ -101,6 +102,6 @@ def no_counts(history: tf.Tensor, items: tf.Tensor, time: tf.Tensor) -> tf.Tenso
 Counter = Callable[[Any, Any, Any], tf.Tensor]  # Counts, or no_counts
 
 
-def _find(ascending: tf.Variable, keys: tf.Tensor) -> tf.Tensor:
+def _find(ascending: tf.Tensor, keys: tf.Tensor) -> tf.Tensor:
     """How many of `ascending` are smaller than each of the keys [...]: int32 [...]."""
     return tf.reshape(tf.searchsorted(ascending, tf.reshape(keys, [-1])), tf.shape(keys))
