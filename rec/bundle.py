@@ -16,13 +16,16 @@ from rec.features import FIRST_ITEM, FIRST_USER, PAD, UNKNOWN_USER, Encoder, Voc
 from rec.pipeline import Corpus, Sequences
 from rec.ranking.model import RankingModel, score_candidates
 from rec.retrieval.index import ExactIndex, ScannIndex
-from rec.retrieval.model import LOWEST, RetrievalModel, best_unseen, now
+from rec.retrieval.model import LOWEST, RetrievalModel, best_unseen
 
+Tensors = dict[str, tf.Tensor]  # what a function gives, by name
 IDS = tf.TensorSpec([None], tf.string)
 LISTS = tf.TensorSpec([None, None], tf.string)
 TIMES = tf.TensorSpec([None], tf.int64)
 FLAGS = tf.TensorSpec([None], tf.bool)
 ROWS = tf.TensorSpec([None], tf.int32)
+ROW_LISTS = tf.TensorSpec([None, None], tf.int32)
+SCORES = tf.TensorSpec([None, None], tf.float32)
 
 
 class Lookup(tf.Module):
@@ -104,21 +107,21 @@ class RetrievalModule(tf.Module):
         self.weights = _frozen(model.variables, [model.candidate_tower.items])
 
     @tf.function(input_signature=[IDS])
-    def serving_default(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
+    def serving_default(self, user_id: tf.Tensor) -> Tensors:
         """A known user's recommendations, from the history that the bundle stores."""
         user = self.lookup.user_rows(user_id)
         stored = self.lookup.stored(user)
-        return self._answer(user, stored, stored)
+        return self._named(*self._best(user, stored, stored))
 
     @tf.function(input_signature=[IDS, LISTS])
-    def from_history(self, user_id: tf.Tensor, history: tf.Tensor) -> dict[str, tf.Tensor]:
+    def from_history(self, user_id: tf.Tensor, history: tf.Tensor) -> Tensors:
         """Recommendations from the caller's history; what the bundle stores of a known user is still left out."""
         user = self.lookup.user_rows(user_id)
         rows = self.lookup.item_rows(history)
-        return self._answer(user, rows, tf.concat([rows, self.lookup.stored(user)], 1))
+        return self._named(*self._best(user, rows, tf.concat([rows, self.lookup.stored(user)], 1)))
 
     @tf.function(input_signature=[IDS])
-    def similar_items(self, item_id: tf.Tensor) -> dict[str, tf.Tensor]:
+    def similar_items(self, item_id: tf.Tensor) -> Tensors:
         """The items with the nearest vectors by cosine, the item itself left out; nothing for an unknown item."""
         row = self.lookup.item_rows(item_id)
         vector = tf.math.l2_normalize(self.model.get.candidate_tower.items(row), 1)
@@ -131,26 +134,17 @@ class RetrievalModule(tf.Module):
         return self._named(*self._top(scores, found))
 
     @tf.function(input_signature=[IDS, LISTS, LISTS, TIMES])
-    def retrieve(
-        self, user_id: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor
-    ) -> dict[str, tf.Tensor]:
-        """Like from_history, at a given time, without exactly `seen` [B, S]: what an evaluation needs."""
-        rows = self.lookup.item_rows(history)
-        return self._answer(self.lookup.user_rows(user_id), rows, self.lookup.item_rows(seen), time)
+    def retrieve(self, user_id: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor) -> Tensors:
+        """Like from_history, at a given time, without exactly `seen` [B, S]: what an evaluation needs. As `answer`."""
+        user, rows = self.lookup.user_rows(user_id), self.lookup.item_rows(history)
+        return self._described(*self._best(user, rows, self.lookup.item_rows(seen), time), user, rows)
 
     @tf.function(input_signature=[IDS, LISTS, LISTS, TIMES])
-    def retrieve_exactly(
-        self, user_id: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor
-    ) -> dict[str, tf.Tensor]:
+    def retrieve_exactly(self, user_id: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor) -> Tensors:
         """Like `retrieve`, by brute force over the whole catalogue: what the index approximates."""
         user, rows = self.lookup.user_rows(user_id), self.lookup.item_rows(history)
         scores = self.model.get.score_catalogue(user, rows, self.model.get.candidates(), time)
         return self._named(*best_unseen(scores, self.lookup.item_rows(seen), self.k))
-
-    @tf.function(input_signature=[IDS, LISTS])
-    def is_cold(self, user_id: tf.Tensor, history: tf.Tensor) -> tf.Tensor:
-        """[B] bool: nothing is known of the user, so the answer is what is popular."""
-        return self.model.get.is_cold(self.lookup.user_rows(user_id), self.lookup.item_rows(history))
 
     @tf.function(input_signature=[IDS])
     def history(self, user_id: tf.Tensor) -> tf.Tensor:
@@ -158,9 +152,7 @@ class RetrievalModule(tf.Module):
         return self.lookup.item_ids(self.lookup.stored(self.lookup.user_rows(user_id)))
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, LISTS])
-    def answer(
-        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, exclude: tf.Tensor
-    ) -> dict[str, tf.Tensor]:
+    def answer(self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, exclude: tf.Tensor) -> Tensors:
         """What a server asks, for requests of every kind in one batch.
 
         Args:
@@ -173,28 +165,24 @@ class RetrievalModule(tf.Module):
         user, rows = self.lookup.user_rows(user_id), self.lookup.item_rows(history)
         seen = tf.concat([rows, self.lookup.stored(user), self.lookup.item_rows(exclude)], 1)
         history = self._latest(user, rows, is_given)
-        return self._described(self._answer(user, history, seen), user, history)
+        return self._described(*self._best(user, history, seen), user, history)
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, ROWS])
-    def answer_within(
-        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, within: tf.Tensor
-    ) -> dict[str, tf.Tensor]:
+    def answer_within(self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, within: tf.Tensor) -> Tensors:
         """Like `answer`, with the best of just these items (places in items.parquet), each of them scored."""
         user = self.lookup.user_rows(user_id)
         history = self._latest(user, self.lookup.item_rows(history), is_given)
         within = tf.pad(within + FIRST_ITEM, [[0, self.k]], constant_values=PAD)
         within = tf.broadcast_to(within, [tf.shape(user)[0], tf.shape(within)[0]])
-        best = self._named(*self._top(self.model.get.score(user, history, within), within))
-        return self._described(best, user, history)
+        return self._described(*self._top(self.model.get.score(user, history, within), within), user, history)
 
     def _latest(self, user: tf.Tensor, rows: tf.Tensor, is_given: tf.Tensor) -> tf.Tensor:
         """[B, window], what the towers read."""
         return recent_items(self.lookup.history(user, rows, is_given), self.model.get.config.window)
 
-    def _described(self, best: dict[str, tf.Tensor], user: tf.Tensor, history: tf.Tensor) -> dict[str, tf.Tensor]:
-        row = tf.maximum(self.lookup.item_rows(best["item_id"]) - FIRST_ITEM, -1)
-        cold = self.model.get.is_cold(user, history)
-        return {**best, "row": row, "cold": cold}
+    def _described(self, scores: tf.Tensor, rows: tf.Tensor, user: tf.Tensor, history: tf.Tensor) -> Tensors:
+        places = tf.where(rows == PAD, -1, rows - FIRST_ITEM)
+        return {**self._named(scores, rows), "row": places, "cold": self.model.get.is_cold(user, history)}
 
     @tf.function(input_signature=[IDS, IDS])
     def cosines(self, item_id: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
@@ -203,10 +191,10 @@ class RetrievalModule(tf.Module):
         a, b = (tf.math.l2_normalize(self.model.get.candidate_tower.items(x), 1) for x in (rows, others))
         return tf.where((rows == PAD)[:, None] | (others == PAD), LOWEST, tf.matmul(a, b, transpose_b=True))
 
-    def _answer(
+    def _best(
         self, user: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor | None = None
-    ) -> dict[str, tf.Tensor]:
-        """user [B], history [B, H] and seen [B, S] as rows -> the k best unseen."""
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """user [B], history [B, H] and seen [B, S] as rows -> scores and rows of the k best unseen, [B, k]."""
         query = self.model.get.query(user, history, time)
         widest = tf.reduce_max(tf.reduce_sum(tf.cast(seen != PAD, tf.int32), 1))
         scores, found = self._search(query, self.k + widest)
@@ -219,7 +207,7 @@ class RetrievalModule(tf.Module):
         ordered = tf.sort(tf.pad(seen, [[0, 0], [0, 1]], constant_values=PAD), 1)
         at = tf.minimum(tf.searchsorted(ordered, found), tf.shape(ordered)[1] - 1)
         was_seen = tf.gather(ordered, at, batch_dims=1) == found
-        return self._named(*self._top(tf.where(was_seen, LOWEST, scores), found))
+        return self._top(tf.where(was_seen, LOWEST, scores), found)
 
     def _search(self, query: tf.Tensor, depth: tf.Tensor | int) -> tuple[tf.Tensor, tf.Tensor]:
         """query [B, d + 1] -> scores and item rows [B, depth], best first; LOWEST and PAD where nothing is left."""
@@ -230,7 +218,7 @@ class RetrievalModule(tf.Module):
         best, at = tf.math.top_k(scores, self.k)
         return best, tf.where(best > LOWEST, tf.gather(rows, at, batch_dims=1), PAD)
 
-    def _named(self, scores: tf.Tensor, rows: tf.Tensor) -> dict[str, tf.Tensor]:
+    def _named(self, scores: tf.Tensor, rows: tf.Tensor) -> Tensors:
         return {"item_id": self.lookup.item_ids(rows), "score": scores}
 
     def signatures(self) -> dict[str, tf.types.experimental.ConcreteFunction]:
@@ -252,36 +240,47 @@ class RankingModule(tf.Module):
         self.weights = _frozen(model.variables + retrieval.variables, encoders)
 
     @tf.function(input_signature=[IDS, LISTS])
-    def serving_default(self, user_id: tf.Tensor, item_id: tf.Tensor) -> dict[str, tf.Tensor]:
+    def serving_default(self, user_id: tf.Tensor, item_id: tf.Tensor) -> Tensors:
         """A known user's scores, from the history that the bundle stores."""
         user = self.lookup.user_rows(user_id)
-        return self._answer(user, self.lookup.stored(user), item_id, now(user))
+        return self._answer(user, self.lookup.stored(user), item_id)
 
     @tf.function(input_signature=[IDS, LISTS, LISTS])
-    def from_history(self, user_id: tf.Tensor, history: tf.Tensor, item_id: tf.Tensor) -> dict[str, tf.Tensor]:
+    def from_history(self, user_id: tf.Tensor, history: tf.Tensor, item_id: tf.Tensor) -> Tensors:
         """Scores from the caller's history. An item that the bundle does not know scores lowest."""
-        return self.score_at(user_id, history, item_id, now(user_id))
+        return self._answer(self.lookup.user_rows(user_id), self.lookup.item_rows(history), item_id)
 
     @tf.function(input_signature=[IDS, LISTS, LISTS, TIMES])
-    def score_at(
-        self, user_id: tf.Tensor, history: tf.Tensor, item_id: tf.Tensor, time: tf.Tensor
-    ) -> dict[str, tf.Tensor]:
+    def score_at(self, user_id: tf.Tensor, history: tf.Tensor, item_id: tf.Tensor, time: tf.Tensor) -> Tensors:
         """Like from_history, at a given time: what an evaluation needs."""
         return self._answer(self.lookup.user_rows(user_id), self.lookup.item_rows(history), item_id, time)
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, LISTS])
-    def answer(
-        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, item_id: tf.Tensor
-    ) -> dict[str, tf.Tensor]:
+    def answer(self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, item_id: tf.Tensor) -> Tensors:
         """What a server asks: scores from `history` [B, H] where it is given, else from the stored one."""
         user = self.lookup.user_rows(user_id)
-        history = self.lookup.history(user, self.lookup.item_rows(history), is_given)
-        return self._answer(user, history, item_id, now(user))
+        return self._answer(user, self.lookup.history(user, self.lookup.item_rows(history), is_given), item_id)
 
-    def _answer(self, user: tf.Tensor, history: tf.Tensor, item_id: tf.Tensor, time: tf.Tensor) -> dict[str, tf.Tensor]:
+    @tf.function(input_signature=[IDS, LISTS, FLAGS, ROW_LISTS, SCORES])
+    def rank(
+        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, rows: tf.Tensor, retrieved: tf.Tensor
+    ) -> tf.Tensor:
+        """Like `answer`, of candidates by this bundle's rows [B, N], with the retrieval scores that they came with."""
+        user = self.lookup.user_rows(user_id)
+        history = self.lookup.history(user, self.lookup.item_rows(history), is_given)
+        return score_candidates(self.model.get, self.counts, user, history, rows, retrieved)
+
+    @tf.function(input_signature=[IDS])
+    def rows(self, item_id: tf.Tensor) -> tf.Tensor:
+        """[N] string -> [N] int32, what `rank` calls these items."""
+        return self.lookup.item_rows(item_id)
+
+    def _answer(
+        self, user: tf.Tensor, history: tf.Tensor, item_id: tf.Tensor, time: tf.Tensor | None = None
+    ) -> Tensors:
         rows = self.lookup.item_rows(item_id)
-        scores = score_candidates(self.model.get, self.retrieval.get, self.counts, user, history, rows, time)
-        return {"score": tf.where(rows == PAD, LOWEST, scores)}
+        retrieved = self.retrieval.get.score(user, history, rows, time)
+        return {"score": score_candidates(self.model.get, self.counts, user, history, rows, retrieved, time)}
 
     def signatures(self) -> dict[str, tf.types.experimental.ConcreteFunction]:
         names = ("serving_default", "from_history", "answer")

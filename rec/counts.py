@@ -48,14 +48,17 @@ class Counts(tf.Module):
         self._count = tf.Variable(np.append(count[kept], 0).astype(np.float32), trainable=False, name="count")
         self._first = tf.Variable((first / max(count.sum(), 1)).astype(np.float32), trainable=False, name="first")
         self._second = tf.Variable(second.astype(np.float32), trainable=False, name="second")
+        end = tf.constant([times.max(initial=0) + 1], tf.int64)
+        self._latest = tf.Variable(self._popularity(tf.range(item_rows)[None], end)[0], trainable=False, name="latest")
 
-    def __call__(self, history: tf.Tensor, items: tf.Tensor, time: tf.Tensor) -> tf.Tensor:
+    def __call__(self, history: tf.Tensor, items: tf.Tensor, time: tf.Tensor | None = None) -> tf.Tensor:
         """The numbers of candidates, each the log of a count over the count that chance would give.
 
         Args:
           history: [B, H] int32 item rows, oldest first, PAD anywhere.
           items: [B, N] int32 item rows.
-          time: [B] int64 seconds; interactions at that time or later do not count for popularity.
+          time: [B] int64 seconds; interactions at that time or later do not count for popularity. After all
+            interactions if not given, when it need not be counted: a served request comes later than its model.
 
         Returns:
           [B, N, NUMBERS] float32: popularity in the last SHARES before the time; then how often the item came soon
@@ -64,9 +67,10 @@ class Counts(tf.Module):
         """
         soon = self._soon_after(history, items)
         about = [soon[..., 0], tf.reduce_mean(soon[..., :3], 2), tf.reduce_mean(soon, 2), tf.reduce_max(soon, 2)]
-        return tf.stack([*self._popularity(items, time), *about], -1)
+        popularity = tf.gather(self._latest, items) if time is None else self._popularity(items, time)
+        return tf.concat([popularity, tf.stack(about, -1)], -1)
 
-    def _popularity(self, items: tf.Tensor, time: tf.Tensor) -> list[tf.Tensor]:
+    def _popularity(self, items: tf.Tensor, time: tf.Tensor) -> tf.Tensor:
         now = tf.searchsorted(self._times, time)[:, None]  # [B, 1]: interactions before the time
         first = tf.cast(items, tf.int64) * (self._n + 1)
         until = _find(self._keys, first + tf.cast(now, tf.int64))
@@ -76,15 +80,16 @@ class Counts(tf.Module):
             count = tf.cast(until - _find(self._keys, first + tf.cast(begin, tf.int64)), tf.float32)
             expected = tf.cast(now - begin, tf.float32) / self._items
             columns.append(tf.math.log((count + 1.0) / (expected + 1.0)))
-        return columns
+        return tf.stack(columns, -1)
 
     def _soon_after(self, history: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
         """[B, N, RECENT]: of each candidate, after the last item of the history, the one before, ..."""
         recent = recent_items(history, RECENT)
         recent = tf.reverse_sequence(recent, tf.reduce_sum(tf.cast(recent != PAD, tf.int32), 1), 1)[:, None]
         keys = tf.cast(recent, tf.int64) * self._items + tf.cast(items, tf.int64)[..., None]
-        found = _find(self._pairs, keys)
-        count = tf.where(tf.gather(self._pairs, found) == keys, tf.gather(self._count, found), 0.0)
+        pairs = tf.convert_to_tensor(self._pairs)  # to gather from a variable makes TensorFlow copy it at every read
+        found = _find(pairs, keys)
+        count = tf.where(tf.gather(pairs, found) == keys, tf.gather(self._count, found), 0.0)
         expected = tf.gather(self._first, recent) * tf.gather(self._second, items)[..., None]
         return tf.where(recent == PAD, 0.0, tf.math.log((count + 1.0) / (expected + 1.0)))
 
@@ -97,6 +102,6 @@ def no_counts(history: tf.Tensor, items: tf.Tensor, time: tf.Tensor) -> tf.Tenso
 Counter = Callable[[Any, Any, Any], tf.Tensor]  # Counts, or no_counts
 
 
-def _find(ascending: tf.Variable, keys: tf.Tensor) -> tf.Tensor:
+def _find(ascending: tf.Tensor, keys: tf.Tensor) -> tf.Tensor:
     """How many of `ascending` are smaller than each of the keys [...]: int32 [...]."""
     return tf.reshape(tf.searchsorted(ascending, tf.reshape(keys, [-1])), tf.shape(keys))

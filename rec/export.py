@@ -83,9 +83,10 @@ def export_recommender(retrieval: Path, ranking: Path, config: Config) -> Path:
     """Composes two published bundles into one and publishes it. Raises UserError if they are not a pair."""
     first, second = registry.verify(retrieval, "retrieval"), registry.verify(ranking, "ranking")
     registry.check_pair(first, second, ranking)
-    module = RecommenderModule(load_bundle(retrieval), load_bundle(ranking), second["config"]["ranking"]["candidates"])
+    items, count = pd.read_parquet(retrieval / "items.parquet"), second["config"]["ranking"]["candidates"]
+    module = RecommenderModule(load_bundle(retrieval), load_bundle(ranking), count, items["item_id"])
     return _save(
-        "recommender", module, config, items=pd.read_parquet(retrieval / "items.parquet"), architecture="recommender",
+        "recommender", module, config, items=items, architecture="recommender",
         metrics=second["metrics"], run_id=second["run_id"], built_from=_identities(first, second), index=first["index"],
         dataset=first["dataset"], vocabulary=first["vocabulary"],
     )  # fmt: skip

@@ -7,7 +7,7 @@ Nothing of the training code is imported: a server needs the two directories and
 be exported as a bundle (`python -m rec.export --stage recommender`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ import tensorflow as tf
 from rec.errors import UserError
 from rec.registry import check_pair, read_catalogue, verify
 
+Tensors = dict[str, tf.Tensor]  # what a function gives, by name
 IDS = tf.TensorSpec([None], tf.string)
 LISTS = tf.TensorSpec([None, None], tf.string)
 TIMES = tf.TensorSpec([None], tf.int64)
@@ -31,85 +32,79 @@ LOWEST = float(np.finfo(np.float32).min)  # the bundles' score of an empty place
 class RecommenderModule(tf.Module):
     """Two loaded bundles as one model. `ranking` may be None: then retrieval's order is the answer."""
 
-    def __init__(self, retrieval: Any, ranking: Any | None, candidates: int) -> None:
-        """`candidates`: how many of the retrieved items are ranked and returned."""
+    def __init__(self, retrieval: Any, ranking: Any | None, candidates: int | None, items: Iterable[str]) -> None:
+        """`candidates`: how many of the retrieved items are ranked, and returned by the signatures; None: all.
+
+        `items`: the ids of items.parquet, in its order.
+        """
         super().__init__(name="recommender")
         self.retrieval, self.ranking, self._candidates = retrieval, ranking, candidates
+        if ranking is not None:  # the ranking bundle's rows; the first is of an empty place, -1
+            self._rows = tf.Variable(ranking.rows(tf.constant(["", *items])), trainable=False, name="rows")
 
     @tf.function(input_signature=[IDS])
-    def serving_default(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
+    def serving_default(self, user_id: tf.Tensor) -> Tensors:
         """A known user's recommendations."""
-        found = self.retrieval.serving_default(user_id)
-        if self.ranking is None:
-            return found
-        items = found["item_id"][:, : self._candidates]
-        scores = self.ranking.serving_default(user_id, items)["score"]
-        return self._ranked(found, items, scores, self.retrieval.is_cold(user_id, self.retrieval.history(user_id)))
+        return self._asked(user_id, tf.fill([tf.size(user_id), 0], ""), tf.zeros_like(user_id, tf.bool))
 
     @tf.function(input_signature=[IDS, LISTS])
-    def from_history(self, user_id: tf.Tensor, history: tf.Tensor) -> dict[str, tf.Tensor]:
+    def from_history(self, user_id: tf.Tensor, history: tf.Tensor) -> Tensors:
         """Recommendations from the caller's history."""
-        found = self.retrieval.from_history(user_id, history)
-        if self.ranking is None:
-            return found
-        items = found["item_id"][:, : self._candidates]
-        scores = self.ranking.from_history(user_id, history, items)["score"]
-        return self._ranked(found, items, scores, self.retrieval.is_cold(user_id, history))
+        return self._asked(user_id, history, tf.ones_like(user_id, tf.bool))
 
     @tf.function(input_signature=[IDS, LISTS, LISTS, TIMES])
-    def recommend_from(
-        self, user_id: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor
-    ) -> dict[str, tf.Tensor]:
+    def recommend_from(self, user_id: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor) -> Tensors:
         """Like from_history, at a given time, without exactly `seen` [B, S]: what an evaluation needs."""
         found = self.retrieval.retrieve(user_id, history, seen, time)
-        if self.ranking is None:
-            return found
         items = found["item_id"][:, : self._candidates]
-        scores = self.ranking.score_at(user_id, history, items, time)["score"]
-        return self._ranked(found, items, scores, self.retrieval.is_cold(user_id, history))
+        at_time = None if self.ranking is None else self.ranking.score_at(user_id, history, items, time)["score"]
+        return self._named(found, at_time)
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, LISTS])
-    def answer(
-        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, exclude: tf.Tensor
-    ) -> dict[str, tf.Tensor]:
+    def answer(self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, exclude: tf.Tensor) -> Tensors:
         """What a server asks: retrieval, exclusions and ranking in one call (`Recommender.answer`)."""
         found = self.retrieval.answer(user_id, history, is_given, exclude)
-        return self._all_ranked(found, user_id, history, is_given)
+        return self._ordered(found, self._scores(found, user_id, history, is_given))
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, ROWS])
-    def answer_within(
-        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, within: tf.Tensor
-    ) -> dict[str, tf.Tensor]:
+    def answer_within(self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, within: tf.Tensor) -> Tensors:
         """Like `answer`, with the best of just the items at these places of items.parquet."""
         found = self.retrieval.answer_within(user_id, history, is_given, within)
-        return self._all_ranked(found, user_id, history, is_given)
+        return self._ordered(found, self._scores(found, user_id, history, is_given))
 
-    def _all_ranked(
-        self, found: dict[str, tf.Tensor], user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor
-    ) -> dict[str, tf.Tensor]:
-        """All that was retrieved: the candidates in the ranker's order, then the others in retrieval's."""
+    def _asked(self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor) -> Tensors:
+        found = self.retrieval.answer(user_id, history, is_given, tf.fill([tf.size(user_id), 0], ""))
+        return self._named(found, self._scores(found, user_id, history, is_given))
+
+    def _scores(self, found: Tensors, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor) -> tf.Tensor | None:
+        """The ranker's scores of the first candidates, None without a ranker."""
+        if self.ranking is None:
+            return None
+        places, retrieved = (found[name][:, : self._candidates] for name in ("row", "score"))
+        return self.ranking.rank(user_id, history, is_given, tf.gather(self._rows, places + 1), retrieved)
+
+    def _ordered(self, found: Tensors, ranked: tf.Tensor | None) -> Tensors:
+        """All that was retrieved: the candidates in the ranker's order, then the others in retrieval's.
+
+        For a cold user, of whom the ranker knows nothing, in order of popularity, as they are. An empty place ("") has
+        the lowest score, so those stay last.
+        """
         rows, scores, retrieved = found["row"], found["score"], found["score"]
         ranks = tf.broadcast_to(tf.range(1, tf.shape(rows)[1] + 1), tf.shape(rows))
-        if self.ranking is not None:
-            n = self._candidates
-            items = found["item_id"][:, :n]
-            ranked = self.ranking.answer(user_id, history, is_given, items)["score"]
-            best, order = tf.math.top_k(tf.where(found["cold"][:, None], scores[:, :n], ranked), items.shape[1])
+        if ranked is not None:
+            offered = scores[:, : self._candidates]
+            n = offered.shape[1]
+            best, order = tf.math.top_k(tf.where(found["cold"][:, None], offered, ranked), n)
             ranks = tf.concat([order + 1, ranks[:, n:]], 1)
             scores = tf.concat([best, tf.fill(tf.shape(ranks[:, n:]), LOWEST)], 1)
             rows, retrieved = (tf.gather(each, ranks - 1, batch_dims=1) for each in (rows, retrieved))
         return {"rows": rows, "scores": scores, "ranks": ranks, "retrieved": retrieved, "cold": found["cold"]}
 
-    def _ranked(
-        self, found: dict[str, tf.Tensor], items: tf.Tensor, scores: tf.Tensor, cold: tf.Tensor
-    ) -> dict[str, tf.Tensor]:
-        """Items in the ranker's order; in order of popularity, as they are, for a cold user, of whom it knows nothing.
-
-        An empty place ("") has the lowest score, so those stay last.
-        """
-        scores = tf.where(cold[:, None], found["score"][:, : self._candidates], scores)
-        best, order = tf.math.top_k(scores, items.shape[1])
-        return {"item_id": tf.gather(items, order, batch_dims=1), "score": best}
+    def _named(self, found: Tensors, ranked: tf.Tensor | None) -> Tensors:
+        """The candidates alone, as the signatures give them."""
+        ordered, n = self._ordered(found, ranked), self._candidates
+        items = tf.gather(found["item_id"], ordered["ranks"][:, :n] - 1, batch_dims=1)
+        return {"item_id": items, "score": ordered["scores"][:, :n]}
 
     def signatures(self) -> dict[str, Any]:
         return {name: getattr(self, name).get_concrete_function() for name in ("serving_default", "from_history")}
@@ -139,13 +134,12 @@ class Recommender:
             if not allow_mismatch:
                 check_pair(metadata["retrieval"], metadata["ranking"], ranking)
         loaded = {"retrieval": load_bundle(retrieval), "ranking": None if ranking is None else load_bundle(ranking)}
-        count = metadata["ranking"]["config"]["ranking"]["candidates"] if ranking is not None else 0
-        module = RecommenderModule(loaded["retrieval"], loaded["ranking"], count)
-        items, users = read_catalogue(retrieval)
-        for stage, path in (("retrieval", retrieval), ("ranking", ranking)):
-            if loaded[stage] is not None and not hasattr(loaded[stage], "answer"):
+        for stage, path, needed in (("retrieval", retrieval, "answer"), ("ranking", ranking, "rank")):
+            if loaded[stage] is not None and not hasattr(loaded[stage], needed):
                 raise UserError(f"{path} is from an older version of rec: export the bundle again")
-        return cls(module, items, users, metadata)
+        count = metadata["ranking"]["config"]["ranking"]["candidates"] if ranking is not None else None
+        items, users = read_catalogue(retrieval)
+        return cls(RecommenderModule(**loaded, candidates=count, items=items.index), items, users, metadata)
 
     @cached_property
     def _answer(self) -> Any:

@@ -129,8 +129,10 @@ def test_nobody_gets_what_is_popular(bundles: dict[str, Any], trained: Trained):
     for user, history in (("nobody", [""]), ("", ["no-such"])):
         answer = call(bundles["retrieval"], "from_history", user_id=[user], history=[history])
         assert items_of(answer) == counts["item_id"].head(50).tolist()
-        assert bundles["retrieval"].is_cold(strings([user]), strings([history])).numpy().tolist() == [True]
-    assert bundles["retrieval"].is_cold(strings(["nobody"]), strings([["i1"]])).numpy().tolist() == [False]
+        told = {"user_id": [user], "history": [history], "is_given": tf.constant([True]), "exclude": [[""]]}
+        assert call(bundles["retrieval"], "answer", **told)["cold"].tolist() == [True]
+    told |= {"history": [["i1"]]}
+    assert call(bundles["retrieval"], "answer", **told)["cold"].tolist() == [False]
 
 
 def test_similar_items_are_the_nearest_by_cosine(bundles: dict[str, Any], trained: Trained):

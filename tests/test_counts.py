@@ -22,6 +22,7 @@ def test_a_window_is_a_share_of_the_interactions_before_the_time():
     assert at(5000)[:, share] == pytest.approx(expected([0, 0, 3], 3))
     assert at(1005)[:, everything] == pytest.approx(expected([2, 3, 0], 5))  # what comes at that second does not count
     assert at(1000)[:, everything] == pytest.approx(np.zeros(3))
+    assert counts(tf.zeros([1, 0], tf.int32), items).numpy()[0] == pytest.approx(at(5000))
 
 
 def test_without_times_everything_came_before():

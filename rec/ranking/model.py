@@ -179,25 +179,27 @@ def _retrieved(scores: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 def score_candidates(
     model: RankingModel,
-    retrieval: RetrievalModel,
     counts: Counts,
     user: tf.Tensor,
     history: tf.Tensor,
     items: tf.Tensor,
-    time: tf.Tensor,
+    retrieved: tf.Tensor,
+    time: tf.Tensor | None = None,
 ) -> tf.Tensor:
-    """The ranker's scores of candidates, given the retrieval model that it ranks for and the counts.
+    """The ranker's scores of candidates.
 
     Args:
       user: [B] user rows; history: [B, H] item rows, oldest first, PAD anywhere; items: [B, N] item rows.
-      time: [B] int64 seconds, of the request.
+      retrieved: [B, N] float32, their scores by the retrieval model that is ranked for.
+      time: [B] int64 seconds, of the request; now if not given.
 
     Returns:
-      [B, N] float32.
+      [B, N] float32, LOWEST where a row is PAD.
     """
-    retrieved, past = retrieval.score(user, history, items, time), recent_items(history, model.window)
+    past = recent_items(history, model.window)
     longest = tf.maximum(tf.reduce_max(tf.reduce_sum(tf.cast(past != PAD, tf.int32), 1)), 1)
-    return model.score(user, past[:, :longest], items, retrieved, counts(past, items, time))
+    scores = model.score(user, past[:, :longest], items, retrieved, counts(past, items, time))
+    return tf.where(items == PAD, LOWEST, scores)
 
 
 def score_lists(model: RankingModel, lists: CandidateLists, counts: Counter, batch_size: int = 256) -> np.ndarray:

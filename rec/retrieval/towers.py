@@ -1,7 +1,8 @@
 """The query and candidate towers, and the registry behind `--model-arch`.
 
 - A sequence encoder reads item vectors in order and says, at every position, what comes next (causally): one pass over
-  a window trains all its positions. `SEQUENCE_ENCODERS` maps each `--model-arch` to one: add a class, add a line.
+  a window trains all its positions; a request asks for the last one only, and no more is computed for it.
+  `SEQUENCE_ENCODERS` maps each `--model-arch` to one: add a class, add a line.
 - The query tower adds what is known of the user (id, features, the request's time) to that.
 - The candidate tower is the item's vector and a bias, one more dimension, in which popularity finds its place.
 """
@@ -27,15 +28,16 @@ class Average(tf.keras.layers.Layer):
         super().__init__(name="average")
         self._ordered = ordered
 
-    def call(self, vectors: tf.Tensor, tokens: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """vectors [B, L, d] of tokens [B, L] -> [B, L, d]: at t, what predicts number t + 1 (START if none)."""
-        weights = tf.repeat(tf.cast(tokens > START, tf.float32)[:, None], tf.shape(tokens)[1], 1)
-        if self._ordered:
-            # A product with a lower triangle: on a CPU, cumsum takes three times as long as all of it.
-            weights = tf.linalg.band_part(weights, -1, 0)
-        else:
-            position = tf.range(tf.shape(tokens)[1])
-            weights *= tf.cast(position[:, None] + 1 != position, tf.float32)
+    def call(self, vectors: tf.Tensor, tokens: tf.Tensor, last: tf.Tensor | None, training: bool) -> tf.Tensor:
+        """vectors [B, L, d] of tokens [B, L] -> [B, L, d]: at t, what predicts number t + 1 (START if none).
+
+        last: [B] positions; then the result is of these alone, [B, 1, d].
+        """
+        position = tf.range(tf.shape(tokens)[1])
+        at = position[:, None] if last is None else last[:, None, None]
+        # Products with these weights: on a CPU, cumsum takes three times as long as all of it.
+        is_read = position <= at if self._ordered else position != at + 1
+        weights = tf.cast(is_read & (tokens > START)[:, None], tf.float32)
         count = tf.reduce_sum(weights, 2, keepdims=True)
         return tf.where(count > 0, tf.matmul(weights / tf.maximum(count, 1.0) ** 0.5, vectors), vectors[:, :1])
 
@@ -52,12 +54,12 @@ class Gru(tf.keras.layers.Layer):
         ]
         self._dense = tf.keras.layers.Dense(config.embedding_dim)
 
-    def call(self, vectors: tf.Tensor, tokens: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """vectors [B, L, d] -> [B, L, d]. PAD stands behind the items only, so it needs no mask."""
+    def call(self, vectors: tf.Tensor, tokens: tf.Tensor, last: tf.Tensor | None, training: bool) -> tf.Tensor:
+        """As `Average.call`. PAD stands behind the items only, so it needs no mask."""
         hidden = self._dropout(vectors, training=training)
         for layer in self._layers:
             hidden = self._dropout(layer(hidden), training=training)
-        return self._dense(hidden)
+        return self._dense(_only(hidden, last))
 
 
 class Transformer(tf.keras.layers.Layer):
@@ -92,26 +94,34 @@ class Transformer(tf.keras.layers.Layer):
         ]
         self._norm = keras.LayerNormalization(epsilon=1e-6)
 
-    def call(self, vectors: tf.Tensor, tokens: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """vectors [B, L, d] -> [B, L, d]. PAD stands behind the items only: the causal mask hides it from them."""
-        back = tf.range(tf.shape(tokens)[1])[:, None] - tf.range(tf.shape(tokens)[1])  # [L, L]: how far, below 0 ahead
+    def call(self, vectors: tf.Tensor, tokens: tf.Tensor, last: tf.Tensor | None, training: bool) -> tf.Tensor:
+        """As `Average.call`. PAD stands behind the items only: the causal mask hides it from them."""
+        position = tf.range(tf.shape(tokens)[1])
         hidden = self._dropout(vectors * self._dim**0.5, training=training)
-        for block, distance_bias in zip(self._blocks, self._distance_bias, strict=True):
+        reads = [None] * (len(self._blocks) - 1) + [last]  # nothing follows the last block that needs other positions
+        for block, distance_bias, asked in zip(self._blocks, self._distance_bias, reads, strict=True):
+            at = position[None] if asked is None else asked[:, None]
+            back = at[:, :, None] - position  # [1 or B, Q, L]: how far, below 0 ahead
             bias = tf.where(back >= 0, tf.gather(distance_bias, tf.maximum(back, 0), axis=1), -1e9)
-            attended = self._attention(block["query_key_value"](block["norm_attention"](hidden)), bias, training)
-            hidden += self._dropout(block["attended"](attended), training=training)
+            query, key, value = tf.split(block["query_key_value"](block["norm_attention"](hidden)), 3, 2)
+            query, key, value = (self._by_head(x) for x in (_only(query, asked), key, value))
+            weights = tf.nn.softmax(tf.matmul(query, key, transpose_b=True) / query.shape[-1] ** 0.5 + bias)
+            heads = tf.transpose(tf.matmul(self._dropout(weights, training=training), value), [1, 2, 0, 3])
+            attended = block["attended"](tf.reshape(heads, [-1, tf.shape(heads)[1], self._dim]))
+            hidden = _only(hidden, asked) + self._dropout(attended, training=training)
             fed = block["feed_out"](block["feed_in"](block["norm_feed"](hidden)))
             hidden += self._dropout(fed, training=training)
         return self._norm(hidden)
 
-    def _attention(self, projected: tf.Tensor, bias: tf.Tensor, training: bool) -> tf.Tensor:
-        """Queries, keys and values side by side [B, L, 3 d], bias [heads, L, L] -> [B, L, d]."""
-        size = self._dim // self._heads
-        split = tf.reshape(projected, [-1, tf.shape(projected)[1], 3, self._heads, size])
-        query, key, value = tf.unstack(tf.transpose(split, [2, 0, 3, 1, 4]))
-        weights = tf.nn.softmax(tf.matmul(query, key, transpose_b=True) / size**0.5 + bias)
-        heads = tf.matmul(self._dropout(weights, training=training), value)
-        return tf.reshape(tf.transpose(heads, [0, 2, 1, 3]), [-1, tf.shape(projected)[1], self._dim])
+    def _by_head(self, x: tf.Tensor) -> tf.Tensor:
+        """[B, L, d] -> [heads, B, L, d / heads]."""
+        split = tf.reshape(x, [-1, tf.shape(x)[1], self._heads, self._dim // self._heads])
+        return tf.transpose(split, [2, 0, 1, 3])
+
+
+def _only(hidden: tf.Tensor, last: tf.Tensor | None) -> tf.Tensor:
+    """[B, L, d] at position `last` [B] alone, [B, 1, d]; where that is None, as it is."""
+    return hidden if last is None else tf.gather(hidden, last, batch_dims=1)[:, None]
 
 
 SEQUENCE_ENCODERS: dict[str, Any] = {"two_tower": Average, "gru4rec": Gru, "sasrec": Transformer}
@@ -172,14 +182,12 @@ class QueryTower(tf.keras.layers.Layer):
           user: [B] int32 user rows.
           tokens: [B, L] int32 item rows, L <= window, left-aligned; START first where the history begins there.
           time: [B, L] int64 seconds, when the item after each position is asked for (`query_time` only).
-          last: [B] int32: then L of the result and of `time` is 1, and dense layers see this position alone.
+          last: [B] int32: then L of the result and of `time` is 1, and what follows attention sees this position alone.
 
         Returns:
           [B, L, d + 1]: position t has seen tokens 0..t. The last dimension is 1, for the candidates' bias.
         """
-        hidden = self._sequence(self._items(tokens, training=training), tokens, training=training)
-        if last is not None:
-            hidden = tf.gather(hidden, last, batch_dims=1)[:, None]
+        hidden = self._sequence(self._items(tokens, training=training), tokens, last, training)
         parts = [hidden]
         if self.users is not None:
             about_user = self.users(user, training=training)[:, None]

@@ -113,11 +113,14 @@ def test_candidates_are_scored_the_same_alone_and_in_a_batch():
     for weight in model.trainable_variables:
         weight.assign(np.random.default_rng(1).normal(0, 0.3, weight.shape))
     users, histories = tf.constant([1, 3]), tf.constant([[3, 4, 5], [PAD, PAD, 8]])
-    both = score_candidates(model, towers, COUNTS, users, histories, tf.constant([[6, 7], [5, 6]]), NOW).numpy()
-    alone = score_candidates(
-        model, towers, COUNTS, users[1:], tf.constant([[8]]), tf.constant([[5, 6]]), NOW[1:]
-    ).numpy()
-    assert alone[0] == pytest.approx(both[1], abs=1e-5)
+
+    def scores(users: tf.Tensor, histories: tf.Tensor, items: tf.Tensor, *time: tf.Tensor) -> np.ndarray:
+        retrieved = towers.score(users, histories, items)
+        return score_candidates(model, COUNTS, users, histories, items, retrieved, *time).numpy()
+
+    both = scores(users, histories, tf.constant([[6, 7], [5, 6]]), NOW)
+    assert scores(users[1:], tf.constant([[8]]), tf.constant([[5, 6]]), NOW[1:])[0] == pytest.approx(both[1], abs=1e-5)
+    assert scores(users, histories, tf.constant([[6, 7], [5, 6]])) == pytest.approx(both, abs=1e-5)  # now is later
 
 
 def test_embeddings_can_start_from_retrieval():
