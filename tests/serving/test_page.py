@@ -19,7 +19,7 @@ from rec.recommender import Recommender
 from rec.serving.app import create_app
 from rec.serving.gate import Tokens
 from rec.serving.service import Service
-from tests.conftest import Trained
+from tests.conftest import Trained, rewrite
 
 selenium = pytest.importorskip("selenium", reason="the page's test needs selenium (requirements-dev.txt)")
 from selenium.webdriver import Chrome, ChromeOptions  # noqa: E402
@@ -61,6 +61,7 @@ def service(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Servi
     items = pd.read_parquet(path)
     items.loc[0, "title"] = HOSTILE
     items.to_parquet(path, index=False)
+    rewrite(path.parent)
     service = Service(lambda: registry.find_pair(bundles), lambda pair: Recommender.load(*pair))
     service.load()
     return service
