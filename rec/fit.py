@@ -81,16 +81,18 @@ class Fitted:
 
 
 class _Steps(tf.keras.callbacks.Callback):
-    """Logs the loss and the pace of every LOG_STEPS-th training step."""
+    """Logs the loss and the pace of every LOG_STEPS-th training step, and adds up the losses of all."""
 
     _supports_tf_logs = True  # or Keras converts every step's
 
     def __init__(self, first: int, log: Callable[[dict[str, float]], None]) -> None:
         super().__init__()
         self.step, self._log, self._since = first, log, time.perf_counter()
+        self.total: Any = 0.0
 
     def on_train_batch_end(self, batch: int, logs: dict[str, tf.Tensor]) -> None:
         self.step += 1
+        self.total += logs["loss"]
         if self.step % LOG_STEPS == 0:
             now = time.perf_counter()
             pace = LOG_STEPS / (now - self._since)
@@ -164,10 +166,10 @@ def fit(
         # another seed every epoch, a resumed run would be traced with another one than an unbroken run.
         tf.random.set_seed(seed)
         steps = _Steps(state.step, log)
-        trained = model.fit(batches(state.epoch), epochs=1, verbose=0, callbacks=[steps])
+        model.fit(batches(state.epoch), epochs=1, verbose=0, callbacks=[steps])
         seconds = time.perf_counter() - start
         state.train_seconds += seconds
-        values = {"loss": float(trained.history["loss"][-1])}
+        values = {"loss": float(steps.total) / (steps.step - state.step)}
         if not np.isfinite(values["loss"]):
             raise UserError(f"the loss is {values['loss']} after epoch {epoch}: lower the learning rate")
         if validate is not None:
