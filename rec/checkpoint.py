@@ -55,10 +55,10 @@ def load_trained_corpus(directory: Path, dataset: Dataset) -> Corpus:
     return load_corpus(dataset, Features(), users, items, (user_columns, item_columns))
 
 
-def load_retrieval(directory: Path, dataset: Dataset) -> TrainedRetrieval:
-    """The retrieval model of a finished checkpoint. Raises UserError if there is none."""
+def load_retrieval(directory: Path, dataset: Dataset, corpus: Corpus | None = None) -> TrainedRetrieval:
+    """The retrieval model of a finished checkpoint, for `corpus` if it is loaded already. Raises UserError if none."""
     run = _run(directory, "retrieval")
-    corpus = load_trained_corpus(directory, dataset)
+    corpus = corpus or load_trained_corpus(directory, dataset)
     model = RetrievalModel(Retrieval(**run["retrieval"]), corpus)
     fitted = restore(model, directory)
     model.lean(corpus.train, **{name: fitted.metrics[name] for name in model.leaning})

@@ -3,6 +3,8 @@
 - After every epoch the weights, the optimiser and the state are on disk: a killed run, started again with the same
   command, goes on with the epoch after the last complete one, and ends as an unbroken one does, to the last digit.
 - A run lives in `CHECKPOINTS/STAGE.partial` until it is finished; then it replaces `CHECKPOINTS/STAGE` by rename.
+- With TF_CONFIG several processes train one model (tf.distribute.MultiWorkerMirroredStrategy). Each makes the same
+  batches and takes its share of them; the first, the chief, writes; all resume from what it wrote.
 
     run.json        what the checkpoint belongs to: compared before its weights are used
     epoch-N.*       weights and optimiser after epoch N (0: before training): of the best epoch, and of the last one
@@ -11,6 +13,7 @@
     events/         the same for TensorBoard
 """
 
+import functools
 import json
 import os
 import shutil
@@ -18,6 +21,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,26 +84,6 @@ class Fitted:
         return self.epoch * self.examples / self.train_seconds if self.epoch else 0.0
 
 
-class _Steps(tf.keras.callbacks.Callback):
-    """Logs the loss and the pace of every LOG_STEPS-th training step, and adds up the losses of all."""
-
-    _supports_tf_logs = True  # or Keras converts every step's
-
-    def __init__(self, first: int, log: Callable[[dict[str, float]], None]) -> None:
-        super().__init__()
-        self.step, self._log, self._since = first, log, time.perf_counter()
-        self.total: Any = 0.0
-
-    def on_train_batch_end(self, batch: int, logs: dict[str, tf.Tensor]) -> None:
-        self.step += 1
-        self.total += logs["loss"]
-        if self.step % LOG_STEPS == 0:
-            now = time.perf_counter()
-            pace = LOG_STEPS / (now - self._since)
-            self._since = now
-            self._log({"step": self.step, "train/loss": float(logs["loss"]), "train/steps_per_second": pace})
-
-
 def fit(
     model: tf.keras.Model,
     batches: Callable[[int], tf.data.Dataset],
@@ -135,19 +119,22 @@ def fit(
       tracker: told of all that is logged.
     """
     partial = Path(f"{directory}.partial")
-    optimizer = LazyAdam(learning_rate)
-    optimizer.build(model.trainable_variables)
-    model.compile(optimizer=optimizer)
+    strategy, is_chief = model.distribute_strategy, model.distribute_strategy.extended.should_checkpoint
+    with strategy.scope():
+        optimizer = LazyAdam(learning_rate)
+        optimizer.build(model.trainable_variables)
+        model.compile(optimizer=optimizer)
     checkpoint = tf.train.Checkpoint(weights=list(model.trainable_variables), optimizer=optimizer)
     state = _resume(partial, run, checkpoint)
     if state is None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name, text in {**files, "run.json": json.dumps(run, indent=1)}.items():
-            (partial / name).write_text(text, encoding="utf-8", newline="\n")
         state = Fitted(examples, [validate() if validate else {}])
-        _save(partial, checkpoint, state)
-    tracker = tracker or Tracker()
+        if is_chief:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for name, text in {**files, "run.json": json.dumps(run, indent=1)}.items():
+                (partial / name).write_text(text, encoding="utf-8", newline="\n")
+            _save(partial, checkpoint, state)
+    tracker = tracker if tracker and is_chief else Tracker()
     tracker.start(state.run_id, partial)
 
     def log(values: dict[str, float]) -> None:
@@ -157,6 +144,7 @@ def fit(
     sign = -1.0 if monitor == "val/rmse" else 1.0
     last = stop_after or epochs
     progress = tqdm(range(state.epoch + 1, last + 1), directory.name, last, unit="epoch", initial=state.epoch)
+    train_step = model.make_train_function()
     for epoch in progress:
         if validate is not None and state.epoch - state.best_epoch >= patience:
             break
@@ -165,23 +153,33 @@ def fit(
         # Takes dropout back to the start of its sequence, which is fixed when the training step is traced. With
         # another seed every epoch, a resumed run would be traced with another one than an unbroken run.
         tf.random.set_seed(seed)
-        steps = _Steps(state.step, log)
-        model.fit(batches(state.epoch), epochs=1, verbose=0, callbacks=[steps])
+        data = strategy.distribute_datasets_from_function(functools.partial(_share, batches(state.epoch)))
+        iterator, total, before, since = iter(data), 0.0, state.step, start
+        with suppress(tf.errors.OutOfRangeError):  # the end of the epoch
+            while True:
+                loss = train_step(iterator)["loss"]
+                total, state.step = total + loss, state.step + 1
+                if state.step % LOG_STEPS == 0:
+                    pace, since = LOG_STEPS / (time.perf_counter() - since), time.perf_counter()
+                    log({"step": state.step, "train/loss": float(loss), "train/steps_per_second": pace})
+        values = {"loss": float(total) / (state.step - before)}
         seconds = time.perf_counter() - start
         state.train_seconds += seconds
-        values = {"loss": float(steps.total) / (steps.step - state.step)}
         if not np.isfinite(values["loss"]):
             raise UserError(f"the loss is {values['loss']} after epoch {epoch}: lower the learning rate")
         if validate is not None:
             values |= validate()
         if validate is None or sign * values[monitor] > sign * state.metrics[monitor]:
             state.best_epoch = epoch
-        state.epoch, state.step = epoch, steps.step
+        state.epoch = epoch
         state.history.append(values)
         log({"step": state.step, "epoch": epoch, "train/examples_per_second": examples / seconds, **values})
-        _save(partial, checkpoint, state)
+        if is_chief:
+            _save(partial, checkpoint, state)
         shown = {name: values[name] for name in ("loss", monitor) if name in values}
         progress.set_postfix(shown, best_epoch=state.best_epoch)
+    if not is_chief:
+        return state
     checkpoint.read(str(partial / f"epoch-{state.best_epoch}")).assert_consumed()
     if calibrate is not None and validate is not None:
         state.metrics.update(calibrate() | validate())
@@ -190,6 +188,14 @@ def fit(
     _keep(partial, state.best_epoch)
     replace_directory(partial, directory)
     return state
+
+
+def _share(data: tf.data.Dataset, context: tf.distribute.InputContext) -> tf.data.Dataset:
+    """What one of several workers trains on: every so-manieth example of each batch, and all of its negatives."""
+    first, step = context.input_pipeline_id, context.num_input_pipelines
+    if step == 1:
+        return data
+    return data.map(lambda batch: {k: part if k == "negatives" else part[first::step] for k, part in batch.items()})
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:

@@ -6,18 +6,22 @@
     python -m rec.train --stage ranking --model-arch dlrm --init-from-retrieval checkpoints/retrieval
     python -m rec.train --stage retrieval --config config/movielens/ml_100k.yaml --set retrieval.epochs=3
 
-A run that was killed goes on where it was when the same command is given again. Tables and progress go to stderr; the
+A run that was killed goes on where it was when the same command is given again. With TF_CONFIG, the same command on
+several machines with a common directory for checkpoints trains one model (tf.distribute.MultiWorkerMirroredStrategy);
+the first of them exports it. Tables and progress go to stderr; the
 last line of stdout is JSON: {"stage", "bundle", "version", "metrics", "examples_per_second", "seconds"}, or for
 `--stage all` {"retrieval": {..}, "ranking": {..}, "recommender": {..}}.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,7 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
 from rec import metrics
-from rec.checkpoint import TrainedRetrieval, corpus_files, describe, load_retrieval
+from rec.checkpoint import TrainedRetrieval, corpus_files, describe, load_ranking, load_retrieval
 from rec.config import Config, add_config_arguments, load_config, settled
 from rec.counts import Counts, no_counts
 from rec.data_prep.dataset import open_dataset
@@ -63,18 +67,33 @@ RATINGS_A_LIST = 16  # a batch of ratings is so many times a batch of lists,
 RATING_PACE = 3  # and its learning rate so many times as high
 
 
+@cache
+def workers() -> tf.distribute.Strategy:
+    """All that train together: this process, or those that TF_CONFIG names."""
+    return tf.distribute.MultiWorkerMirroredStrategy() if "TF_CONFIG" in os.environ else tf.distribute.get_strategy()
+
+
 def train_retrieval(config: Config) -> tuple[TrainedRetrieval, dict[str, Any]]:
-    """Trains the two towers on all training interactions, exports them; returns the model and the command's JSON."""
+    """Trains the two towers on all training interactions, exports them; returns the model and the command's JSON.
+
+    Of several workers, all but the chief end here.
+    """
     start = time.perf_counter()
     dataset = open_dataset(config.dataset)
     corpus = load_corpus(dataset, config.features)
     directory = Path(config.output.checkpoints) / "retrieval"
     with track(config, "retrieval") as tracker:
-        model, fitted, run = _fit_retrieval(config, corpus, corpus.train, directory, tracker=tracker)
-        trained = TrainedRetrieval(model, corpus, fitted, run)
+        _fit_retrieval(config, corpus, corpus.train, directory, tracker=tracker)
+        _only_the_chief_goes_on()
+        trained = load_retrieval(directory, dataset, corpus)
         bundle = export_retrieval(trained, config)
         tracker.log_bundle(bundle)
-    return trained, _answer("retrieval", bundle, fitted, start)
+    return trained, _answer("retrieval", bundle, trained.fitted, start)
+
+
+def _only_the_chief_goes_on() -> None:
+    if not workers().extended.should_checkpoint:
+        sys.exit(0)
 
 
 def _fit_retrieval(
@@ -89,7 +108,8 @@ def _fit_retrieval(
     config = replace(config, retrieval=settled(config.retrieval, corpus.ordered, len(corpus.train.items)))
     settings = config.retrieval
     tf.keras.utils.set_random_seed(config.seed)
-    model = RetrievalModel(settings, corpus, train)
+    with workers().scope():
+        model = RetrievalModel(settings, corpus, train)
     run = describe(config, corpus, "retrieval", interactions=len(train.items), stop_after=stop_after)
     if stop_after is not None and read_run(directory) == run:
         return model, restore(model, directory), run
@@ -157,7 +177,8 @@ def train_ranking(config: Config, init_from: Path | None, trained: TrainedRetrie
     source = bundle_of(config, trained.run)  # there must be one: say so before training
     tf.keras.utils.set_random_seed(config.seed)
     settings, corpus = config.ranking, trained.corpus
-    model = RankingModel(settings, trained.model.config.window, trained.model.config.embedding_dim, corpus)
+    with workers().scope():
+        model = RankingModel(settings, trained.model.config.window, trained.model.config.embedding_dim, corpus)
     by = _by_rating if settings.objective == "rating" else _by_clicks
     batches, examples, validate, monitor = by(config, trained, model)
     if init_from is not None:
@@ -167,11 +188,13 @@ def train_ranking(config: Config, init_from: Path | None, trained: TrainedRetrie
     )
     rate = settings.learning_rate * (RATING_PACE if settings.objective == "rating" else 1)
     with track(config, "ranking") as tracker:
-        fitted = fit(
-            model, batches, examples, Path(config.output.checkpoints) / "ranking", run, {}, epochs=settings.epochs,
-            learning_rate=rate, seed=config.seed, validate=validate, monitor=monitor, patience=settings.patience,
-            tracker=tracker,
+        directory = Path(config.output.checkpoints) / "ranking"
+        fit(
+            model, batches, examples, directory, run, {}, epochs=settings.epochs, learning_rate=rate, seed=config.seed,
+            validate=validate, monitor=monitor, patience=settings.patience, tracker=tracker,
         )  # fmt: skip
+        _only_the_chief_goes_on()
+        model, fitted, run = load_ranking(directory, trained)
         tracker.use(source)
         exported = export_ranking(model, trained, config, run, fitted)
         tracker.log_bundle(exported)
@@ -313,10 +336,13 @@ def main() -> None:
                 "--model-arch is for one stage; with --stage all use --set retrieval.arch=... or ranking.arch"
             )
         overrides.append(f"{args.stage}.arch={args.model_arch}")
+    if args.stage == "all" and "TF_CONFIG" in os.environ:
+        raise UserError("--stage all is for one process: with TF_CONFIG, train the stages one after the other")
     if args.init_from_retrieval and args.stage == "retrieval":
         raise UserError("--init-from-retrieval starts a ranker: use it with --stage ranking or all")
     config = load_config(args.config, overrides)
     check_names(config)
+    workers()  # before TensorFlow is used for anything else
     if args.stage == "retrieval":
         answer = train_retrieval(config)[1]
     elif args.stage == "ranking":

@@ -151,7 +151,7 @@ class RankingModel(tfrs.Model):
         if self._is_rating:
             vectors = tf.concat([self.users(user), self.items(items[:, 0])], 1)
             loss += self.config.l2 * tf.reduce_mean(tf.reduce_sum(tf.square(vectors), 1))
-        return loss
+        return loss / self.distribute_strategy.num_replicas_in_sync  # the mean of the workers' means
 
     def start_from(self, retrieval: RetrievalModel) -> None:
         """Takes over the retrieval model's item embeddings, and its user embeddings where it has them.

@@ -49,7 +49,7 @@ class SampledSoftmax(tfrs.tasks.Retrieval):
         weights: tf.Tensor,
         score_mask: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        """The mean loss over P positions, each of its weight.
+        """The mean loss over P positions, each of its weight; of several workers' positions, this one's part of it.
 
         Args:
           queries, targets: [P, d] float32. The last dimension is the bias: 1 in every query.
@@ -76,7 +76,7 @@ class SampledSoftmax(tfrs.tasks.Retrieval):
             losses = tf.nn.softmax_cross_entropy_with_logits(is_target, logits)
         else:
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.zeros([tf.shape(logits)[0]], tf.int32), logits)
-        return tf.reduce_sum(weights * losses) / tf.maximum(tf.reduce_sum(weights), 1.0)
+        return tf.reduce_sum(weights * losses) / tf.maximum(of_all_workers(tf.reduce_sum(weights)), 1.0)
 
 
 class RetrievalModel(tfrs.Model):
@@ -123,7 +123,8 @@ class RetrievalModel(tfrs.Model):
             tf.cast(rows[:p] != PAD, tf.float32), self._score_mask(batch, rows[:p]),
         )  # fmt: skip
         if self.config.l2:
-            loss += self.config.l2 * tf.reduce_mean(tf.reduce_sum(tf.square(pool[:, :-1]), 1))
+            penalty = self.config.l2 * tf.reduce_mean(tf.reduce_sum(tf.square(pool[:, :-1]), 1))
+            loss += penalty / self.distribute_strategy.num_replicas_in_sync
         return loss
 
     def _score_mask(self, batch: dict[str, tf.Tensor], targets: tf.Tensor) -> tf.Tensor | None:
@@ -247,6 +248,11 @@ def _ndcg(
         ranked = (best_unseen(tf.cast(each, tf.float32), seen, 100)[1].numpy() for each in scores(part))
         parts.append([per_user(np.where(r == PAD, -1, r), relevant, ks=(100,))["ndcg@100"] for r in ranked])
     return np.concatenate(parts, 1)
+
+
+def of_all_workers(value: tf.Tensor) -> tf.Tensor:
+    """In a training step: the sum of the workers' values, where several train together."""
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
 
 
 def now(users: tf.Tensor) -> tf.Tensor:
