@@ -104,7 +104,7 @@ class RetrievalModule(tf.Module):
         super().__init__(name="retrieval")
         self.index, self.lookup, self.k = index, lookup, k
         self.model = _Untracked(model)
-        self.weights = _frozen(model.variables, [model.candidate_tower.items])
+        self.weights = _frozen(model.variables, model.encoders)
 
     @tf.function(input_signature=[IDS])
     def serving_default(self, user_id: tf.Tensor) -> Tensors:
@@ -236,7 +236,7 @@ class RankingModule(tf.Module):
         super().__init__(name="ranking")
         self.counts, self.lookup = counts, lookup
         self.model, self.retrieval = _Untracked(model), _Untracked(retrieval)
-        encoders = [model.items, retrieval.candidate_tower.items]
+        encoders = [model.items, model.users, *retrieval.encoders]
         self.weights = _frozen(model.variables + retrieval.variables, encoders)
 
     @tf.function(input_signature=[IDS, LISTS])

@@ -29,6 +29,7 @@ UNKNOWN_USER, FIRST_USER = 0, 1
 MAX_TOKENS = 8  # of a multi-valued or text column; the rest is cut off
 MIN_COUNT = 2  # a token that occurs in one row only says nothing that the id does not
 MAX_VOCABULARY = 50_000  # tokens of one column, the most frequent first
+FROZEN_AT_ONCE = 100_000  # rows, so that millions of them do not need all their tokens' vectors in memory
 OOV_TOKEN, FIRST_TOKEN = 1, 2  # 0 is "no token"
 
 
@@ -243,7 +244,8 @@ class Encoder(tf.keras.layers.Layer):
         A bundle holds this table in place of the encoder's weights, which takes a sixth off what a lone request costs.
         """
         self._frozen = None
-        table = tf.Variable(self(tf.range(self._rows)), trainable=False, name="vectors")
+        parts = np.array_split(np.arange(self._rows, dtype=np.int32), 1 + self._rows // FROZEN_AT_ONCE)
+        table = tf.Variable(tf.concat([self(tf.constant(rows)) for rows in parts], 0), trainable=False, name="vectors")
         self._frozen = partial(tf.gather, table)  # a function: Keras would take a variable for a weight of the model
         return table
 

@@ -225,7 +225,8 @@ def compare(directory: Path, bundle: Any, requests: dict[str, Any], *flags: str)
         assert set(outputs) == set(expected)
         if "item_id" in expected:
             assert outputs["item_id"] == np.char.decode(expected["item_id"].astype(bytes), "utf-8").tolist()
-        assert np.array_equal(np.array(outputs["score"], np.float32), expected["score"])
+        # Nearly: the two loaders fuse different operations, which rounds the last bit differently.
+        assert np.array(outputs["score"], np.float32) == pytest.approx(expected["score"], rel=1e-6, abs=1e-6)
 
 
 def test_warm_up_requests_are_one_a_signature_and_run(trained: Trained, bundles: dict[str, Any]):

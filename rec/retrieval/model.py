@@ -15,7 +15,7 @@ import tensorflow_recommenders as tfrs
 
 from rec.config import Retrieval
 from rec.counts import SHARES
-from rec.features import FIRST_ITEM, PAD, UNKNOWN_USER
+from rec.features import FIRST_ITEM, PAD, UNKNOWN_USER, Encoder
 from rec.metrics import per_user
 from rec.pipeline import Corpus, Sequences, sampling_probability
 from rec.retrieval.index import LOWEST
@@ -102,6 +102,11 @@ class RetrievalModel(tfrs.Model):
         self._build()
         self.query_compiled = tf.function(self.query, reduce_retracing=True)
         self.score_catalogue_compiled = tf.function(self.score_catalogue, reduce_retracing=True)
+
+    @property
+    def encoders(self) -> list[Encoder]:
+        users = self.query_tower.users
+        return [self.candidate_tower.items] + ([] if users is None else [users])
 
     def _build(self) -> None:
         """Creates every weight, so that a checkpoint can be restored before the first batch."""
