@@ -10,12 +10,10 @@
 README.md says how they go together.
 """
 
-import argparse
-
 from rec import __version__
+from rec.errors import command_parser
 
-parser = argparse.ArgumentParser("python -m rec", description=__doc__)
-parser.formatter_class = argparse.RawDescriptionHelpFormatter
+parser = command_parser("rec", __doc__)
 parser.add_argument("--version", action="version", version=f"rec {__version__}")
 parser.parse_args()
 parser.print_help()

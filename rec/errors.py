@@ -1,11 +1,21 @@
-"""A user's mistake is one sentence; a programming mistake keeps its traceback."""
+"""What all commands share: --help shows the module's docstring; a user's mistake is one sentence.
 
+A programming mistake keeps its traceback.
+"""
+
+import argparse
 import sys
 from collections.abc import Callable
 
 
 class UserError(ValueError):
     """Bad input from a user: the message is one sentence that says what is wrong, where, and how to mend it."""
+
+
+def command_parser(module: str, text: str | None) -> argparse.ArgumentParser:
+    """The parser of `python -m MODULE`, whose --help begins with `text`, as it is."""
+    kind = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(f"python -m {module}", description=text, formatter_class=kind)
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -12,7 +12,6 @@ Tables go to stderr; the last line of stdout is JSON: {"dataset", "split", "user
 "ndcg@10_ci": [low, high], ...}}}.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from tqdm import tqdm
 from rec import baselines, metrics, registry
 from rec.config import Config, Features, add_config_arguments, load_config
 from rec.data_prep.dataset import Dataset, open_dataset
-from rec.errors import UserError, run_command
+from rec.errors import UserError, command_parser, run_command
 from rec.features import FIRST_ITEM, PAD
 from rec.pipeline import Corpus, Sequences, load_corpus
 from rec.recommender import Recommender
@@ -66,12 +65,8 @@ class Task:
         """[U] bool masks: all users; those without a history, with one up to the median length, with a longer one."""
         lengths = self.history.lengths[self.users]
         median = np.median(lengths[lengths > 0]) if lengths.any() else 0
-        masks = {
-            "all": lengths >= 0,
-            "cold": lengths == 0,
-            "light": (lengths > 0) & (lengths <= median),
-            "heavy": lengths > median,
-        }
+        masks = {"all": lengths >= 0, "cold": lengths == 0}
+        masks |= {"light": (lengths > 0) & (lengths <= median), "heavy": lengths > median}
         return {name: mask for name, mask in masks.items() if mask.any()}
 
     def requests(self) -> Iterator[tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
@@ -305,9 +300,7 @@ def _title(pair: Recommender, item: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m rec.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("rec.evaluate", __doc__)
     parser.add_argument("--split", choices=("val", "test"), default="test")
     parser.add_argument("--baselines", action="store_true", help="also tune recent popularity, iALS and EASE")
     add_config_arguments(parser)

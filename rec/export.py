@@ -8,7 +8,6 @@ A bundle loads in TF Serving as it stands: savedmodels/STAGE is a model's base p
 of stdout is JSON: {"stage", "bundle", "version", "seconds"}.
 """
 
-import argparse
 import json
 import shlex
 import subprocess
@@ -31,7 +30,7 @@ from rec.checkpoint import TrainedRetrieval, load_ranking, load_retrieval
 from rec.config import Config, add_config_arguments, load_config, to_dict
 from rec.counts import Counts
 from rec.data_prep.dataset import open_dataset
-from rec.errors import UserError, run_command
+from rec.errors import UserError, command_parser, run_command
 from rec.fit import Fitted
 from rec.pipeline import Corpus
 from rec.ranking.model import RankingModel
@@ -115,13 +114,9 @@ def _save(stage: str, module: Any, config: Config, items: pd.DataFrame, **metada
     # Without ScaNN the empty list makes TensorFlow prove that the bundle needs no custom operation.
     has_scann = metadata.get("index", {}).get("kind") == "scann"
     options = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"] if has_scann else [])
-    metadata |= {
-        "config": to_dict(config),
-        "libraries": {name: library_version(name) for name in LIBRARIES},
-        "git_commit": _git_commit(),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    command, created = shlex.join(["python", *sys.orig_argv[1:]]), datetime.now(UTC).isoformat(timespec="seconds")
+    metadata |= {"config": to_dict(config), "git_commit": _git_commit(), "command": command, "created": created}
+    metadata["libraries"] = {name: library_version(name) for name in LIBRARIES}
     with registry.draft(stage_dir) as draft:
         tf.saved_model.save(module, str(draft), signatures=signatures, options=options)
         items.to_parquet(draft / "items.parquet", index=False)
@@ -154,9 +149,7 @@ def _git_commit() -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m rec.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("rec.export", __doc__)
     parser.add_argument("--stage", required=True, choices=registry.STAGES)
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/STAGE of the config")
     add_config_arguments(parser)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from rec.config import Config, add_config_arguments, load_config
-from rec.errors import UserError, run_command
+from rec.errors import UserError, command_parser, run_command
 from rec.registry import STAGES, LocalStore, Store, Versions, WandbStore, bundles, pick, together
 
 GUARDED = "production"  # the alias before which the gate stands
@@ -175,9 +175,7 @@ def show_history(entries: list[dict[str, Any]]) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m rec.promote", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("rec.promote", __doc__)
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--stage", choices=STAGES, help="of bundles in the config's output.savedmodels")
     place.add_argument("--artifact-name", metavar="[ENTITY/PROJECT/]STAGE_bundle", help="bundles at W&B instead")

@@ -33,7 +33,7 @@ from starlette.types import ASGIApp
 
 from rec import registry
 from rec.config import add_config_arguments, load_config
-from rec.errors import UserError, run_command
+from rec.errors import UserError, command_parser, run_command
 from rec.serving.answer import Backend
 from rec.serving.app import create_app
 from rec.serving.gate import Tokens
@@ -84,9 +84,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m rec.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("rec.serve", __doc__)
     for stage in ("retrieval", "ranking"):
         group = parser.add_mutually_exclusive_group()
         group.add_argument(f"--{stage}-bundle", type=Path, metavar="D", help="a directory: SAVEDMODELS/STAGE/VERSION")

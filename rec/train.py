@@ -13,7 +13,6 @@ last line of stdout is JSON: {"stage", "bundle", "version", "metrics", "examples
 `--stage all` {"retrieval": {..}, "ranking": {..}, "recommender": {..}}.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -34,22 +33,14 @@ from rec.checkpoint import TrainedRetrieval, corpus_files, describe, load_rankin
 from rec.config import Config, add_config_arguments, load_config, settled
 from rec.counts import Counts, no_counts
 from rec.data_prep.dataset import open_dataset
-from rec.errors import UserError, run_command
+from rec.errors import UserError, command_parser, run_command
 from rec.evaluate import evaluate, show_recommendations, show_systems
 from rec.export import bundle_of, export_ranking, export_recommender, export_retrieval
 from rec.features import FIRST_ITEM, PAD
 from rec.fit import Fitted, fit, read_run, restore
 from rec.pipeline import Corpus, Sequences, load_corpus, window_batches
 from rec.ranking.archs import ARCHS
-from rec.ranking.candidates import (
-    CandidateLists,
-    first_queries,
-    hold_out,
-    list_batches,
-    mine,
-    rated_lists,
-    training_queries,
-)  # fmt: skip
+from rec.ranking.candidates import CandidateLists, all_queries, first_queries, hold_out, list_batches, mine, rated_lists
 from rec.ranking.model import OBJECTIVES, RankingModel, score_lists
 from rec.retrieval.model import RetrievalModel, calibrate
 from rec.retrieval.towers import SEQUENCE_ENCODERS
@@ -217,7 +208,7 @@ def _by_clicks(config: Config, trained: TrainedRetrieval, model: RankingModel) -
     miner.lean(past, **trained.model.leaning)
     model.start_from(miner)  # not from the final model, whose embeddings have seen the labels
     is_next = corpus.split_strategy == "leave_one_out"  # the test asks for the next item, not for all that follow
-    asked = training_queries(labels, is_next, MOST_LISTS, config.seed)
+    asked = all_queries(labels, is_next, MOST_LISTS, config.seed)
     mined = mine(miner, past, labels, asked, settings.candidates, not is_next).with_hits()
     is_judged = mined.user % JUDGED == 0
     lists, judged = mined.take(np.flatnonzero(~is_judged)), mined.take(np.flatnonzero(is_judged))
@@ -270,15 +261,9 @@ def _by_rating(config: Config, trained: TrainedRetrieval, model: RankingModel) -
 
 
 def _answer(stage: str, bundle: Path, fitted: Fitted, start: float) -> dict[str, Any]:
-    return {
-        "stage": stage,
-        "bundle": str(bundle),
-        "version": int(bundle.name),
-        "run_id": fitted.run_id,
-        "metrics": fitted.metrics,
-        "examples_per_second": round(fitted.examples_per_second, 1),
-        "seconds": round(time.perf_counter() - start, 1),
-    }
+    seconds, pace = round(time.perf_counter() - start, 1), round(fitted.examples_per_second, 1)
+    told = {"stage": stage, "bundle": str(bundle), "version": int(bundle.name), "run_id": fitted.run_id}
+    return told | {"metrics": fitted.metrics, "examples_per_second": pace, "seconds": seconds}
 
 
 def train_all(config: Config, init_from: Path | None) -> dict[str, Any]:
@@ -315,18 +300,14 @@ def check_names(config: Config) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m rec.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("rec.train", __doc__)
     parser.add_argument("--stage", required=True, choices=("retrieval", "ranking", "all"))
     parser.add_argument("--model-arch", help="the stage's architecture instead of the config's (not with --stage all)")
-    parser.add_argument(
-        "--init-from-retrieval",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="start the ranker's embeddings from this retrieval checkpoint; by default from checkpoints/mining, the "
-        "model that mined its lists without seeing their labels",
+    told = (
+        "start the ranker's embeddings from this retrieval checkpoint; by default from checkpoints/mining, the model "
     )
+    told += "that mined its lists without seeing their labels"
+    parser.add_argument("--init-from-retrieval", type=Path, metavar="CHECKPOINT", help=told)
     add_config_arguments(parser)
     args = parser.parse_args()
     overrides = list(args.overrides)

@@ -11,7 +11,6 @@
 The same flags give the same bytes. Not covered: drift of taste and fashion over the year.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ import pyarrow as pa
 from duckdb import DuckDBPyConnection as Connection
 
 from rec.data_prep.write import note, prepare
-from rec.errors import UserError, run_command
+from rec.errors import UserError, command_parser, run_command
 
 START = 1_672_531_200  # 2023-01-01 in seconds since 1970
 DAY = 86_400
@@ -144,7 +143,7 @@ def _times(user: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("rec.data_prep.dummy", __doc__)
     add = parser.add_argument
     add("--output-dir", required=True, type=Path, help="the dataset directory to write")
     add("--users", type=int, default=1000)

@@ -11,7 +11,6 @@ The data may be used for research; read GroupLens' README of each. Not covered: 
 Source: F. M. Harper and J. A. Konstan, The MovieLens Datasets: History and Context, https://doi.org/10.1145/2827872
 """
 
-import argparse
 import functools
 import http.client
 import re
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from rec.data_prep.dataset import digest
 from rec.data_prep.tabular import RawFile, load_features, load_interactions
 from rec.data_prep.write import note, prepare
-from rec.errors import UserError, run_command
+from rec.errors import UserError, command_parser, run_command
 
 BASE_URL = "https://files.grouplens.org/datasets/movielens"
 FLAGS = ["Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy"]
@@ -138,7 +137,7 @@ def _receive(url: str, part: Path) -> None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("rec.data_prep.movielens", __doc__)
     add = parser.add_argument
     add("--name", required=True, choices=list(FILES))
     add("--output-dir", required=True, type=Path, help="the dataset directory to write")

@@ -13,7 +13,6 @@
 Not covered: compressed CSV, quotes escaped otherwise than by doubling them.
 """
 
-import argparse
 import csv
 import difflib
 import glob
@@ -27,7 +26,7 @@ from duckdb import DuckDBPyConnection as Connection
 
 from rec.data_prep.split import SPLITS, STRATEGIES
 from rec.data_prep.write import note, prepare
-from rec.errors import UserError, run_command
+from rec.errors import UserError, command_parser, run_command
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".parquet": ""}
 WHOLE, NUMBER = "-?(0|[1-9][0-9]{0,17})", "-?(0|[1-9][0-9]*)([.][0-9]+)?([eE][+-]?[0-9]{1,2})?"
@@ -197,7 +196,7 @@ def _quoted(name: str) -> str:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("rec.data_prep.tabular", __doc__)
     add = parser.add_argument
     add("--output-dir", required=True, type=Path, help="the dataset directory to write")
     add("--interactions", type=Path, help="all interactions, to be split")

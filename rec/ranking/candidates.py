@@ -64,7 +64,7 @@ def first_queries(labels: Sequences) -> tuple[np.ndarray, np.ndarray]:
     return user, np.zeros(len(user), np.int64)
 
 
-def training_queries(labels: Sequences, every: bool, most: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def all_queries(labels: Sequences, every: bool, most: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Queries to train on, at most so many: before every label, or before number 0, 1, 3, 7, ... of each user."""
     place = np.arange(len(labels.items)) - labels.offsets[labels.users]
     at = np.flatnonzero(every | ((place + 1) & place == 0))
