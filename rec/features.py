@@ -51,7 +51,8 @@ class Vocabulary:
 
     def encode(self, values: pd.Series | np.ndarray | list[str], unknown: int) -> np.ndarray:
         """[n] ids -> [n] int32 rows; an id that is not here becomes `unknown`."""
-        found = pd.Index(self.ids).get_indexer(pd.Index(values))
+        distinct = pd.Categorical(values)
+        found = pd.Index(self.ids).get_indexer(distinct.categories)[distinct.codes]
         return np.where(found < 0, unknown, found + self.first).astype(np.int32)
 
     def digest(self) -> str:

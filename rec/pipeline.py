@@ -133,7 +133,7 @@ def load_corpus(
       users, items: only their trained ids are taken over; ids that only this dataset has come after them.
       columns: the encodings of user and item features.
     """
-    train = dataset.interactions("train")
+    train, val, test = (dataset.interactions(split, categories=True) for split in ("train", "val", "test"))
     users = _vocabulary(train["user_id"], dataset.users()["user_id"], FIRST_USER, users)
     items = _vocabulary(train["item_id"], dataset.items()["item_id"], FIRST_ITEM, items)
     user_table = dataset.users().set_index("user_id").reindex(users.ids).reset_index(names="user_id")
@@ -145,7 +145,7 @@ def load_corpus(
             fit_columns(user_table, "user_id", features.users, known_users, "features.users"),
             fit_columns(item_table, "item_id", features.items, known_items, "features.items"),
         )
-    splits = [_sequences(frame, users, items) for frame in (train, *map(dataset.interactions, ("val", "test")))]
+    splits = [_sequences(frame, users, items) for frame in (train, val, test)]
     return Corpus(dataset.id, dataset.ordered, dataset.split_strategy, users, items, user_table, item_table, *columns,
                   *splits)  # fmt: skip
 
@@ -155,7 +155,9 @@ def _vocabulary(occurring: pd.Series, listed: pd.Series, first: int, given: Voca
     if given is None:
         counts = occurring.value_counts().reset_index()
         counts.columns = pd.Index(["id", "count"])
-        trained = counts.sort_values(["count", "id"], ascending=[False, True])["id"].to_numpy(object)
+        trained = (
+            counts.astype({"id": object}).sort_values(["count", "id"], ascending=[False, True])["id"].to_numpy(object)
+        )
     else:
         trained = given.ids[: given.trained]
     others = pd.Index(listed).difference(pd.Index(trained), sort=True).to_numpy(object)

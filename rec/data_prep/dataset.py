@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from rec.errors import UserError
 
@@ -37,9 +39,14 @@ class Dataset:
         """The Parquet files of train, val or test, in their order."""
         return [self.path / name for name in self.manifest["files"] if name.startswith(f"interactions/{split}/")]
 
-    def interactions(self, split: str) -> pd.DataFrame:
-        """user_id, item_id (strings), [timestamp (int64 seconds)], [rating (float32)], sorted by time."""
-        return pd.concat([pd.read_parquet(file, partitioning=None) for file in self.files(split)], ignore_index=True)
+    def interactions(self, split: str, categories: bool = False) -> pd.DataFrame:
+        """user_id, item_id (strings), [timestamp (int64 seconds)], [rating (float32)], sorted by time.
+
+        With `categories` the ids are pandas' categories: each string is in memory once.
+        """
+        ids = ["user_id", "item_id"] if categories else None
+        tables = [pq.read_table(file, partitioning=None, read_dictionary=ids) for file in self.files(split)]
+        return pa.concat_tables(tables).unify_dictionaries().to_pandas()
 
     def users(self) -> pd.DataFrame:
         """A row a user that occurs in any split, in order of ids: user_id and features, null where unknown."""
