@@ -53,7 +53,8 @@ def synthetic_corpus(items: int, users: int, length: int, seed: int) -> Corpus:
     nothing = Sequences(np.zeros_like(offsets), np.zeros(0, np.int32), np.zeros(0, np.int64), None)
     ids = [np.arange(count).astype(str).astype(object) for count in (users, items)]
     return Corpus(
-        "synthetic", True, "leave_one_out", Vocabulary(ids[0], FIRST_USER, users), Vocabulary(ids[1], FIRST_ITEM, items),
+        "synthetic", True, "leave_one_out",
+        Vocabulary(ids[0], FIRST_USER, users), Vocabulary(ids[1], FIRST_ITEM, items),
         pd.DataFrame({"user_id": ids[0]}), pd.DataFrame({"item_id": ids[1]}), (), (),
         Sequences(offsets, rows.astype(np.int32).ravel(), times, None), nothing, nothing,
     )  # fmt: skip
@@ -69,7 +70,8 @@ class Subject:
         model = RetrievalModel(config, corpus)
         model.compile(optimizer(config.learning_rate))
         self._step = tf.function(model.train_step, reduce_retracing=True)
-        self._batches: Iterator[dict[str, tf.Tensor]] = iter(list(window_batches(corpus, config, corpus.train, seed, 0)))
+        batches = list(window_batches(corpus, config, corpus.train, seed, 0))
+        self._batches: Iterator[dict[str, tf.Tensor]] = iter(batches)
         self.milliseconds: list[float] = []
         for _ in range(WARM_UP):
             self._step(next(self._batches))
