@@ -1,6 +1,6 @@
 """Does a training step cost more when the catalogue is larger? rec's default two_tower against the item table's size.
 
-    python -m bench.step_scale                       10k to 5M items, 2 minutes, 7 GB
+    python -m bench.step_scale                       10k to 5M items, some 5 minutes, 9 GB
     python -m bench.step_scale --sizes 10000 100000 --steps 40
 
 The model, its optimiser (LazyAdam), batches and negatives are those of rec's defaults for data with timestamps: 64
