@@ -90,8 +90,9 @@ def with_pandas(source: Path, target: Path) -> dict[str, int]:
     movies["year"] = movies["title"].str.extract(YEAR, expand=False).astype("Int64")
     movies["title"] = movies["title"].str.replace(YEAR, "", regex=True)
     movies["genres"] = movies["genres"].str.split("|")
-    cuts = [int(ratings["timestamp"].quantile(share, interpolation="lower")) + 1 for share in (0.8, 0.9)]
-    part = np.searchsorted(cuts, ratings["timestamp"], side="right")
+    times = ratings["timestamp"].to_numpy()  # sorted
+    cuts = [int(times[int(np.ceil(share * len(times))) - 1]) + 1 for share in (0.8, 0.9)]
+    part = np.searchsorted(cuts, times, side="right")
     target.mkdir()
     counts = {}
     for number, name in enumerate(("train", "val", "test")):
