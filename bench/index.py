@@ -45,7 +45,6 @@ import tensorflow as tf  # isort: skip  (rec goes first: it switches to Keras 2)
 
 DIM, K, QUERIES = 64, 100, 1000
 CLUSTERS = 1000
-NEIGHBOURS, EF_BUILD = 16, 100
 EFS = (100, 130, 160, 200, 250, 320, 400, 500, 640, 800, 1000, 1300, 1600, 2000)
 TURN = 20  # queries of one system before the next has its turn
 
@@ -161,11 +160,11 @@ def bare_scann(items: np.ndarray, of_rec: System) -> System:
     return system
 
 
-def faiss_hnsw(items: np.ndarray) -> System:
+def faiss_hnsw(items: np.ndarray, neighbours: int, ef_build: int) -> System:
     import faiss
 
-    index = faiss.IndexHNSWFlat(DIM + 1, NEIGHBOURS, faiss.METRIC_L2)
-    index.hnsw.efConstruction = EF_BUILD
+    index = faiss.IndexHNSWFlat(DIM + 1, neighbours, faiss.METRIC_L2)
+    index.hnsw.efConstruction = ef_build
     faiss.omp_set_num_threads(os.cpu_count())
     index.add(equally_long(items))
     faiss.omp_set_num_threads(1)
@@ -176,21 +175,21 @@ def faiss_hnsw(items: np.ndarray) -> System:
     return System(lambda query: index.search(longer(query), K)[1][0], configure, EFS)
 
 
-def hnswlib_graph(items: np.ndarray) -> System:
+def hnswlib_graph(items: np.ndarray, neighbours: int, ef_build: int) -> System:
     import hnswlib
 
     index = hnswlib.Index("l2", DIM + 1)
-    index.init_index(len(items), M=NEIGHBOURS, ef_construction=EF_BUILD, random_seed=0)
+    index.init_index(len(items), M=neighbours, ef_construction=ef_build, random_seed=0)
     index.add_items(equally_long(items), num_threads=os.cpu_count())
     return System(lambda query: index.knn_query(longer(query), K, num_threads=1)[0][0], index.set_ef, EFS)
 
 
-def chroma_collection(items: np.ndarray, folder: str) -> System:
+def chroma_collection(items: np.ndarray, neighbours: int, ef_build: int, folder: str) -> System:
     import chromadb
     from chromadb.api.client import SharedSystemClient
     from chromadb.config import Settings
 
-    graph = {"space": "l2", "max_neighbors": NEIGHBOURS, "ef_construction": EF_BUILD, "ef_search": K}
+    graph = {"space": "l2", "max_neighbors": neighbours, "ef_construction": ef_build, "ef_search": K}
     name = f"items-{len(items)}"
 
     def client() -> Any:
@@ -278,15 +277,16 @@ def measure(items: int, names: list[str], args: argparse.Namespace, folder: str)
     embeddings, queries = vectors(items, args.norms, args.seed)
     truth = truth_of(embeddings, queries)
     rng = np.random.default_rng(args.seed)
+    graph = (args.neighbours, args.ef_build)
     built: dict[str, System] = {}
     report: dict[str, Any] = dict.fromkeys(SYSTEMS)
     makers: dict[str, Callable[[], System]] = {
         "rec": lambda: rec_index(embeddings, queries[:QUERIES], "scann", args.target, args.seed),
         "exact": lambda: rec_index(embeddings, queries[:QUERIES], "exact", args.target, args.seed),
         "scann": lambda: bare_scann(embeddings, built["rec"]),
-        "faiss_hnsw": lambda: faiss_hnsw(embeddings),
-        "hnswlib": lambda: hnswlib_graph(embeddings),
-        "chroma": lambda: chroma_collection(embeddings, folder),
+        "faiss_hnsw": lambda: faiss_hnsw(embeddings, *graph),
+        "hnswlib": lambda: hnswlib_graph(embeddings, *graph),
+        "chroma": lambda: chroma_collection(embeddings, *graph, folder),
     }
     for name in names:
         before, start = rss_mb(), time.perf_counter()
@@ -318,6 +318,8 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS, metavar="SYSTEM", help="default: all")
     parser.add_argument("--target", type=float, default=0.95, help="recall@100; default: %(default)s")
     parser.add_argument("--norms", type=float, default=0.2, help="sigma of the vectors' log lengths")
+    parser.add_argument("--neighbours", type=int, default=16, help="of a node of the graphs; default: %(default)s")
+    parser.add_argument("--ef-build", type=int, default=100, help="of building the graphs; default: %(default)s")
     parser.add_argument("--curve", action="store_true", help="also measure other settings of each system")
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
