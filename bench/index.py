@@ -45,7 +45,7 @@ import tensorflow as tf  # isort: skip  (rec goes first: it switches to Keras 2)
 
 DIM, K, QUERIES = 64, 100, 1000
 CLUSTERS = 1000
-EFS = (100, 130, 160, 200, 250, 320, 400, 500, 640, 800, 1000, 1300, 1600, 2000)
+EFS = (100, 130, 160, 200, 250, 320, 400, 500, 640, 800, 1000, 1300, 1600, 2000, 2500, 3200, 4000)
 TURN = 20  # queries of one system before the next has its turn
 
 
