@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint serve clean
+.PHONY: help install quickstart test lint serve bench clean
 MAKEFLAGS += --no-print-directory
 
 help: ## list the targets
@@ -31,6 +31,12 @@ lint: $(VENV)/.dev ## ruff (rules and format) and mypy
 
 serve: $(VENV)/.runtime ## answer HTTP requests with the newest bundles
 	$(BIN)/python -m rec.serve
+
+bench: $(VENV)/.bench ## the quick benchmarks, at small sizes, some 5 minutes; each ends with a line of JSON
+	$(BIN)/python -m bench.step_scale --sizes 10000 100000 1000000 --steps 50 --adam-steps 5
+	$(BIN)/python -m bench.index --items 20000
+	$(BIN)/python -m bench.prep --rows 1000000
+	$(BIN)/python -m bench.growth --interactions 30000 100000 300000 --users 1000 10000
 
 clean: ## remove caches; keeps .venv, data, checkpoints and savedmodels
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
@@ -56,4 +62,9 @@ $(VENV)/.runtime: requirements.txt | $(VENV)/.created
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
 	@echo 'installing requirements-dev.txt into $(VENV)' >&2
 	@$(PIP) install --requirement requirements-dev.txt
+	@touch $@
+
+$(VENV)/.bench: requirements-bench.txt $(VENV)/.runtime
+	@echo 'installing requirements-bench.txt into $(VENV)' >&2
+	@$(PIP) install --requirement requirements-bench.txt
 	@touch $@
