@@ -71,7 +71,7 @@ def test_files_and_keys_in_the_text_exist(name: str) -> None:
     text = (ROOT / name).read_text()
     for file in re.findall(r"`((?:rec|config|tests|bench|docs|notebooks)/[\w./-]*\w)`", text):
         assert (ROOT / file).exists(), file
-    for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", text):
+    for link in re.findall(r"\[[^\]\"]+\]\(([^)#:]+)(?:#[\w-]*)?\)", text):
         assert (ROOT / link).exists(), link
     for key in re.findall(r"`((?:retrieval|ranking|index|output|features)\.[a-z_0-9]+)`", text):
         section, _, field = key.partition(".")
