@@ -73,7 +73,7 @@ def test_files_and_keys_in_the_text_exist(name: str) -> None:
         assert (ROOT / file).exists(), file
     for link in re.findall(r"\[[^\]\"]+\]\(([^)#:]+)(?:#[\w-]*)?\)", text):
         assert (ROOT / link).exists(), link
-    for key in re.findall(r"`((?:retrieval|ranking|index|output|features)\.[a-z_0-9]+)`", text):
+    for key in re.findall(r"`((?:retrieval|ranking|index|output|features)\.(?!py`)[a-z_0-9]+)`", text):
         section, _, field = key.partition(".")
         at = getattr(load_config(ROOT / "config" / "your_data.yaml"), section)
         assert hasattr(at, field) or (ROOT / "rec" / section / f"{field}.py").exists(), key
