@@ -91,6 +91,7 @@ def _fit_retrieval(
     run = describe(config, corpus, "retrieval", interactions=len(train.items), stop_after=stop_after)
     if stop_after is not None and read_run(directory) == run:
         return model, restore(model, directory), run
+    model.start(train)
     queries = _validation_queries(corpus, config.seed)
     relevant = corpus.val.matrix(queries[0], corpus.items.rows)
 
