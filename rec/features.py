@@ -25,7 +25,6 @@ from rec.errors import UserError
 
 PAD, START, UNKNOWN, FIRST_ITEM = 0, 1, 2, 3  # item rows: padding, start of a sequence, an id not in training
 UNKNOWN_USER, FIRST_USER = 0, 1
-KINDS = ("categorical", "multi", "numeric", "text", "time")
 MAX_TOKENS = 8  # of a multi-valued or text column; the rest is cut off
 MIN_COUNT = 2  # a token that occurs in one row only says nothing that the id does not
 MAX_VOCABULARY = 50_000  # tokens of one column, the most frequent first
@@ -203,7 +202,7 @@ class Encoder(tf.keras.layers.Layer):
         self._rows, self._trained_rows = vocabulary.rows, vocabulary.first + vocabulary.trained
         self._unknown, self._id_dropout = unknown, id_dropout
         self._frozen: Callable[[tf.Tensor], tf.Tensor] | None = None
-        self.ids = None
+        self.ids: Any = None
         if use_id:
             uniform = tf.keras.initializers.RandomUniform(-0.05, 0.05)
             self.ids = tf.keras.layers.Embedding(self._trained_rows, dim, uniform, name="ids")
@@ -243,7 +242,6 @@ class Encoder(tf.keras.layers.Layer):
         return table
 
     def _embed_ids(self, rows: tf.Tensor, training: bool) -> tf.Tensor:
-        assert self.ids is not None, "an encoder without ids needs feature columns"
         unknown = rows >= self._trained_rows
         if training and self._id_dropout > 0:
             is_id = rows > self._unknown

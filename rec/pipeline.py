@@ -269,9 +269,7 @@ def sampling_probability(corpus: Corpus, config: Retrieval, train: Sequences) ->
     uniform = np.zeros(corpus.items.rows)
     uniform[FIRST_ITEM : FIRST_ITEM + corpus.items.trained] = 1 / corpus.items.trained
     counts = np.bincount(train.items, minlength=corpus.items.rows)
-    if config.uniform_negatives >= corpus.items.trained:
-        probability = uniform
-    else:
-        share = config.in_batch_negatives / (config.in_batch_negatives + config.uniform_negatives)
-        probability = share * counts / counts.sum() + (1 - share) * uniform
+    is_whole = config.uniform_negatives >= corpus.items.trained
+    share = 0.0 if is_whole else config.in_batch_negatives / (config.in_batch_negatives + config.uniform_negatives)
+    probability = share * counts / counts.sum() + (1 - share) * uniform
     return np.maximum(probability, np.finfo(np.float32).tiny).astype(np.float32)

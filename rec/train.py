@@ -36,15 +36,7 @@ from rec.export import bundle_of, export_ranking, export_recommender, export_ret
 from rec.features import FIRST_ITEM, PAD
 from rec.fit import Fitted, fit, read_run, restore
 from rec.pipeline import Corpus, Sequences, load_corpus, window_batches
-from rec.ranking.candidates import (
-    CandidateLists,
-    first_queries,
-    hold_out,
-    list_batches,
-    mine,
-    rated_lists,
-    training_queries,
-)  # fmt: skip
+from rec.ranking.candidates import CandidateLists, all_queries, first_queries, hold_out, list_batches, mine, rated_lists
 from rec.ranking.model import RankingModel, score_lists
 from rec.retrieval.model import RetrievalModel, calibrate
 from rec.tracking import Tracker, track
@@ -92,7 +84,7 @@ def _fit_retrieval(
     if stop_after is not None and read_run(directory) == run:
         return model, restore(model, directory), run
     model.start(train)
-    queries = _validation_queries(corpus, config.seed)
+    queries = first_queries(corpus.val, VALIDATION_USERS, config.seed)
     relevant = corpus.val.matrix(queries[0], corpus.items.rows)
 
     def validate() -> dict[str, float]:
@@ -107,13 +99,6 @@ def _fit_retrieval(
         patience=settings.patience, tracker=tracker,
     )  # fmt: skip
     return model, fitted, run
-
-
-def _validation_queries(corpus: Corpus, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first query of each validation user, or of VALIDATION_USERS drawn ones."""
-    users, places = first_queries(corpus.val)
-    at = np.sort(np.random.default_rng(seed).permutation(len(users))[:VALIDATION_USERS])
-    return users[at], places[at]
 
 
 def _per_user(ranked: np.ndarray, relevant: Any) -> dict[str, np.ndarray]:
@@ -193,7 +178,7 @@ def _by_clicks(config: Config, trained: TrainedRetrieval, model: RankingModel) -
     miner.lean(past, **trained.model.leaning)
     model.start_from(miner)  # not from the final model, whose embeddings have seen the labels
     is_next = corpus.split_strategy == "leave_one_out"  # the test asks for the next item, not for all that follow
-    asked = training_queries(labels, is_next, MOST_LISTS, config.seed)
+    asked = all_queries(labels, is_next, MOST_LISTS, config.seed)
     mined = mine(miner, past, labels, asked, settings.candidates, not is_next).with_hits()
     is_judged = mined.user % JUDGED == 0
     lists, judged = mined.take(np.flatnonzero(~is_judged)), mined.take(np.flatnonzero(is_judged))
@@ -201,7 +186,7 @@ def _by_clicks(config: Config, trained: TrainedRetrieval, model: RankingModel) -
         raise UserError(
             "no candidate list holds a right item: retrieval is too weak to train a ranker on; train it longer"
         )
-    queries = _validation_queries(corpus, config.seed)
+    queries = first_queries(corpus.val, VALIDATION_USERS, config.seed)
     relevant = corpus.val.matrix(queries[0], corpus.items.rows)
     offered = mine(trained.model, corpus.train, corpus.val, queries, settings.candidates, whole=True)
     before, served = (Counts(part, corpus.items.rows) for part in (past, corpus.train))

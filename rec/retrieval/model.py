@@ -10,7 +10,6 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
 from scipy.sparse.linalg import svds
@@ -25,7 +24,7 @@ from rec.retrieval.towers import LENGTH_POWER, CandidateTower, QueryTower, histo
 
 CALIBRATION_USERS = 2000
 LEANINGS = (0.25, 0.5, 1.0, 2.0, 4.0)  # on the log of popularity
-UNOBSERVED = 0.5  # of the weight of an interaction, what an item without one has in `squared_loss`
+UNOBSERVED = 0.5  # of the weight of an interaction, what an item without one has in an autoencoder's loss
 MASKED = LOWEST / 100  # a logit that must not count; far from overflow when losses add up
 
 
@@ -113,42 +112,53 @@ class RetrievalModel(tfrs.Model):
         self.candidate_tower(one)
 
     def start(self, train: Sequences) -> None:
-        """Has the item vectors of an autoencoder start from the singular vectors of `train`, which takes seconds."""
-        table = self.candidate_tower.items.ids.embeddings
-        counts = sp.diags(np.maximum(train.lengths, 1.0) ** -LENGTH_POWER) @ train.matrix(
-            np.arange(len(train.lengths)), table.shape[0]
-        )
-        rank = min(table.shape[1], min(counts.shape) - 1)
+        """Starts an autoencoder's item vectors from the singular vectors of `train`, with lengths of about .1."""
         if self.config.arch == "autoencoder":
-            vectors = svds(counts, rank, v0=np.ones(min(counts.shape)))[2].T
-            vectors *= 0.1 * (self.n_items / rank) ** 0.5  # a length of about .1
-            table[:, :rank].assign(vectors)
+            table = self.candidate_tower.items.ids.embeddings
+            seen = train.matrix(np.arange(len(train.lengths)), table.shape[0])
+            rank = min(*seen.shape, table.shape[1] + 1) - 1
+            scaled = seen.multiply(np.maximum(train.lengths, 1.0)[:, None] ** -LENGTH_POWER).tocsr()
+            vectors = svds(scaled, rank, v0=np.ones(min(seen.shape)))[2].T
+            table[:, :rank].assign(0.1 * (self.n_items / rank) ** 0.5 * vectors)
 
     def compute_loss(self, batch: dict[str, tf.Tensor], training: bool = False) -> tf.Tensor:
         """The loss of a batch of `pipeline.window_batches` (shapes there)."""
+        if self.config.arch == "autoencoder":
+            return self._hidden_loss(batch, training)
         inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        weights = tf.cast(targets != PAD, tf.float32)  # to leave PAD out costs more than to compute it
-        hides = self.config.arch == "autoencoder"
-        if hides:  # half of the items at random, which the others predict
-            hidden = tf.random.uniform(tf.shape(targets)) < 0.5
-            inputs, weights = tf.where(hidden, PAD, targets), weights * tf.cast(hidden, tf.float32)
         queries = self.query_tower(batch["user"], inputs, batch.get("time"), training=training)
         rows = tf.concat([tf.reshape(targets, [-1]), batch["negatives"]], 0)
         p, c = tf.size(targets), tf.size(batch["negatives"])
         wanted, pool = tf.split(self.candidate_tower(rows, training=training), [p, c])
         probability = tf.gather(self.probability, rows)
-        if hides:
-            wanted = tf.reshape(wanted, tf.shape(queries))
-            return squared_loss(queries[:, 0], wanted, pool, weights, probability[p:], ~_stands_in(batch))
+        # Targets of PAD have weight 0: to leave them out costs more than to compute them.
         return self.task.sampled_loss(
             tf.reshape(queries, [p, -1]), wanted, pool, probability[:p], probability[p:],
-            tf.reshape(weights, [p]), self._score_mask(batch, rows[:p]),
+            tf.cast(rows[:p] != PAD, tf.float32), self._score_mask(batch, rows[:p]),
         )  # fmt: skip
+
+    def _hidden_loss(self, batch: dict[str, tf.Tensor], training: bool) -> tf.Tensor:
+        """Hides half of each user's items, at random; 1 is the right score for them, 0 for items of no interaction.
+
+        Squared errors, the latter weighing UNOBSERVED (Hu et al. 2008, iALS). An item of the pool stands for as many as
+        it was improbable to be drawn.
+        """
+        items, pool = batch["tokens"][:, 1:], batch["negatives"]
+        is_hidden = tf.random.uniform(tf.shape(items)) < 0.5
+        inputs, weights = tf.where(is_hidden, PAD, items), tf.cast(is_hidden & (items != PAD), tf.float32)
+        query = self.query_tower(batch["user"], inputs, batch.get("time"), training=training)[:, 0]
+        wanted = tf.einsum("bd,bld->bl", query, self.candidate_tower(items, training=training))
+        others = tf.matmul(query, self.candidate_tower(pool, training=training), transpose_b=True)
+        is_other = ~tf.reduce_any(batch["tokens"][:, :, None] == pool, 1)
+        stands_for = 1 / (tf.gather(self.probability, pool) * tf.cast(tf.size(pool), tf.float32))
+        errors = tf.reduce_sum(tf.where(is_other, tf.square(others) * stands_for, 0.0))
+        missing = tf.reduce_sum(weights * tf.square(1 - wanted))
+        return (missing + UNOBSERVED * errors) / tf.maximum(tf.reduce_sum(weights), 1.0)
 
     def _score_mask(self, batch: dict[str, tf.Tensor], targets: tf.Tensor) -> tf.Tensor | None:
         """False where a pool item is no negative: it stands in the position's own window [B, C], or is its target."""
         if self.config.mask_user_positives:  # the target stands in the window too
-            return ~_stands_in(batch)
+            return ~tf.reduce_any(batch["tokens"][:, :, None] == batch["negatives"], 1)
         if self.config.mask_accidental_hits:
             return targets[:, None] != batch["negatives"]
         return None
@@ -196,33 +206,6 @@ class RetrievalModel(tfrs.Model):
         scores = tf.matmul(self.query(user, history, time), candidates, transpose_b=True)
         prior = self.prior(tf.range(FIRST_ITEM, FIRST_ITEM + self.n_items))
         return tf.where(self.is_cold(user, history)[:, None], prior, scores)
-
-
-def _stands_in(batch: dict[str, tf.Tensor]) -> tf.Tensor:
-    """[B, C] bool: which items of the pool a window holds."""
-    return tf.reduce_any(batch["tokens"][:, :, None] == batch["negatives"], 1)
-
-
-def squared_loss(
-    queries: tf.Tensor,
-    targets: tf.Tensor,
-    negatives: tf.Tensor,
-    weights: tf.Tensor,
-    negative_probability: tf.Tensor,
-    score_mask: tf.Tensor,
-) -> tf.Tensor:
-    """Squared error of one query a user: 1 is right for its targets, 0 for all items else (Hu et al. 2008, iALS).
-
-    Args:
-      queries: [B, d] float32; targets: [B, L, d], each of a weight, [B, L]; negatives: [C, d], the pool.
-      negative_probability: [C], of each item to fill a slot of the pool: rare ones stand for many.
-      score_mask: [B, C] bool, false where a pool item does not count.
-    """
-    missing = weights * tf.square(1 - tf.einsum("bd,bld->bl", queries, targets))
-    rest = tf.where(score_mask, tf.square(tf.matmul(queries, negatives, transpose_b=True)), 0.0)
-    rest /= negative_probability * tf.cast(tf.size(negative_probability), tf.float32)
-    total = tf.reduce_sum(missing) + UNOBSERVED * tf.reduce_sum(rest)
-    return total / tf.maximum(tf.reduce_sum(weights), 1.0)
 
 
 def best_prior(corpus: Corpus, train: Sequences) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The query and candidate towers, and the registry behind `--model-arch`.
 
 - A sequence encoder reads item vectors in order and says, at every position, what comes next (causally): one pass over
-  a window trains all its positions. `SEQUENCE_ENCODERS` maps each `--model-arch` to one: add a class, add a line.
+  a window trains all its positions. `ENCODERS` maps each `--model-arch` to one: add a class, add a line.
 - The query tower adds what is known of the user (id, features, the request's time) to that.
 - The candidate tower is the item's vector and a bias, one more dimension, in which popularity finds its place.
 """
@@ -126,9 +126,7 @@ class Transformer(tf.keras.layers.Layer):
         return tf.reshape(tf.transpose(heads, [0, 2, 1, 3]), [-1, tf.shape(projected)[1], self._dim])
 
 
-SEQUENCE_ENCODERS: dict[str, Any] = {
-    "two_tower": Average, "gru4rec": Gru, "sasrec": Transformer, "autoencoder": Autoencoder
-}  # fmt: skip
+ENCODERS: dict[str, Any] = {"two_tower": Average, "gru4rec": Gru, "sasrec": Transformer, "autoencoder": Autoencoder}
 
 
 class CandidateTower(tf.keras.layers.Layer):
@@ -162,12 +160,10 @@ class QueryTower(tf.keras.layers.Layer):
           UserError: `config.arch` is not registered.
         """
         super().__init__(name="query_tower")
-        if config.arch not in SEQUENCE_ENCODERS:
-            raise UserError(
-                f"retrieval.arch: there is no {config.arch!r}; choose one of {', '.join(SEQUENCE_ENCODERS)}"
-            )
+        if config.arch not in ENCODERS:
+            raise UserError(f"retrieval.arch: there is no {config.arch!r}; choose one of {', '.join(ENCODERS)}")
         self._items = items
-        self._sequence = SEQUENCE_ENCODERS[config.arch](config)
+        self._sequence = ENCODERS[config.arch](config)
         self._is_linear = config.arch == "autoencoder"  # then dense layers see the context alone
         self._query_time = config.query_time
         self.users = None

@@ -10,15 +10,7 @@ from rec.errors import UserError
 from rec.features import PAD
 from rec.fit import LazyAdam
 from rec.ranking.archs import ARCHS
-from rec.ranking.candidates import (
-    CandidateLists,
-    first_queries,
-    hold_out,
-    list_batches,
-    mine,
-    rated_lists,
-    training_queries,
-)
+from rec.ranking.candidates import CandidateLists, all_queries, first_queries, hold_out, list_batches, mine, rated_lists
 from rec.ranking.model import RankingModel, score_candidates, score_lists
 from rec.retrieval.model import RetrievalModel
 from tests.small import corpus
@@ -57,7 +49,7 @@ def test_without_order_the_labels_are_drawn():
 def test_a_list_is_labelled_by_the_next_item_and_holds_nothing_already_or_later_chosen():
     data = corpus([[3, 4, 5, 6]])
     past, labels = hold_out(data, 0.5, seed=0)
-    lists = mine(retrieval(data), past, labels, training_queries(labels, True, 9, 0), 6, whole=False)
+    lists = mine(retrieval(data), past, labels, all_queries(labels, True, 9, 0), 6, whole=False)
     assert lists.user.tolist() == [1, 1]
     assert [[i for i in row if i] for row in lists.history.tolist()] == [[3, 4], [3, 4, 5]]
     assert [lists.items[j][lists.labels[j] == 1].tolist() for j in (0, 1)] == [[5], [6]]
