@@ -184,9 +184,7 @@ def test_the_time_of_the_request_matters_if_configured():
 
 
 def test_an_unknown_architecture_names_the_known_ones():
-    with pytest.raises(
-        UserError, match="retrieval.arch: there is no 'lstm'; choose one of two_tower, gru4rec, sasrec"
-    ):
+    with pytest.raises(UserError, match="retrieval.arch: there is no 'lstm'; choose one of two_tower, gru4rec, sasrec"):
         model(arch="lstm")
 
 
