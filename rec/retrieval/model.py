@@ -2,6 +2,7 @@
 
 - `SampledSoftmax` is TFRS's Retrieval task for one pool of negatives that the whole batch shares: its cost is linear in
   the batch, where in-batch softmax is quadratic.
+- An autoencoder has a loss of its own instead: one query a user, trained on items that are hidden from it.
 - `RetrievalModel` is the tfrs.Model. Validation, mining, evaluation and the bundle all score with its `score*`.
 """
 
@@ -146,14 +147,14 @@ class RetrievalModel(tfrs.Model):
         items, pool = batch["tokens"][:, 1:], batch["negatives"]
         is_hidden = tf.random.uniform(tf.shape(items)) < 0.5
         inputs, weights = tf.where(is_hidden, PAD, items), tf.cast(is_hidden & (items != PAD), tf.float32)
-        query = self.query_tower(batch["user"], inputs, batch.get("time"), training=training)[:, 0]
+        time = batch["time"][:, :1] if "time" in batch else None
+        query = self.query_tower(batch["user"], inputs, time, training=training)[:, 0]
         wanted = tf.einsum("bd,bld->bl", query, self.candidate_tower(items, training=training))
         others = tf.matmul(query, self.candidate_tower(pool, training=training), transpose_b=True)
         is_other = ~tf.reduce_any(batch["tokens"][:, :, None] == pool, 1)
-        stands_for = 1 / (tf.gather(self.probability, pool) * tf.cast(tf.size(pool), tf.float32))
+        stands_for = UNOBSERVED / (tf.gather(self.probability, pool) * tf.cast(tf.size(pool), tf.float32))
         errors = tf.reduce_sum(tf.where(is_other, tf.square(others) * stands_for, 0.0))
-        missing = tf.reduce_sum(weights * tf.square(1 - wanted))
-        return (missing + UNOBSERVED * errors) / tf.maximum(tf.reduce_sum(weights), 1.0)
+        return (tf.reduce_sum(weights * tf.square(1 - wanted)) + errors) / tf.maximum(tf.reduce_sum(weights), 1.0)
 
     def _score_mask(self, batch: dict[str, tf.Tensor], targets: tf.Tensor) -> tf.Tensor | None:
         """False where a pool item is no negative: it stands in the position's own window [B, C], or is its target."""

@@ -37,7 +37,7 @@ class Autoencoder(tf.keras.layers.Layer):
     """A linear denoising autoencoder of low rank (Steck 2020, EDLAE), for data without order.
 
     The history's vectors are summed over their number to the power of LENGTH_POWER; a square matrix makes of them what
-    candidates are compared with. All positions have the same query: RetrievalModel trains it on items that it hides.
+    candidates are compared with. There is one query for all positions: RetrievalModel trains it on items that it hides.
     """
 
     def __init__(self, config: Retrieval) -> None:
@@ -45,11 +45,11 @@ class Autoencoder(tf.keras.layers.Layer):
         self._dense = tf.keras.layers.Dense(config.embedding_dim, use_bias=False, kernel_initializer="identity")
 
     def call(self, vectors: tf.Tensor, tokens: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """vectors [B, L, d] of tokens [B, L], PAD anywhere -> [B, L, d]; zeros for no history."""
+        """vectors [B, L, d] of tokens [B, L], PAD anywhere -> [B, 1, d]; zeros for no history."""
         weights = tf.cast(tokens > START, tf.float32)
         count = tf.maximum(tf.reduce_sum(weights, 1, keepdims=True), 1.0)
         summed = tf.einsum("bl,bld->bd", weights / count**LENGTH_POWER, vectors)
-        return tf.broadcast_to(self._dense(summed)[:, None], tf.shape(vectors))
+        return self._dense(summed)[:, None]
 
 
 class Gru(tf.keras.layers.Layer):
@@ -164,7 +164,7 @@ class QueryTower(tf.keras.layers.Layer):
             raise UserError(f"retrieval.arch: there is no {config.arch!r}; choose one of {', '.join(ENCODERS)}")
         self._items = items
         self._sequence = ENCODERS[config.arch](config)
-        self._is_linear = config.arch == "autoencoder"  # then dense layers see the context alone
+        self._is_linear = config.arch == "autoencoder"  # one query for all positions, and none through dense layers
         self._query_time = config.query_time
         self.users = None
         if config.user_id or corpus.user_columns:
@@ -194,10 +194,11 @@ class QueryTower(tf.keras.layers.Layer):
           last: [B] int32: then L of the result and of `time` is 1, and dense layers see this position alone.
 
         Returns:
-          [B, L, d + 1]: position t has seen tokens 0..t. The last dimension is 1, for the candidates' bias.
+          [B, L, d + 1]: position t has seen tokens 0..t. The last dimension is 1, for the candidates' bias. Of an
+            autoencoder [B, 1, d + 1], from all tokens.
         """
         hidden = self._sequence(self._items(tokens, training=training), tokens, training=training)
-        if last is not None:
+        if last is not None and not self._is_linear:
             hidden = tf.gather(hidden, last, batch_dims=1)[:, None]
         parts = [] if self._is_linear else [hidden]
         if self.users is not None:
