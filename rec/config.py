@@ -47,7 +47,7 @@ class Retrieval:
     # query tower (rec/retrieval/towers.py); auto = sasrec, or autoencoder where interactions have no timestamps
     arch: str = "auto"
     embedding_dim: Count = 64
-    layers: Count = 2  # transformer blocks or recurrent layers; two_tower ignores it
+    layers: Count = 2  # transformer blocks or recurrent layers; the others ignore it
     heads: Count = 2  # attention heads of sasrec
     dropout: Rate = 0.2
     window: CountOr0 = 0  # positions a training example, and the longest history that is read; 0 = 50, unordered 1000

@@ -15,7 +15,7 @@ from rec.errors import UserError
 from rec.features import PAD, START, UNKNOWN, UNKNOWN_USER, Encoder, cyclic, recent_items
 from rec.pipeline import Corpus
 
-LENGTH_POWER = 0.7  # .5 and 1 were worse on two data sets, RESULTS.md
+LENGTH_POWER = 0.7  # of .5, .7 and 1 the best on MovieLens 100K without times
 
 
 class Average(tf.keras.layers.Layer):
