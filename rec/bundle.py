@@ -2,8 +2,8 @@
 
 - Strings are looked up here and nowhere else: ids become rows at the entrance, rows become ids at the exit.
 - Known users' histories and features are inside, so a request needs no feature store.
-- `RetrievalModule` and `RankingModule` wrap the trained models; `RecommenderModule` (in recommender.py) composes two
-  loaded bundles through their functions only.
+- `RetrievalModule` and `RankingModule` wrap the trained models; recommender.py composes two loaded bundles through
+  these functions only, and says what their arguments are.
 """
 
 from pathlib import Path
@@ -15,15 +15,10 @@ from rec.counts import Counts
 from rec.features import FIRST_ITEM, FIRST_USER, PAD, UNKNOWN_USER, Encoder, Vocabulary, recent_items
 from rec.pipeline import Corpus, Sequences
 from rec.ranking.model import RankingModel, score_candidates
+from rec.recommender import FLAGS, IDS, LISTS, ROWS, TIMES, Tensors
 from rec.retrieval.index import ExactIndex, ScannIndex
 from rec.retrieval.model import LOWEST, RetrievalModel, best_unseen
 
-Tensors = dict[str, tf.Tensor]  # what a function gives, by name
-IDS = tf.TensorSpec([None], tf.string)
-LISTS = tf.TensorSpec([None, None], tf.string)
-TIMES = tf.TensorSpec([None], tf.int64)
-FLAGS = tf.TensorSpec([None], tf.bool)
-ROWS = tf.TensorSpec([None], tf.int32)
 ROW_LISTS = tf.TensorSpec([None, None], tf.int32)
 SCORES = tf.TensorSpec([None, None], tf.float32)
 

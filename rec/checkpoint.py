@@ -36,12 +36,11 @@ def describe(config: Config, corpus: Corpus, stage: str, **more: Any) -> dict[st
 
 def corpus_files(corpus: Corpus) -> dict[str, str]:
     """The texts that a checkpoint keeps of its corpus, by file name."""
-    return {
-        "users.txt": "".join(f"{word}\n" for word in corpus.users.ids[: corpus.users.trained]),
-        "items.txt": "".join(f"{word}\n" for word in corpus.items.ids[: corpus.items.trained]),
-        "user_columns.json": columns_to_json(corpus.user_columns),
-        "item_columns.json": columns_to_json(corpus.item_columns),
-    }
+    files = {"user_columns.json": columns_to_json(corpus.user_columns)}
+    files["item_columns.json"] = columns_to_json(corpus.item_columns)
+    for name, words in (("users.txt", corpus.users), ("items.txt", corpus.items)):
+        files[name] = "".join(f"{word}\n" for word in words.ids[: words.trained])
+    return files
 
 
 def load_trained_corpus(directory: Path, dataset: Dataset) -> Corpus:

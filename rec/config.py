@@ -42,10 +42,10 @@ class Features:
 
 @dataclass(frozen=True)
 class Retrieval:
-    # query tower (rec/retrieval/towers.py); auto = sasrec, or two_tower where interactions have no timestamps
+    # query tower (rec/retrieval/towers.py); auto = sasrec, or autoencoder where interactions have no timestamps
     arch: str = "auto"
     embedding_dim: Count = 64
-    layers: Count = 2  # transformer blocks or recurrent layers; two_tower ignores it
+    layers: Count = 2  # transformer blocks or recurrent layers; the others ignore it
     heads: Count = 2  # attention heads of sasrec
     dropout: Rate = 0.2
     window: CountOr0 = 0  # positions a training example, and the longest history that is read; 0 = 50, unordered 1000
@@ -53,7 +53,6 @@ class Retrieval:
     patience: Count = 15  # epochs without a better val/ndcg@10 before training stops; the best often come late
     batch_size: Count = 64  # windows a step, at 50 positions each: more of them where they are shorter
     learning_rate: Positive = 0.002  # falls to 0 along a cosine
-    l2: NotNegative = 0.0  # penalty on the squared vectors of each batch's negatives; 0.03 helps unordered data
     temperature: Positive = 1.0
     logq: bool = True  # correct sampled logits by log of the sampling probability
     in_batch_negatives: CountOr0 = 512  # targets of other examples in the batch, shared by all; 0 = none
@@ -149,12 +148,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def settled(config: Retrieval, ordered: bool, interactions: int) -> Retrieval:
     """`auto` and 0 replaced by what suits a data set, with or without timestamps, of so many training interactions."""
-    chosen: dict[str, Any] = {
-        "arch": ("sasrec" if ordered else "two_tower") if config.arch == "auto" else config.arch,
-        "window": config.window or (50 if ordered else 1000),
-        "epochs": config.epochs or min(max(round(5_000_000 / interactions), 12), 100),
-    }
-    return replace(config, **chosen)
+    arch = ("sasrec" if ordered else "autoencoder") if config.arch == "auto" else config.arch
+    epochs = config.epochs or min(max(round(5_000_000 / interactions), 12), 100)
+    return replace(config, arch=arch, window=config.window or (50 if ordered else 1000), epochs=epochs)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -155,9 +155,8 @@ def compare(config: Config, candidate: Bundles, current: Bundles | None = None) 
     pair = Recommender.load(*candidate)
     dataset = data_of(pair, config)
     task = Task.of(load_corpus(dataset, Features({}, {})), "test")
-    exact, found = (
-        task.ranked(ask) for ask in (pair.module.retrieval.retrieve_exactly, pair.module.retrieval.retrieve)
-    )
+    retrieval = pair.module.retrieval
+    exact, found = (task.ranked(ask) for ask in (retrieval.retrieve_exactly, retrieval.retrieve))
     of_index = metrics.summarise({"index_recall": _overlap(found, exact, task.relevant.shape[1])}, config.seed)
     pairs = {"candidate": pair} | ({"production": Recommender.load(*current)} if current else {})
     by_ratings = all(each.predicts_ratings for each in pairs.values())

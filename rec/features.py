@@ -210,7 +210,7 @@ class Encoder(tf.keras.layers.Layer):
         self._rows, self._trained_rows = vocabulary.rows, vocabulary.first + vocabulary.trained
         self._unknown, self._id_dropout = unknown, id_dropout
         self._frozen: Callable[[tf.Tensor], tf.Tensor] | None = None
-        self.ids = None
+        self.ids: Any = None
         if use_id:
             uniform = tf.keras.initializers.RandomUniform(-0.05, 0.05)
             self.ids = tf.keras.layers.Embedding(self._trained_rows, dim, uniform, name="ids")
@@ -219,11 +219,9 @@ class Encoder(tf.keras.layers.Layer):
             tf.Variable(_with_special_rows(column.encode(table), vocabulary.first), trainable=False, name=column.name)
             for column in columns
         ]
-        self._embeddings = {
-            column.name: tf.keras.layers.Embedding(FIRST_TOKEN + len(column.tokens), dim, name=f"{column.name}_tokens")
-            for column in columns
-            if column.is_tokens
-        }
+        sizes = {column.name: FIRST_TOKEN + len(column.tokens) for column in columns if column.is_tokens}
+        embedding = tf.keras.layers.Embedding
+        self._embeddings = {name: embedding(size, dim, name=f"{name}_tokens") for name, size in sizes.items()}
         self._project = tf.keras.layers.Dense(dim, kernel_initializer="zeros", name="features")
 
     def call(self, rows: tf.Tensor, training: bool = False) -> tf.Tensor:
@@ -251,7 +249,6 @@ class Encoder(tf.keras.layers.Layer):
         return table
 
     def _embed_ids(self, rows: tf.Tensor, training: bool) -> tf.Tensor:
-        assert self.ids is not None, "an encoder without ids needs feature columns"
         unknown = rows >= self._trained_rows
         if training and self._id_dropout > 0:
             is_id = rows > self._unknown

@@ -209,11 +209,8 @@ def window_batches(corpus: Corpus, config: Retrieval, train: Sequences, seed: in
       negatives: [C] int32 item rows, shared by the whole batch: targets of the batch, then uniform ones.
       time: [B, L] int64 seconds, of each target (only where `query_time` is set).
     """
-    signature = {
-        "user": tf.TensorSpec([None], tf.int32),
-        "tokens": tf.TensorSpec([None, None], tf.int32),
-        "negatives": tf.TensorSpec([None], tf.int32),
-    }
+    shapes = {"user": [None], "tokens": [None, None], "negatives": [None]}
+    signature = {name: tf.TensorSpec(shape, tf.int32) for name, shape in shapes.items()}
     if config.query_time:
         signature["time"] = tf.TensorSpec([None, None], tf.int64)
 
@@ -271,9 +268,7 @@ def sampling_probability(corpus: Corpus, config: Retrieval, train: Sequences) ->
     uniform = np.zeros(corpus.items.rows)
     uniform[FIRST_ITEM : FIRST_ITEM + corpus.items.trained] = 1 / corpus.items.trained
     counts = np.bincount(train.items, minlength=corpus.items.rows)
-    if config.uniform_negatives >= corpus.items.trained:
-        probability = uniform
-    else:
-        share = config.in_batch_negatives / (config.in_batch_negatives + config.uniform_negatives)
-        probability = share * counts / counts.sum() + (1 - share) * uniform
+    is_whole = config.uniform_negatives >= corpus.items.trained
+    share = 0.0 if is_whole else config.in_batch_negatives / (config.in_batch_negatives + config.uniform_negatives)
+    probability = share * counts / counts.sum() + (1 - share) * uniform
     return np.maximum(probability, np.finfo(np.float32).tiny).astype(np.float32)

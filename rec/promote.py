@@ -52,11 +52,8 @@ def choose(store: Store, stage: str, version: str | None, run_id: str | None, me
         return of_run[-1], f"run {run_id}"
     assert metric is not None
     dataset = found[max(found)]["dataset"]  # metrics of another data set cannot be compared
-    values = {
-        number: metadata["metrics"][metric]
-        for number, metadata in found.items()
-        if metadata["dataset"] == dataset and metric in metadata["metrics"]
-    }
+    values = {n: of["metrics"].get(metric) for n, of in found.items() if of["dataset"] == dataset}
+    values = {number: value for number, value in values.items() if value is not None}
     if not values:
         raise UserError(f"{where} has no version with the metric {metric!r}; the latest has "
                         + ", ".join(found[max(found)]["metrics"]))  # fmt: skip

@@ -43,7 +43,7 @@ from rec.ranking.archs import ARCHS
 from rec.ranking.candidates import CandidateLists, all_queries, first_queries, hold_out, list_batches, mine, rated_lists
 from rec.ranking.model import OBJECTIVES, RankingModel, score_lists
 from rec.retrieval.model import RetrievalModel, calibrate
-from rec.retrieval.towers import SEQUENCE_ENCODERS
+from rec.retrieval.towers import ENCODERS
 from rec.tracking import Tracker, track
 
 FACTORIZED_KS = (10, 100)
@@ -104,7 +104,8 @@ def _fit_retrieval(
     run = describe(config, corpus, "retrieval", interactions=len(train.items), stop_after=stop_after)
     if stop_after is not None and read_run(directory) == run:
         return model, restore(model, directory), run
-    queries = _validation_queries(corpus, config.seed)
+    model.start(train)
+    queries = first_queries(corpus.val, VALIDATION_USERS, config.seed)
     relevant = corpus.val.matrix(queries[0], corpus.items.rows)
 
     def validate() -> dict[str, float]:
@@ -119,13 +120,6 @@ def _fit_retrieval(
         patience=settings.patience, tracker=tracker,
     )  # fmt: skip
     return model, fitted, run
-
-
-def _validation_queries(corpus: Corpus, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first query of each validation user, or of VALIDATION_USERS drawn ones."""
-    users, places = first_queries(corpus.val)
-    at = np.sort(np.random.default_rng(seed).permutation(len(users))[:VALIDATION_USERS])
-    return users[at], places[at]
 
 
 def _per_user(ranked: np.ndarray, relevant: Any) -> dict[str, np.ndarray]:
@@ -216,7 +210,7 @@ def _by_clicks(config: Config, trained: TrainedRetrieval, model: RankingModel) -
         raise UserError(
             "no candidate list holds a right item: retrieval is too weak to train a ranker on; train it longer"
         )
-    queries = _validation_queries(corpus, config.seed)
+    queries = first_queries(corpus.val, VALIDATION_USERS, config.seed)
     relevant = corpus.val.matrix(queries[0], corpus.items.rows)
     offered = mine(trained.model, corpus.train, corpus.val, queries, settings.candidates, whole=True)
     before, served = (Counts(part, corpus.items.rows) for part in (past, corpus.train))
@@ -291,7 +285,7 @@ def check_names(config: Config) -> None:
     """Before anything is trained: raises UserError where an architecture or an objective is not registered."""
     retrieval, ranking = config.retrieval, config.ranking
     for key, name, known in (
-        ("retrieval.arch", retrieval.arch, ("auto", *SEQUENCE_ENCODERS)),
+        ("retrieval.arch", retrieval.arch, ("auto", *ENCODERS)),
         ("ranking.arch", ranking.arch, ARCHS),
         ("ranking.objective", ranking.objective, OBJECTIVES),
     ):
@@ -303,19 +297,15 @@ def main() -> None:
     parser = command_parser("rec.train", __doc__)
     parser.add_argument("--stage", required=True, choices=("retrieval", "ranking", "all"))
     parser.add_argument("--model-arch", help="the stage's architecture instead of the config's (not with --stage all)")
-    told = (
-        "start the ranker's embeddings from this retrieval checkpoint; by default from checkpoints/mining, the model "
-    )
-    told += "that mined its lists without seeing their labels"
+    told = "start the ranker's embeddings from this retrieval checkpoint; by default from checkpoints/mining, "
+    told += "whose model mined its lists without seeing their labels"
     parser.add_argument("--init-from-retrieval", type=Path, metavar="CHECKPOINT", help=told)
     add_config_arguments(parser)
     args = parser.parse_args()
     overrides = list(args.overrides)
     if args.model_arch:
         if args.stage == "all":
-            raise UserError(
-                "--model-arch is for one stage; with --stage all use --set retrieval.arch=... or ranking.arch"
-            )
+            raise UserError("--model-arch is for one stage; with --stage all, --set retrieval.arch=A or ranking.arch=A")
         overrides.append(f"{args.stage}.arch={args.model_arch}")
     if args.stage == "all" and "TF_CONFIG" in os.environ:
         raise UserError("--stage all is for one process: with TF_CONFIG, train the stages one after the other")

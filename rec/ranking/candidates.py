@@ -18,6 +18,7 @@ from rec.pipeline import Corpus, Sequences
 from rec.retrieval.model import LOWEST, RetrievalModel, best_unseen
 
 BATCH = 256  # users ranked at a time
+Queries = tuple[np.ndarray, np.ndarray]  # users [Q], and the places among their labels before which they ask [Q]
 
 
 @dataclass(frozen=True)
@@ -50,21 +51,21 @@ def hold_out(corpus: Corpus, share: float, seed: int) -> tuple[Sequences, Sequen
         assert train.times is not None
         held = train.times > np.quantile(train.times, 1 - share)
     else:
-        order = train if corpus.ordered else train.shuffled(np.random.default_rng(seed))
-        lengths = order.lengths
+        train = train if corpus.ordered else train.shuffled(np.random.default_rng(seed))
+        lengths = train.lengths
         kept = lengths - np.clip(np.ceil(share * lengths), 1, np.maximum(lengths - 1, 0)).astype(np.int64)
-        train = order
         held = np.arange(len(train.items)) - train.offsets[train.users] >= kept[train.users]
     return train.select(~held), train.select(held)
 
 
-def first_queries(labels: Sequences) -> tuple[np.ndarray, np.ndarray]:
-    """One query a user, before the first label: what an evaluation asks. As for `mine`: users and places, both [Q]."""
+def first_queries(labels: Sequences, most: int | None = None, seed: int = 0) -> Queries:
+    """One query a user, or of at most so many drawn users, before the first label: what an evaluation asks."""
     user = np.flatnonzero(labels.lengths).astype(np.int32)
+    user = np.sort(np.random.default_rng(seed).permutation(user)[:most])
     return user, np.zeros(len(user), np.int64)
 
 
-def all_queries(labels: Sequences, every: bool, most: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def all_queries(labels: Sequences, every: bool, most: int, seed: int) -> Queries:
     """Queries to train on, at most so many: before every label, or before number 0, 1, 3, 7, ... of each user."""
     place = np.arange(len(labels.items)) - labels.offsets[labels.users]
     at = np.flatnonzero(every | ((place + 1) & place == 0))
@@ -73,12 +74,7 @@ def all_queries(labels: Sequences, every: bool, most: int, seed: int) -> tuple[n
 
 
 def mine(
-    model: RetrievalModel,
-    past: Sequences,
-    labels: Sequences,
-    queries: tuple[np.ndarray, np.ndarray],
-    n: int,
-    whole: bool,
+    model: RetrievalModel, past: Sequences, labels: Sequences, queries: Queries, n: int, whole: bool
 ) -> CandidateLists:
     """Candidate lists from a model that was trained on `past`.
 

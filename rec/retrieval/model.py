@@ -2,6 +2,7 @@
 
 - `SampledSoftmax` is TFRS's Retrieval task for one pool of negatives that the whole batch shares: its cost is linear in
   the batch, where in-batch softmax is quadratic.
+- A model of sets (`Autoencoder`) has a loss of its own: one query a user, trained on items that are hidden from it.
 - `RetrievalModel` is the tfrs.Model. Validation, mining, evaluation and the bundle all score with its `score*`.
 """
 
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
+from scipy.sparse.linalg import svds
 
 from rec.config import Retrieval
 from rec.counts import SHARES
@@ -19,10 +21,11 @@ from rec.features import FIRST_ITEM, PAD, UNKNOWN_USER, Encoder
 from rec.metrics import per_user
 from rec.pipeline import Corpus, Sequences, sampling_probability
 from rec.retrieval.index import LOWEST
-from rec.retrieval.towers import CandidateTower, QueryTower, history_tokens
+from rec.retrieval.towers import LENGTH_POWER, CandidateTower, QueryTower, history_tokens
 
 CALIBRATION_USERS = 2000
 LEANINGS = (0.25, 0.5, 1.0, 2.0, 4.0)  # on the log of popularity
+UNOBSERVED = 0.5  # of the weight of an interaction, what an item without one has in the loss of a model of sets
 MASKED = LOWEST / 100  # a logit that must not count; far from overflow when losses add up
 
 
@@ -114,8 +117,21 @@ class RetrievalModel(tfrs.Model):
         self.query_tower(one[0], one, tf.zeros([1, 1], tf.int64))
         self.candidate_tower(one)
 
+    def start(self, train: Sequences) -> None:
+        """Starts the item vectors of a model of sets from the singular vectors of `train`, with lengths of about .1."""
+        if self.query_tower.of_sets:
+            (table,) = self.candidate_tower.items.ids.get_weights()
+            seen = train.matrix(np.arange(len(train.lengths)), table.shape[0])
+            rank = min(*seen.shape, table.shape[1] + 1) - 1
+            scaled = seen.multiply(np.maximum(train.lengths, 1.0)[:, None] ** -LENGTH_POWER).tocsr()
+            vectors = svds(scaled, rank, v0=np.ones(min(seen.shape)))[2].T
+            table[:, :rank] = 0.1 * (self.n_items / rank) ** 0.5 * vectors
+            self.candidate_tower.items.ids.set_weights([table])
+
     def compute_loss(self, batch: dict[str, tf.Tensor], training: bool = False) -> tf.Tensor:
         """The loss of a batch of `pipeline.window_batches` (shapes there)."""
+        if self.query_tower.of_sets:
+            return self._hidden_loss(batch, training)
         inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
         queries = self.query_tower(batch["user"], inputs, batch.get("time"), training=training)
         rows = tf.concat([tf.reshape(targets, [-1]), batch["negatives"]], 0)
@@ -123,14 +139,29 @@ class RetrievalModel(tfrs.Model):
         wanted, pool = tf.split(self.candidate_tower(rows, training=training), [p, c])
         probability = tf.gather(self.probability, rows)
         # Targets of PAD have weight 0: to leave them out costs more than to compute them.
-        loss = self.task.sampled_loss(
+        return self.task.sampled_loss(
             tf.reshape(queries, [p, -1]), wanted, pool, probability[:p], probability[p:],
             tf.cast(rows[:p] != PAD, tf.float32), self._score_mask(batch, rows[:p]),
         )  # fmt: skip
-        if self.config.l2:
-            penalty = self.config.l2 * tf.reduce_mean(tf.reduce_sum(tf.square(pool[:, :-1]), 1))
-            loss += penalty / self.distribute_strategy.num_replicas_in_sync
-        return loss
+
+    def _hidden_loss(self, batch: dict[str, tf.Tensor], training: bool) -> tf.Tensor:
+        """Hides half of each user's items, at random; 1 is the right score for them, 0 for items of no interaction.
+
+        Squared errors, the latter weighing UNOBSERVED (Hu et al. 2008, iALS). An item of the pool stands for as many as
+        it was improbable to be drawn.
+        """
+        items, pool = batch["tokens"][:, 1:], batch["negatives"]
+        is_hidden = tf.random.uniform(tf.shape(items)) < 0.5
+        inputs, weights = tf.where(is_hidden, PAD, items), tf.cast(is_hidden & (items != PAD), tf.float32)
+        time = batch["time"][:, :1] if "time" in batch else None
+        query = self.query_tower(batch["user"], inputs, time, training=training)[:, 0]
+        wanted = tf.einsum("bd,bld->bl", query, self.candidate_tower(items, training=training))
+        others = tf.matmul(query, self.candidate_tower(pool, training=training), transpose_b=True)
+        is_other = ~tf.reduce_any(batch["tokens"][:, :, None] == pool, 1)
+        stands_for = UNOBSERVED / (tf.gather(self.probability, pool) * tf.cast(tf.size(pool), tf.float32))
+        errors = tf.reduce_sum(tf.where(is_other, tf.square(others) * stands_for, 0.0))
+        hidden = of_all_workers(tf.reduce_sum(weights))
+        return (tf.reduce_sum(weights * tf.square(1 - wanted)) + errors) / tf.maximum(hidden, 1.0)
 
     def _score_mask(self, batch: dict[str, tf.Tensor], targets: tf.Tensor) -> tf.Tensor | None:
         """False where a pool item is no negative: it stands in the position's own window [B, C], or is its target."""

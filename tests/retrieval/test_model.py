@@ -7,8 +7,8 @@ import tensorflow as tf
 from rec.config import Retrieval
 from rec.errors import UserError
 from rec.features import PAD, START, recent_items
-from rec.retrieval.model import LOWEST, RetrievalModel, SampledSoftmax, best_unseen
-from rec.retrieval.towers import SEQUENCE_ENCODERS, history_tokens
+from rec.retrieval.model import LOWEST, UNOBSERVED, RetrievalModel, SampledSoftmax, best_unseen
+from rec.retrieval.towers import ENCODERS, LENGTH_POWER, history_tokens
 from tests.small import corpus
 
 SMALL = corpus([[3, 4, 5, 6], [4, 5], [8, 3]], cold_items=2, features=True)
@@ -105,7 +105,7 @@ def test_windows_share_a_row_of_the_mask():
 # The towers
 
 
-@pytest.mark.parametrize("arch", SEQUENCE_ENCODERS)
+@pytest.mark.parametrize("arch", ["two_tower", "gru4rec", "sasrec"])
 def test_a_position_sees_nothing_behind_it(arch: str):
     built = model(arch=arch)
     one, other = tf.constant([[START, 3, 4, 5]]), tf.constant([[START, 3, 7, 8]])
@@ -114,7 +114,7 @@ def test_a_position_sees_nothing_behind_it(arch: str):
     assert np.abs(first[:, 2:] - second[:, 2:]).max() > 1e-3
 
 
-@pytest.mark.parametrize("arch", SEQUENCE_ENCODERS)
+@pytest.mark.parametrize("arch", ENCODERS)
 def test_a_query_is_the_same_alone_and_in_a_batch(arch: str):
     built = model(arch=arch)
     alone = built.query(tf.constant([2]), tf.constant([[4, 5]])).numpy()
@@ -127,6 +127,37 @@ def test_order_matters_where_the_architecture_says_so(arch: str):
     built = model(arch=arch)
     forth, back = (built.query(tf.constant([1]), tf.constant([items])).numpy() for items in ([3, 4, 5], [5, 4, 3]))
     assert np.abs(forth - back).max() > 1e-3
+
+
+def test_an_autoencoder_sums_the_history_in_any_order():
+    built = model(arch="autoencoder")
+    forth, back, one = (built.query(tf.constant([1]), tf.constant([h])).numpy() for h in ([3, 4], [4, PAD, 3], [3]))
+    assert forth == pytest.approx(back, abs=1e-6)
+    other = built.query(tf.constant([1]), tf.constant([[4]])).numpy()
+    assert forth[0, :-1] == pytest.approx((one + other)[0, :-1] / 2**LENGTH_POWER, abs=1e-5)
+
+
+def test_an_autoencoder_is_trained_by_the_squared_errors_on_what_it_hides(monkeypatch: pytest.MonkeyPatch):
+    drawn = tf.constant([[0.9, 0.1, 0.2, 0.1]])  # of items 3, 4, 5 and no item: 4 and 5 are hidden
+    monkeypatch.setattr(tf.random, "uniform", lambda shape: drawn)
+    built = model(arch="autoencoder", dropout=0.0)
+    tokens = tf.constant([[START, 3, 4, 5, PAD]])
+    batch = {"user": tf.constant([1]), "tokens": tokens, "negatives": tf.constant([4, 6, 7])}
+    scores = built.score(tf.constant([1]), tf.constant([[3]]), tf.constant([[4, 5, 6, 7]]))[0].numpy()
+    chances = 3 * built.probability.numpy()[6:8]  # that 6 and 7 stand in a pool of 3
+    by_hand = ((1 - scores[:2]) ** 2).sum() + UNOBSERVED * (scores[2:] ** 2 / chances).sum()
+    assert float(built.compute_loss(batch)) == pytest.approx(by_hand / 2, rel=1e-4)
+
+
+def test_an_autoencoder_starts_from_singular_vectors():
+    train = SMALL.train
+    built = RetrievalModel(Retrieval(arch="autoencoder", embedding_dim=2, window=4), SMALL)
+    built.start(train)
+    vectors = built.candidate_tower.items.ids.embeddings.numpy()
+    seen = train.matrix(np.arange(4), len(vectors)).toarray() / np.maximum(train.lengths, 1)[:, None] ** LENGTH_POWER
+    best = np.linalg.svd(seen)[2][:2]
+    projection = vectors @ np.linalg.pinv(vectors)
+    assert projection == pytest.approx(best.T @ best, abs=1e-4)
 
 
 def test_only_the_last_window_of_a_history_is_read():
