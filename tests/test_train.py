@@ -16,7 +16,7 @@ CONFIG = Config(dataset="d")
     [
         (
             replace(CONFIG, retrieval=Retrieval(arch="lstm")),
-            "retrieval.arch: there is no 'lstm'; choose one of auto, two_tower, gru4rec, sasrec",
+            "retrieval.arch: there is no 'lstm'; choose one of auto, two_tower, gru4rec, sasrec, autoencoder",
         ),
         (replace(CONFIG, ranking=Ranking(arch="mpl")), "ranking.arch: there is no 'mpl'; choose one of mlp, dlrm, dcn"),
         (

@@ -103,8 +103,10 @@ class RetrievalModel(tfrs.Model):
         self.probability = tf.Variable(probability, trainable=False, name="probability")
         self.leaning = {"lean_share": 1.0, "lean_weight": 0.0}
         self._build()
-        self.query_compiled = tf.function(self.query, reduce_retracing=True)
-        self.score_catalogue_compiled = tf.function(self.score_catalogue, reduce_retracing=True)
+        rows, lists = tf.TensorSpec([None], tf.int32), tf.TensorSpec([None, None], tf.int32)
+        self.query_compiled = tf.function(self.query, [rows, lists])
+        signature = [rows, lists, tf.TensorSpec([None, None], tf.float32), tf.TensorSpec([None], tf.int64)]
+        self.score_catalogue_compiled = tf.function(self.score_catalogue, signature)
 
     @property
     def encoders(self) -> list[Encoder]:
@@ -247,7 +249,8 @@ def calibrate(model: RetrievalModel, corpus: Corpus) -> dict[str, float]:
     leans = [weight * popularity[share] for share, weight in choices]
 
     def scores(part: np.ndarray) -> Iterator[tf.Tensor]:
-        without = model.score_catalogue_compiled(part, train.last(part, model.config.window), candidates)
+        history = train.last(part, model.config.window)
+        without = model.score_catalogue_compiled(part, history, candidates, now(part))
         return (without + lean for lean in leans)
 
     best = 0
