@@ -15,9 +15,8 @@ from tqdm import tqdm
 from rec.counts import NUMBERS, Counter
 from rec.features import PAD, recent_items
 from rec.pipeline import Corpus, Sequences
-from rec.retrieval.model import LOWEST, RetrievalModel, best_unseen
+from rec.retrieval.model import LOWEST, RetrievalModel, best_unseen, users_at_once
 
-BATCH = 256  # users ranked at a time
 Queries = tuple[np.ndarray, np.ndarray]  # users [Q], and the places among their labels before which they ask [Q]
 
 
@@ -86,8 +85,9 @@ def mine(
     """
     lengths, matrix = labels.lengths, model.candidates()
     parts: list[CandidateLists] = []
-    for begin in tqdm(range(0, len(queries[0]), BATCH), desc="mining candidates", unit="batch", leave=False):
-        user, place = (part[begin : begin + BATCH] for part in queries)
+    step = users_at_once(len(matrix))
+    for begin in tqdm(range(0, len(queries[0]), step), desc="mining candidates", unit="batch", leave=False):
+        user, place = (part[begin : begin + step] for part in queries)
         before = np.concatenate([past.last(user, past.longest(user)), _between(labels, user, 0, place)], 1)
         right = _between(labels, user, place, lengths[user] if whole else place + 1)
         later = _between(labels, user, place + 1, place + 1 if whole else lengths[user])

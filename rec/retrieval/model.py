@@ -282,11 +282,17 @@ def _ndcg(
 ) -> np.ndarray:
     """[choices, U]: NDCG@100 on validation data; `scores` gives some users' by each choice, [part, catalogue]."""
     parts = []
-    for part in np.array_split(users, np.arange(256, len(users), 256)):
+    step = users_at_once(len(corpus.items.ids))
+    for part in np.array_split(users, np.arange(step, len(users), step)):
         seen, relevant = train.last(part, train.longest(part)), corpus.val.matrix(part, corpus.items.rows)
         ranked = (best_unseen(tf.cast(each, tf.float32), seen, 100)[1].numpy() for each in scores(part))
         parts.append([per_user(np.where(r == PAD, -1, r), relevant, ks=(100,))["ndcg@100"] for r in ranked])
     return np.concatenate(parts, 1)
+
+
+def users_at_once(items: int) -> int:
+    """How many users' scores of the whole catalogue are computed together: at most 128 MB of float32."""
+    return min(256, max(1, 2**25 // items))
 
 
 def of_all_workers(value: tf.Tensor) -> tf.Tensor:
