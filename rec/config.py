@@ -56,7 +56,8 @@ class Retrieval:
     temperature: Positive = 1.0
     logq: bool = True  # correct sampled logits by log of the sampling probability
     in_batch_negatives: CountOr0 = 512  # targets of other examples in the batch, shared by all; 0 = none
-    uniform_negatives: CountOr0 = 2048  # items drawn uniformly, shared by all; a catalogue no larger is taken whole
+    # items drawn uniformly, shared by all; a catalogue no larger is taken whole; 0 = 2048, autoencoder 16384
+    uniform_negatives: CountOr0 = 0
     hard_negatives: CountOr0 = 0  # keep only the n highest-scored negatives of each position; 0 = all
     mask_accidental_hits: bool = True  # a negative that is the position's own target does not count
     mask_user_positives: bool = True  # nor does one that the user has interacted with elsewhere in the window
@@ -135,9 +136,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ValueError("dataset: missing key; add `dataset: data/NAME` or --set dataset=data/NAME")
         if (candidates := config.ranking.candidates) > (k := config.index.k):
             raise ValueError(f"ranking.candidates: must be at most index.k, which is {k}, not {candidates}")
-        if config.retrieval.in_batch_negatives + config.retrieval.uniform_negatives == 0:
-            keys = "retrieval.in_batch_negatives, retrieval.uniform_negatives"
-            raise ValueError(f"{keys}: must not both be 0: training needs negatives")
     except OSError as error:
         raise UserError(f"{where}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:  # YAML raises the latter for a date such as 2024-13-45
@@ -150,7 +148,9 @@ def settled(config: Retrieval, ordered: bool, interactions: int) -> Retrieval:
     """`auto` and 0 replaced by what suits a data set, with or without timestamps, of so many training interactions."""
     arch = ("sasrec" if ordered else "autoencoder") if config.arch == "auto" else config.arch
     epochs = config.epochs or min(max(round(5_000_000 / interactions), 12), 100)
-    return replace(config, arch=arch, window=config.window or (50 if ordered else 1000), epochs=epochs)
+    uniform = config.uniform_negatives or (16384 if arch == "autoencoder" else 2048)
+    window = config.window or (50 if ordered else 1000)
+    return replace(config, arch=arch, window=window, epochs=epochs, uniform_negatives=uniform)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -181,12 +181,6 @@ def test_a_ranker_cannot_ask_for_more_candidates_than_retrieval_returns(write: P
     assert error(write, "dataset: d", "index.k=50") == f"x.yaml --set index.k=50: {message}"
 
 
-def test_training_needs_some_negatives(write: Path) -> None:
-    text = "dataset: d\nretrieval: {in_batch_negatives: 0, uniform_negatives: 0}"
-    keys = "retrieval.in_batch_negatives, retrieval.uniform_negatives"
-    assert error(write, text) == f"x.yaml: {keys}: must not both be 0: training needs negatives"
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
