@@ -193,8 +193,9 @@ def fit(
 def _share(data: tf.data.Dataset, context: tf.distribute.InputContext) -> tf.data.Dataset:
     """What one of several workers trains on: every so-manieth example of each batch, and all of its negatives."""
     first, step = context.input_pipeline_id, context.num_input_pipelines
-    shared = data.map(lambda batch: {k: part if k == "negatives" else part[first::step] for k, part in batch.items()})
-    return shared if step > 1 else data
+    if step == 1:
+        return data
+    return data.map(lambda batch: {k: part if k == "negatives" else part[first::step] for k, part in batch.items()})
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:

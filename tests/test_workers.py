@@ -60,7 +60,7 @@ def test_two_workers_end_as_one_even_if_one_is_killed_and_all_start_again(tmp_pa
         assert chief.poll() is None and other.poll() is None, (chief.stderr, other.stderr)
         time.sleep(0.05)
     other.kill()
-    _, said = chief.communicate(timeout=300)
+    chief.communicate(timeout=300)
     assert chief.returncode != 0, "the chief went on without the other"
 
     chief, other = cluster(together, data)

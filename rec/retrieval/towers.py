@@ -20,13 +20,13 @@ from rec.pipeline import Corpus
 LENGTH_POWER = 0.7  # of .5, .7 and 1 the best on MovieLens 100K without times
 
 
-class SequenceEncoder(tf.keras.layers.Layer):
+class HistoryEncoder(tf.keras.layers.Layer):
     """What an encoder has to say of itself: whether it reads a history as a set, not in order."""
 
     of_sets = False
 
 
-class Average(SequenceEncoder):
+class Average(HistoryEncoder):
     """The sum of the history over the root of its length (Covington et al. 2016 average it); order does not matter."""
 
     def __init__(self, config: Retrieval) -> None:
@@ -45,7 +45,7 @@ class Average(SequenceEncoder):
         return tf.where(count > 0, tf.matmul(weights / tf.maximum(count, 1.0) ** 0.5, vectors), vectors[:, :1])
 
 
-class Autoencoder(SequenceEncoder):
+class Autoencoder(HistoryEncoder):
     """A linear denoising autoencoder of low rank (Steck 2020, EDLAE), for data without order.
 
     The history's vectors are summed over their number to the power of LENGTH_POWER; a square matrix makes of them what
@@ -66,7 +66,7 @@ class Autoencoder(SequenceEncoder):
         return self._dense(summed)[:, None]
 
 
-class Gru(SequenceEncoder):
+class Gru(HistoryEncoder):
     """Recurrent layers (Hidasi et al. 2016, GRU4Rec)."""
 
     def __init__(self, config: Retrieval) -> None:
@@ -86,7 +86,7 @@ class Gru(SequenceEncoder):
         return self._dense(hidden if last is None else tf.gather(hidden, last, batch_dims=1)[:, None])
 
 
-class Transformer(SequenceEncoder):
+class Transformer(HistoryEncoder):
     """Causal self-attention blocks (Kang and McAuley 2018, SASRec), normalised before each sublayer.
 
     What a position attends to depends on how far back it is, by a learned bias a head and distance (Raffel et al. 2020,
