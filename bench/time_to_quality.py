@@ -39,18 +39,17 @@ from rec.pipeline import Corpus, load_corpus
 METRIC = "val/ndcg@10"
 
 
-def ease(corpus: Corpus, seed: int) -> dict[str, float] | None:
+def ease(corpus: Corpus) -> dict[str, float] | None:
     """EASE's NDCG@10 on validation users, and the seconds of its search."""
     val = Task.of(corpus, "val")
     train = corpus.train.matrix(np.arange(corpus.users.rows), corpus.items.rows)[:, FIRST_ITEM:]
     start = time.perf_counter()
     try:
-        grid = baselines.grids(seed, corpus.ordered)["ease"]
-        tuned = baselines.tune(grid, train, val.seen, val.seen, val.relevant)
+        value, _ = baselines.tune(baselines.EASE, baselines.GRIDS[baselines.EASE], train, val.seen, val.relevant)
     except UserError as error:
         print(f"ease is left out: {error}", file=sys.stderr)
         return None
-    return {METRIC: round(tuned.value, 4), "seconds": round(time.perf_counter() - start, 1)}
+    return {METRIC: round(value, 4), "seconds": round(time.perf_counter() - start, 1)}
 
 
 def train(dataset: str, overrides: list[str], folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -102,7 +101,7 @@ def main() -> None:
     args = parser.parse_args()
     corpus = load_corpus(open_dataset(args.dataset), Features({}, {}))
     interactions = len(corpus.train.items)
-    baseline = ease(corpus, args.seed)
+    baseline = ease(corpus)
     print(f"ease: {baseline}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as name:
         checkpoint, took = (args.checkpoint, {}) if args.checkpoint else train(args.dataset, args.overrides, Path(name))

@@ -10,11 +10,10 @@ Not covered: side features, the order of a history, and ratings as strengths: an
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import product, starmap
-from typing import Any, NamedTuple
+from itertools import product
+from typing import Any
 
 import numpy as np
 from implicit.cpu.als import AlternatingLeastSquares
@@ -31,6 +30,7 @@ SECONDS_A_DAY = 86_400
 SCORES_A_SLICE = 2**25  # users x items scored at a time: 128 MB of float32
 
 
+@dataclass
 class Popularity:
     """The number of training interactions of each item, for everybody. The others build on it and fall back on it."""
 
@@ -156,9 +156,6 @@ def rank(baseline: Baseline, histories: csr_matrix, seen: csr_matrix, k: int) ->
     return np.concatenate([top_k(baseline.scores(histories[part]), seen[part], k) for part in parts])
 
 
-Candidate = tuple[str, dict[str, Any], Callable[[], Baseline]]  # name, parameters, a maker of the unfitted baseline
-
-
 def _grid(**values: Sequence[float]) -> list[dict[str, Any]]:
     """All combinations."""
     return [dict(zip(values, each, strict=True)) for each in product(*values.values())]
@@ -174,48 +171,30 @@ GRIDS: dict[type[Baseline], list[dict[str, Any]]] = {
 }
 
 
-def grids(seed: int = 0, ordered: bool = True) -> dict[str, list[Candidate]]:
-    """The candidates by baseline; those that need timestamps only where interactions have them (`ordered`)."""
-    found: dict[str, list[Candidate]] = {}
-    for make, grid in GRIDS.items():
-        fixed = {"seed": seed} if hasattr(make, "seed") else {}
-        if ordered or not make.needs_timestamps:
-            found[make.name] = [(make.name, each | fixed, partial(make, **each, **fixed)) for each in grid]
-    return found
-
-
-class Tuned(NamedTuple):
-    name: str
-    params: dict[str, Any]
-    value: float  # the metric on validation data
-    baseline: Baseline  # fitted
-
-
 def tune(
-    candidates: Sequence[Candidate],
+    make: type[Baseline],
+    grid: list[dict[str, Any]],
     train: csr_matrix,
     histories: csr_matrix,
-    seen: csr_matrix,
     relevant: csr_matrix,
     metric: str = "ndcg@10",
     timestamps: np.ndarray | None = None,
-) -> Tuned:
-    """The candidate (see `GRIDS`) with the highest mean metric over validation users; the first of equals.
+) -> tuple[float, Baseline]:
+    """The highest mean metric over validation users, and the baseline of the `grid` that has it, fitted.
 
-    `train` and `timestamps` are what `fit` takes; histories, seen and relevant are [U, N] for the validation users;
-    `metric` is a name that `per_user` returns for the cut-off after its "@".
+    `train` and `timestamps` are what `fit` takes; histories (whose items are not recommended) and relevant are [U, N]
+    for the validation users; `metric` is a name that `per_user` returns for the cut-off after its "@".
     """
     k = int(metric.partition("@")[2] or 100)
 
-    def fitted(name: str, params: dict[str, Any], make: Callable[[], Baseline]) -> Tuned:
-        started, baseline = time.perf_counter(), make()
+    def fitted(parameters: dict[str, Any]) -> tuple[float, Baseline]:
+        started, baseline = time.perf_counter(), make(**parameters)
         baseline.fit(train, timestamps)
-        value = float(per_user(rank(baseline, histories, seen, k), relevant, (k,))[metric].mean())
-        seconds = time.perf_counter() - started
-        print(f"{name} {params}: val/{metric} {value:.4f}, {seconds:.1f} s", file=sys.stderr)
-        return Tuned(name, params, value, baseline)
+        value = float(per_user(rank(baseline, histories, histories, k), relevant, (k,))[metric].mean())
+        print(f"{baseline}: val/{metric} {value:.4f}, {time.perf_counter() - started:.1f} s", file=sys.stderr)
+        return value, baseline
 
-    return max(starmap(fitted, candidates), key=lambda tuned: tuned.value)
+    return max(map(fitted, grid), key=lambda each: each[0])  # the first of equals
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
+from tqdm import tqdm
 
 from rec.counts import Counts
 from rec.features import FIRST_ITEM, FIRST_USER, PAD, UNKNOWN_USER, Encoder, Vocabulary, recent_items
@@ -21,6 +22,7 @@ from rec.retrieval.model import LOWEST, RetrievalModel, best_unseen
 
 ROW_LISTS = tf.TensorSpec([None, None], tf.int32)
 SCORES = tf.TensorSpec([None, None], tf.float32)
+USERS_AT_ONCE = 256  # queries that are computed together
 
 
 class Lookup(tf.Module):
@@ -36,6 +38,7 @@ class Lookup(tf.Module):
         lengths = np.minimum(history.lengths, max_seen)
         kept = np.arange(len(history.items)) >= (history.offsets[1:] - lengths)[history.users]
         stored = history.select(kept)
+        self.users = len(stored.lengths)
         self._offsets = tf.Variable(stored.offsets, trainable=False, name="history_offsets")
         # One item more than there is, so that gathering for a user without a history stays in bounds.
         self._history = tf.Variable(np.append(stored.items, PAD).astype(np.int32), trainable=False, name="history")
@@ -100,20 +103,29 @@ class RetrievalModule(tf.Module):
         self.index, self.lookup, self.k = index, lookup, k
         self.model = _Untracked(model)
         self.weights = _frozen(model.variables, model.encoders)
+        self.known = None if model.config.query_time else tf.Variable(self._known(), trainable=False, name="known")
+
+    def _known(self) -> tf.Tensor:
+        """[user rows, d + 1]: the queries of all users with their stored histories, which a request then looks up."""
+        users = np.arange(self.lookup.users, dtype=np.int32)
+        parts = tqdm(np.array_split(users, 1 + len(users) // USERS_AT_ONCE), "all users", unit="batch", leave=False)
+        return tf.concat([self.model.get.query_compiled(part, self.lookup.stored(part)) for part in parts], 0)
 
     @tf.function(input_signature=[IDS])
     def serving_default(self, user_id: tf.Tensor) -> Tensors:
         """A known user's recommendations, from the history that the bundle stores."""
         user = self.lookup.user_rows(user_id)
         stored = self.lookup.stored(user)
-        return self._named(*self._best(user, stored, stored))
+        query = self._query(user, stored, tf.zeros_like(user, tf.bool))
+        return self._named(*self._best(query, user, stored, stored))
 
     @tf.function(input_signature=[IDS, LISTS])
     def from_history(self, user_id: tf.Tensor, history: tf.Tensor) -> Tensors:
         """Recommendations from the caller's history; what the bundle stores of a known user is still left out."""
         user = self.lookup.user_rows(user_id)
         rows = self.lookup.item_rows(history)
-        return self._named(*self._best(user, rows, tf.concat([rows, self.lookup.stored(user)], 1)))
+        query, seen = self.model.get.query(user, rows), tf.concat([rows, self.lookup.stored(user)], 1)
+        return self._named(*self._best(query, user, rows, seen))
 
     @tf.function(input_signature=[IDS])
     def similar_items(self, item_id: tf.Tensor) -> Tensors:
@@ -132,7 +144,8 @@ class RetrievalModule(tf.Module):
     def retrieve(self, user_id: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor) -> Tensors:
         """Like from_history, at a given time, without exactly `seen` [B, S]: what an evaluation needs. As `answer`."""
         user, rows = self.lookup.user_rows(user_id), self.lookup.item_rows(history)
-        return self._described(*self._best(user, rows, self.lookup.item_rows(seen), time), user, rows)
+        query = self.model.get.query(user, rows, time)
+        return self._described(*self._best(query, user, rows, self.lookup.item_rows(seen)), user, rows)
 
     @tf.function(input_signature=[IDS, LISTS, LISTS, TIMES])
     def retrieve_exactly(self, user_id: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor) -> Tensors:
@@ -160,7 +173,8 @@ class RetrievalModule(tf.Module):
         user, rows = self.lookup.user_rows(user_id), self.lookup.item_rows(history)
         seen = tf.concat([rows, self.lookup.stored(user), self.lookup.item_rows(exclude)], 1)
         history = self._latest(user, rows, is_given)
-        return self._described(*self._best(user, history, seen), user, history)
+        query = self._query(user, history, is_given)
+        return self._described(*self._best(query, user, history, seen), user, history)
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, ROWS])
     def answer_within(self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, within: tf.Tensor) -> Tensors:
@@ -186,11 +200,22 @@ class RetrievalModule(tf.Module):
         a, b = (tf.math.l2_normalize(self.model.get.candidate_tower.items(x), 1) for x in (rows, others))
         return tf.where((rows == PAD)[:, None] | (others == PAD), LOWEST, tf.matmul(a, b, transpose_b=True))
 
+    def _query(self, user: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor) -> tf.Tensor:
+        """[B, d + 1]: computed where the history [B, H] is given, looked up where it is the stored one."""
+        if self.known is None:
+            return self.model.get.query(user, history)
+        known, asked = tf.gather(self.known, user), tf.where(is_given)
+
+        def told() -> tf.Tensor:
+            query = self.model.get.query(*(tf.gather(each, asked[:, 0]) for each in (user, history)))
+            return tf.tensor_scatter_nd_update(known, asked, query)
+
+        return tf.cond(tf.reduce_any(is_given), told, lambda: known)
+
     def _best(
-        self, user: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor | None = None
+        self, query: tf.Tensor, user: tf.Tensor, history: tf.Tensor, seen: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """user [B], history [B, H] and seen [B, S] as rows -> scores and rows of the k best unseen, [B, k]."""
-        query = self.model.get.query(user, history, time)
+        """query [B, d + 1]; user [B], history [B, H], seen [B, S] as rows -> scores and rows of the k best, [B, k]."""
         widest = tf.reduce_max(tf.reduce_sum(tf.cast(seen != PAD, tf.int32), 1))
         scores, found = self._search(query, self.k + widest)
         depth = tf.shape(found)[1]

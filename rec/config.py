@@ -72,7 +72,7 @@ class Ranking:
     objective: str = "implicit"
     candidates: Count = 100  # length of a candidate list
     holdout: Share = 0.15  # latest share of the training interactions that labels the candidate lists
-    hidden: tuple[Count, ...] = (128, 64)
+    hidden: Annotated[tuple[Count, ...], "at least one width", bool] = (128, 64)
     dropout: Rate = 0.2
     epochs: Count = 5
     patience: Count = 2

@@ -71,15 +71,17 @@ class Task:
 
     def requests(self) -> Iterator[tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
         """Batches of user_id [B], history [B, S] and request time [B], as a bundle takes them."""
-        by_row = np.concatenate([np.full(FIRST_ITEM, "", object), self.corpus.items.ids])
         for begin in tqdm(range(0, len(self.users), BATCH), desc="evaluating", unit="batch", leave=False):
             users = self.users[begin : begin + BATCH]
-            history = by_row[self.history.last(users, self.history.longest(users))]
             # The time of the first held-out interaction; without timestamps, any time does.
             times = np.zeros(len(users)) if self.held.times is None else self.held.times[self.held.offsets[users]]
             ids = self.corpus.users.ids[users - self.corpus.users.first]
-            history = tf.reshape(tf.constant(history.tolist(), tf.string), history.shape)
-            yield tf.constant(ids.tolist(), tf.string), history, tf.constant(times, tf.int64)
+            yield tf.constant(ids.tolist()), self._ids(self.history.last(users)), tf.constant(times, tf.int64)
+
+    def _ids(self, rows: np.ndarray) -> tf.Tensor:
+        """Item rows -> their ids, "" for PAD."""
+        by_row = np.concatenate([np.full(FIRST_ITEM, "", object), self.corpus.items.ids])
+        return tf.constant(by_row[rows], tf.string)
 
     def ranked(self, ask: Any) -> np.ndarray:
         """[U, K] catalogue rows that a bundle's function returns, -1 behind."""
@@ -91,13 +93,13 @@ class Task:
 
     def predicted_ratings(self, pair: Recommender) -> np.ndarray:
         """The ranking bundle's predictions of all held-out ratings, in the order of `held`."""
-        by_row, parts = np.concatenate([np.full(FIRST_ITEM, "", object), self.corpus.items.ids]), []
+        parts = []
         for begin, (users, history, times) in zip(range(0, len(self.users), BATCH), self.requests(), strict=True):
             asked = self.users[begin : begin + BATCH]
-            rows = self.held.last(asked, self.held.longest(asked))
-            items = tf.reshape(tf.constant(by_row[rows].tolist(), tf.string), rows.shape)
+            rows = self.held.last(asked)
             assert pair.module.ranking is not None
-            parts.append(pair.module.ranking.score_at(users, history, items, times)["score"].numpy()[rows != PAD])
+            scores = pair.module.ranking.score_at(users, history, self._ids(rows), times)["score"]
+            parts.append(scores.numpy()[rows != PAD])
         return np.concatenate(parts)
 
 
@@ -121,7 +123,7 @@ def evaluate(
             f"{config.output.savedmodels}/retrieval was trained on another data set than {config.dataset}: train on it "
             "first, or name another output.savedmodels"
         )
-    ranked = _baselines(task, corpus, config.seed, with_baselines)
+    ranked = _baselines(task, with_baselines)
     named = list(ranked)
     ranked["retrieval"] = task.ranked(pair.module.retrieval.retrieve_exactly)
     ranked["retrieval_ann"] = task.ranked(pair.module.retrieval.retrieve)
@@ -137,7 +139,7 @@ def evaluate(
         summary["ndcg@10_vs_best_baseline"] = difference
     report["segments"] = {name: _where(values, mask, config.seed) for name, mask in task.segments().items()}
     if pair.predicts_ratings:
-        report["ratings"] = _rating_errors(task, corpus, pair)
+        report["ratings"] = _rating_errors(task, pair)
     return report
 
 
@@ -224,9 +226,9 @@ def _where(values: dict[str, dict[str, np.ndarray]], mask: np.ndarray, seed: int
     return part
 
 
-def _rating_errors(task: Task, corpus: Corpus, pair: Recommender) -> dict[str, dict[str, float]]:
+def _rating_errors(task: Task, pair: Recommender) -> dict[str, dict[str, float]]:
     """RMSE of the ranker and of rating baselines on the held-out ratings."""
-    held, ratings = task.held, task.held.ratings
+    corpus, held, ratings = task.corpus, task.held, task.held.ratings
     assert ratings is not None
     predicted = {
         name: baseline.predict(held.users, held.items)
@@ -236,23 +238,25 @@ def _rating_errors(task: Task, corpus: Corpus, pair: Recommender) -> dict[str, d
     return {name: {"rmse": metrics.rmse(values, ratings)} for name, values in predicted.items()}
 
 
-def _baselines(task: Task, corpus: Corpus, seed: int, all_of_them: bool) -> dict[str, np.ndarray]:
+def _baselines(task: Task, all_of_them: bool) -> dict[str, np.ndarray]:
     """[U, K] ranked rows of each baseline, fitted on the training data and tuned on the validation data."""
-    everyone = np.arange(corpus.users.rows)
-    train = corpus.train.matrix(everyone, corpus.items.rows)[:, FIRST_ITEM:]
+    corpus = task.corpus
+    train = corpus.train.matrix(np.arange(corpus.users.rows), corpus.items.rows)[:, FIRST_ITEM:]
     if not all_of_them:
         popularity = baselines.Popularity()
         popularity.fit(train)
         return {"popularity": baselines.rank(popularity, task.seen, task.seen, K)}
     val = Task.of(corpus, "val")
     found = {}
-    for name, grid in baselines.grids(seed, corpus.ordered).items():
-        try:
-            tuned = baselines.tune(grid, train, val.seen, val.seen, val.relevant, timestamps=corpus.train.times)
-        except UserError as error:  # a catalogue too large for it
-            print(f"{name} is left out: {error}", file=sys.stderr)
+    for make, grid in baselines.GRIDS.items():
+        if make.needs_timestamps and not corpus.ordered:
             continue
-        found[name] = baselines.rank(tuned.baseline, task.seen, task.seen, K)
+        try:
+            _, best = baselines.tune(make, grid, train, val.seen, val.relevant, timestamps=corpus.train.times)
+        except UserError as error:  # a catalogue too large for it
+            print(f"{make.name} is left out: {error}", file=sys.stderr)
+            continue
+        found[make.name] = baselines.rank(best, task.seen, task.seen, K)
     return found
 
 

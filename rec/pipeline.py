@@ -42,16 +42,18 @@ class Sequences:
         """[n] int32: the user row of each interaction."""
         return np.repeat(np.arange(len(self.lengths), dtype=np.int32), self.lengths)
 
-    def longest(self, users: np.ndarray) -> int:
-        return int(self.lengths[users].max(initial=0))
+    def last(self, users: np.ndarray, width: int | None = None) -> np.ndarray:
+        """The last `width` items of each of these users, or all: [U, width] int32, left-aligned, PAD behind."""
+        lengths = self.lengths[users]
+        return self.between(users, lengths * 0 if width is None else lengths - width, lengths, width)
 
-    def last(self, users: np.ndarray, width: int) -> np.ndarray:
-        """The last `width` items of each of these users: [len(users), width] int32, left-aligned, PAD behind."""
-        lengths = np.minimum(self.lengths[users], width)
-        starts = self.offsets[users + 1] - lengths
-        columns = np.arange(width)
-        inside = columns < lengths[:, None]
-        at = np.where(inside, starts[:, None] + columns, 0)
+    def between(self, users: np.ndarray, begin: np.ndarray, end: np.ndarray, width: int | None = None) -> np.ndarray:
+        """Items number begin to end - 1 (those that there are) of each user: [U, width] int32, or [U, widest]."""
+        begin = np.maximum(begin, 0)
+        length = np.minimum(end, self.lengths[users]) - begin
+        columns = np.arange(max(0, int(length.max(initial=0))) if width is None else width)
+        inside = columns < length[:, None]
+        at = np.where(inside, (self.offsets[users] + begin)[:, None] + columns, 0)
         return np.where(inside, self.items[at] if len(self.items) else PAD, PAD).astype(np.int32)
 
     def matrix(self, users: np.ndarray, item_rows: int) -> sp.csr_matrix:

@@ -134,9 +134,6 @@ class Recommender:
             if not allow_mismatch:
                 check_pair(metadata["retrieval"], metadata["ranking"], ranking)
         loaded = {"retrieval": load_bundle(retrieval), "ranking": None if ranking is None else load_bundle(ranking)}
-        for stage, path, needed in (("retrieval", retrieval, "answer"), ("ranking", ranking, "rank")):
-            if loaded[stage] is not None and not hasattr(loaded[stage], needed):
-                raise UserError(f"{path} is from an older version of rec: export the bundle again")
         count = metadata["ranking"]["config"]["ranking"]["candidates"] if ranking is not None else None
         items, users = read_catalogue(retrieval)
         return cls(RecommenderModule(**loaded, candidates=count, items=items.index), items, users, metadata)
@@ -222,7 +219,7 @@ def pad_lists(lists: Sequence[list[str]]) -> tf.Tensor:
     """Ragged lists of ids -> [B, widest] string, "" on the left."""
     width = max(map(len, lists), default=0)
     rows = [[""] * (width - len(row)) + list(row) for row in lists]
-    return tf.reshape(tf.constant(rows, tf.string), [len(lists), width])
+    return tf.constant(np.array(rows, object).reshape(len(lists), width), tf.string)
 
 
 def _strings(ids: tf.Tensor) -> np.ndarray:

@@ -93,12 +93,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for everyone who reaches this machine")
     parser.add_argument("--port", type=int, default=8000, help="0 for any free one (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes, each with its models (default: %(default)s)")
-    parser.add_argument(
-        "--follow", type=float, default=5, metavar="SECONDS", help="between looks for newer bundles; 0: never"
-    )
-    parser.add_argument(
-        "--tf-serving", action="append", metavar="URL", help="let TF Serving compute, such as http://127.0.0.1:8501"
-    )
+    parser.add_argument("--follow", type=float, default=5, help="seconds between looks for newer bundles; 0: never")
+    parser.add_argument("--tf-serving", action="append", metavar="URL", help="let TF Serving compute: http://host:8501")
     parser.add_argument("--require-auth", action="store_true", help="refuse every request while no token is set")
     parser.add_argument("--cors-origin", action="append", default=[], help="a page's origin that may call the API")
     parser.add_argument("--no-access-log", action="store_true", help="no line a request on stdout")

@@ -1,14 +1,13 @@
 """Baselines against their definitions on small matrices, and the ranking and tuning around them."""
 
 import warnings
-from functools import partial
 
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
 from rec import baselines
-from rec.baselines import EASE, IALS, SECONDS_A_DAY, Baseline, Popularity, RecentPopularity, grids, rank, top_k, tune
+from rec.baselines import EASE, GRIDS, IALS, SECONDS_A_DAY, Baseline, Popularity, RecentPopularity, rank, top_k, tune
 from rec.errors import UserError
 
 
@@ -164,21 +163,18 @@ def test_tune_takes_the_best_on_validation_and_returns_it_fitted(capsys: pytest.
     train = csr([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]])
     times = np.array([0, 0, 0, 1, 90]) * SECONDS_A_DAY
     history, relevant = csr([[0, 0, 0, 0]]), csr([[0, 0, 0, 1]])  # the last item is the only recent one
-    candidates = [("recent", {"days": d}, partial(RecentPopularity, d)) for d in (1000, 5, 7)]
-    best = tune(candidates, train, history, history, relevant, metric="ndcg@2", timestamps=times)
-    assert (best.name, best.params, best.value) == ("recent", {"days": 5}, 1.0)
-    assert best.baseline.scores(history)[0].argmax() == 3
+    grid = [{"days": days} for days in (1000, 5, 7)]
+    value, best = tune(RecentPopularity, grid, train, history, relevant, metric="ndcg@2", timestamps=times)
+    assert (value, best) == (1.0, RecentPopularity(days=5))
+    assert best.scores(history)[0].argmax() == 3
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert "recent {'days': 1000}: val/ndcg@2 0.0000" in printed.err
+    assert "RecentPopularity(days=1000): val/ndcg@2 0.0000" in printed.err
 
 
-def test_grids_fit_and_leave_recency_out_where_there_are_no_timestamps() -> None:
-    assert list(grids()) == ["popularity", "recent_popularity", "ials", "ease"]
-    assert list(grids(ordered=False)) == ["popularity", "ials", "ease"]
-    for family, candidates in grids(seed=3).items():
-        name, _, make = candidates[0]
-        baseline = make()
+def test_the_first_of_each_grid_fits() -> None:
+    assert [make.name for make in GRIDS] == ["popularity", "recent_popularity", "ials", "ease"]
+    for make, grid in GRIDS.items():
+        baseline = make(**grid[0])
         baseline.fit(two_tastes(), np.zeros(300))
-        assert baseline.name == name == family
         assert baseline.scores(two_tastes()).shape == (60, 20)

@@ -2,6 +2,9 @@
 
 Each is a Keras layer from the same inputs to a hidden vector a candidate: `ARCHS` maps a name to a class; add one by
 adding a class and a line. What the fields are is model.py's business.
+
+All take `fields`, vectors of each candidate (each [B, N, d]), `shared`, vectors that a list's candidates have in common
+(each [B, d]), and numbers [B, N, M], and give [R, hidden], a row a candidate, R = B x N.
 """
 
 from typing import Any
@@ -11,24 +14,31 @@ import tensorflow_recommenders as tfrs
 
 from rec.config import Ranking
 
+Tensors = list[tf.Tensor]
 
-def _mlp(config: Ranking, name: str) -> tf.keras.Sequential:
+
+def _mlp(config: Ranking, widths: tuple[int, ...], name: str) -> tf.keras.Sequential:
     layers: list[tf.keras.layers.Layer] = []
-    for width in config.hidden:
+    for width in widths:
         layers += [tf.keras.layers.Dense(width, activation="relu"), tf.keras.layers.Dropout(config.dropout)]
     return tf.keras.Sequential(layers, name=name)
 
 
 class Mlp(tf.keras.layers.Layer):
-    """All inputs side by side through dense layers."""
+    """All inputs side by side through dense layers; what is shared is multiplied once a list."""
 
     def __init__(self, config: Ranking, dim: int) -> None:
         super().__init__(name="mlp")
-        self._top = _mlp(config, "top")
+        self._each = tf.keras.layers.Dense(config.hidden[0])
+        self._shared = tf.keras.layers.Dense(config.hidden[0], use_bias=False)
+        self._dropout = tf.keras.layers.Dropout(config.dropout)
+        self._top = _mlp(config, config.hidden[1:], "top")
 
-    def call(self, fields: tf.Tensor, numbers: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """fields [R, F, d], numbers [R, M] -> [R, hidden]."""
-        return self._top(tf.concat([_flat(fields), numbers], 1), training=training)
+    def call(self, fields: Tensors, shared: Tensors, numbers: tf.Tensor, training: bool = False) -> tf.Tensor:
+        each = self._each(_rows(tf.concat([*fields, numbers], 2)))
+        by_list = tf.reshape(each, tf.concat([tf.shape(numbers)[:2], [each.shape[1]]], 0))
+        first = tf.nn.relu(by_list + self._shared(tf.concat(shared, 1))[:, None])
+        return self._top(self._dropout(_rows(first), training=training), training=training)
 
 
 class Dlrm(tf.keras.layers.Layer):
@@ -40,13 +50,12 @@ class Dlrm(tf.keras.layers.Layer):
             [tf.keras.layers.Dense(dim, activation="relu"), tf.keras.layers.Dense(dim)], name="bottom"
         )
         self._interact = tfrs.layers.feature_interaction.DotInteraction()
-        self._top = _mlp(config, "top")
+        self._top = _mlp(config, config.hidden, "top")
 
-    def call(self, fields: tf.Tensor, numbers: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """fields [R, F, d], numbers [R, M] -> [R, hidden]."""
-        dense = self._bottom(numbers)
-        pairs = self._interact([*tf.unstack(fields, axis=1), dense])
-        pairs = tf.ensure_shape(pairs, [None, (fields.shape[1] + 1) * fields.shape[1] // 2])
+    def call(self, fields: Tensors, shared: Tensors, numbers: tf.Tensor, training: bool = False) -> tf.Tensor:
+        dense, every = self._bottom(_rows(numbers)), _every(fields, shared)
+        pairs = self._interact([*every, dense])
+        pairs = tf.ensure_shape(pairs, [None, (len(every) + 1) * len(every) // 2])
         return self._top(tf.concat([dense, pairs], 1), training=training)
 
 
@@ -56,18 +65,23 @@ class Dcn(tf.keras.layers.Layer):
     def __init__(self, config: Ranking, dim: int) -> None:
         super().__init__(name="dcn")
         self._crosses = [tfrs.layers.dcn.Cross(projection_dim=dim) for _ in range(2)]
-        self._top = _mlp(config, "top")
+        self._top = _mlp(config, config.hidden, "top")
 
-    def call(self, fields: tf.Tensor, numbers: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """fields [R, F, d], numbers [R, M] -> [R, hidden]."""
-        start = crossed = tf.concat([_flat(fields), numbers], 1)
+    def call(self, fields: Tensors, shared: Tensors, numbers: tf.Tensor, training: bool = False) -> tf.Tensor:
+        start = crossed = tf.concat([*_every(fields, shared), _rows(numbers)], 1)
         for cross in self._crosses:
             crossed = cross(start, crossed)
         return self._top(crossed, training=training)
 
 
-def _flat(fields: tf.Tensor) -> tf.Tensor:
-    return tf.reshape(fields, [-1, fields.shape[1] * fields.shape[2]])
+def _rows(by_list: tf.Tensor) -> tf.Tensor:
+    """[B, N, width] -> [B x N, width]."""
+    return tf.reshape(by_list, [-1, by_list.shape[2]])
+
+
+def _every(fields: Tensors, shared: Tensors) -> Tensors:
+    """All vectors of each candidate, each [R, d]."""
+    return [_rows(x) for x in [*fields, *(tf.broadcast_to(x[:, None], tf.shape(fields[0])) for x in shared)]]
 
 
 ARCHS: dict[str, Any] = {"mlp": Mlp, "dlrm": Dlrm, "dcn": Dcn}

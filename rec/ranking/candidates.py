@@ -88,9 +88,9 @@ def mine(
     step = users_at_once(len(matrix))
     for begin in tqdm(range(0, len(queries[0]), step), desc="mining candidates", unit="batch", leave=False):
         user, place = (part[begin : begin + step] for part in queries)
-        before = np.concatenate([past.last(user, past.longest(user)), _between(labels, user, 0, place)], 1)
-        right = _between(labels, user, place, lengths[user] if whole else place + 1)
-        later = _between(labels, user, place + 1, place + 1 if whole else lengths[user])
+        before = np.concatenate([past.last(user), labels.between(user, place * 0, place)], 1)
+        right = labels.between(user, place, lengths[user] if whole else place + 1)
+        later = labels.between(user, place + 1, place + 1 if whole else lengths[user])
         seen = np.concatenate([before, later], 1)
         time = np.zeros(len(user), np.int64) if labels.times is None else labels.times[labels.offsets[user] + place]
         scores = model.score_catalogue_compiled(user, before, matrix, time)
@@ -101,16 +101,6 @@ def mine(
     joined = {name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])}
     longest = (joined["history"] != PAD).sum(1).max(initial=1)
     return CandidateLists(**{**joined, "history": joined["history"][:, :longest]})
-
-
-def _between(sequences: Sequences, users: np.ndarray, begin: np.ndarray | int, end: np.ndarray) -> np.ndarray:
-    """Items number begin to end - 1 of each user: [len(users), widest] int32, PAD behind."""
-    begin = np.broadcast_to(begin, len(users))
-    length = np.minimum(end, sequences.lengths[users]) - begin
-    columns = np.arange(max(0, int(length.max(initial=0))))
-    inside = columns < length[:, None]
-    at = (sequences.offsets[users] + begin)[:, None] + columns
-    return np.where(inside, sequences.items[np.where(inside, at, 0)], PAD).astype(np.int32)
 
 
 def rated_lists(sequences: Sequences, at: np.ndarray, known: Sequences | None, width: int) -> CandidateLists:
@@ -125,9 +115,8 @@ def rated_lists(sequences: Sequences, at: np.ndarray, known: Sequences | None, w
         history = known.last(user, width)
         history = np.where(history == items, PAD, history)
     else:
-        earlier = at[:, None] + np.arange(-width, 0)
-        inside = earlier >= sequences.offsets[user][:, None]
-        history = np.where(inside, sequences.items[np.where(inside, earlier, 0)], PAD).astype(np.int32)
+        place = at - sequences.offsets[user]
+        history = sequences.between(user, place - width, place, width)
     time = np.zeros(len(at), np.int64) if sequences.times is None else sequences.times[at]
     scores = np.full(items.shape, LOWEST, np.float32)
     return CandidateLists(user, history, time, items, scores, sequences.ratings[at][:, None])

@@ -1,7 +1,7 @@
 """The ranking model: how likely a user chooses each candidate, or which rating it would get.
 
-- Fields (vectors): the user, the candidate, the history's mean, and the history as the candidate sees it (attention,
-  as in Zhou et al. 2018, DIN). Numbers: the candidate's retrieval score and rank, the length of the history, how
+- Vectors: the candidate, the history as the candidate sees it (attention, as in Zhou et al. 2018, DIN), the history's
+  mean, and the user. Numbers: the candidate's retrieval score and rank, the length of the history, how
   popular the candidate is at the time and how often it came soon after the latest items (counts.py).
 - The score is a scaled retrieval score plus what the architecture adds, which is zero at the start: training starts
   from retrieval's own order and can only learn to better it.
@@ -127,13 +127,9 @@ class RankingModel(tfrs.Model):
         affinity = tf.einsum("bnd,bhd->bnh", candidate, past) / self._dim**0.5 + tf.gather(self._recency, back)[:, None]
         attention = tf.nn.softmax(affinity + (1 - present)[:, None] * -1e9)
         attended = tf.einsum("bnh,bhd->bnd", tf.ensure_shape(attention, [None, None, None]), past * present[..., None])
-        fields = tf.stack(
-            [candidate, attended, *(tf.broadcast_to(x[:, None], tf.shape(candidate)) for x in (mean, about_user))], 2
-        )
         numbers = [retrieved, rank, tf.broadcast_to(tf.math.log1p(length)[:, None], tf.shape(rank))]
         numbers = tf.concat([tf.stack(numbers, 2), counts], 2)
-        fields = tf.reshape(fields, [-1, 4, self._dim])
-        added = self._out(self._arch(fields, tf.reshape(numbers, [-1, 3 + NUMBERS]), training=training))
+        added = self._out(self._arch([candidate, attended], [mean, about_user], numbers, training=training))
         return tf.reshape(added, tf.shape(items)) + base + self._bias
 
     def _factorised(self, user: tf.Tensor, items: tf.Tensor, taste: tf.Tensor, candidate: tf.Tensor) -> tf.Tensor:

@@ -138,10 +138,7 @@ def build_index(
 
     Raises:
         UserError: without rows, or where an embedding or its norm is not finite: ScaNN would end the process.
-        ValueError: for an unknown kind.
     """
-    if kind not in ("scann", "exact"):
-        raise ValueError(f"index kind {kind!r} is neither 'scann' nor 'exact'")
     if not len(embeddings):
         raise UserError("there is nothing to index: the catalogue has no items")
     for name, matrix in (("candidate", embeddings), ("query", queries)):

@@ -284,7 +284,7 @@ def _ndcg(
     parts = []
     step = users_at_once(len(corpus.items.ids))
     for part in np.array_split(users, np.arange(step, len(users), step)):
-        seen, relevant = train.last(part, train.longest(part)), corpus.val.matrix(part, corpus.items.rows)
+        seen, relevant = train.last(part), corpus.val.matrix(part, corpus.items.rows)
         ranked = (best_unseen(tf.cast(each, tf.float32), seen, 100)[1].numpy() for each in scores(part))
         parts.append([per_user(np.where(r == PAD, -1, r), relevant, ks=(100,))["ndcg@100"] for r in ranked])
     return np.concatenate(parts, 1)

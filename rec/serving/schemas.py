@@ -24,9 +24,9 @@ class RecommendRequest(BaseModel):
         default=None, description="Items, oldest first, instead of the stored history; unknown ids are ignored."
     )
     k: int = Field(default=10, ge=1, description="How many items; at most max_k of /v1/models.")
-    exclude: Ids = Field(default=[], description="Items that must not be in the answer.")
+    exclude: Ids = Field(default_factory=list, description="Items that must not be in the answer.")
     filter: dict[Id, list[str | int | float | bool]] = Field(
-        default={}, description="{column: [values]}: items with one of the values (a list: in it), in every column."
+        default_factory=dict, description="{column: [values]}: items with one of these (a list: in it) in every column."
     )
     explain: bool = Field(default=False, description="Say of each item where it comes from.")
 
