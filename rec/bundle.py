@@ -1,7 +1,8 @@
 """What a bundle computes: tf.Modules whose functions become the signatures of the SavedModels.
 
 - Strings are looked up here and nowhere else: ids become rows at the entrance, rows become ids at the exit.
-- Known users' histories and features are inside, so a request needs no feature store.
+- Known users' histories and features are inside, so a request needs no feature store. Their queries are too, computed
+  at export: only a history that comes with a request goes through the tower (with `query_time`, every request does).
 - `RetrievalModule` and `RankingModule` wrap the trained models; recommender.py composes two loaded bundles through
   these functions only, and says what their arguments are.
 """
@@ -13,7 +14,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from rec.counts import Counts
-from rec.features import FIRST_ITEM, FIRST_USER, PAD, UNKNOWN_USER, Encoder, Vocabulary, recent_items
+from rec.features import FIRST_ITEM, FIRST_USER, PAD, UNKNOWN_USER, Encoder, Vocabulary
 from rec.pipeline import Corpus, Sequences
 from rec.ranking.model import RankingModel, score_candidates
 from rec.recommender import FLAGS, IDS, LISTS, ROWS, TIMES, Tensors
@@ -172,7 +173,7 @@ class RetrievalModule(tf.Module):
         """
         user, rows = self.lookup.user_rows(user_id), self.lookup.item_rows(history)
         seen = tf.concat([rows, self.lookup.stored(user), self.lookup.item_rows(exclude)], 1)
-        history = self._latest(user, rows, is_given)
+        history = self.lookup.history(user, rows, is_given)
         query = self._query(user, history, is_given)
         return self._described(*self._best(query, user, history, seen), user, history)
 
@@ -180,14 +181,10 @@ class RetrievalModule(tf.Module):
     def answer_within(self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, within: tf.Tensor) -> Tensors:
         """Like `answer`, with the best of just these items (places in items.parquet), each of them scored."""
         user = self.lookup.user_rows(user_id)
-        history = self._latest(user, self.lookup.item_rows(history), is_given)
+        history = self.lookup.history(user, self.lookup.item_rows(history), is_given)
         within = tf.pad(within + FIRST_ITEM, [[0, self.k]], constant_values=PAD)
         within = tf.broadcast_to(within, [tf.shape(user)[0], tf.shape(within)[0]])
         return self._described(*self._top(self.model.get.score(user, history, within), within), user, history)
-
-    def _latest(self, user: tf.Tensor, rows: tf.Tensor, is_given: tf.Tensor) -> tf.Tensor:
-        """[B, window], what the towers read."""
-        return recent_items(self.lookup.history(user, rows, is_given), self.model.get.config.window)
 
     def _described(self, scores: tf.Tensor, rows: tf.Tensor, user: tf.Tensor, history: tf.Tensor) -> Tensors:
         places = tf.where(rows == PAD, -1, rows - FIRST_ITEM)
@@ -218,8 +215,8 @@ class RetrievalModule(tf.Module):
         """query [B, d + 1]; user [B], history [B, H], seen [B, S] as rows -> scores and rows of the k best, [B, k]."""
         widest = tf.reduce_max(tf.reduce_sum(tf.cast(seen != PAD, tf.int32), 1))
         scores, found = self._search(query, self.k + widest)
-        depth = tf.shape(found)[1]
-        popular = tf.pad(self.model.get.popular, [[0, depth]], constant_values=PAD)[:depth]
+        popular = self.model.get.popular[: tf.shape(found)[1]]
+        popular = tf.pad(popular, [[0, tf.shape(found)[1] - tf.size(popular)]], constant_values=PAD)
         prior = tf.where(popular == PAD, LOWEST, self.model.get.prior(popular))
         cold = self.model.get.is_cold(user, history)[:, None]
         scores, found = tf.where(cold, prior, scores), tf.where(cold, popular, found)
