@@ -108,6 +108,18 @@ def test_the_stored_history_is_train_and_val(bundles: dict[str, Any], interactio
     assert items_of(given) == items_of(call(bundles["retrieval"], "serving_default", user_id=[user]))
 
 
+def test_a_query_that_was_computed_at_export_is_what_the_tower_says(bundles: dict[str, Any]):
+    retrieval, users = bundles["retrieval"], strings(["u1", "u2", "u3"])
+    nothing, stored = strings([[]] * 3), retrieval.history(users)
+    histories = pad_lists([[item.decode() for item in row if item] for row in stored.numpy()])
+    known = retrieval.answer(users, nothing, tf.constant([False] * 3), nothing)
+    told = retrieval.answer(users, histories, tf.constant([True] * 3), nothing)
+    mixed = retrieval.answer(users, histories, tf.constant([True, False, True]), nothing)
+    for other in (told, mixed):
+        np.testing.assert_allclose(other["score"], known["score"], atol=1e-5)
+        assert (other["item_id"].numpy() == known["item_id"].numpy()).mean() > 0.98  # equal scores may change places
+
+
 def test_scores_fall_and_are_finite(bundles: dict[str, Any]):
     for stage in ("retrieval", "recommender"):
         scores = call(bundles[stage], "serving_default", user_id=["u1", "u2", "nobody"])["score"]

@@ -66,6 +66,58 @@ def test_flags_and_keys_that_are_mentioned_exist(name: str, helps: dict[str, str
                 assert (ROOT / value).is_file(), value
 
 
+# How a command of the README or of a config's first line is tested: by the test that runs the like (the guide's are run
+# as they stand), or not at all, and why. The first that the command begins with counts.
+RUN_BY = {
+    "make quickstart": "test_commands.py::test_training_all_stages_answers_with_each",
+    "make test": "not: it is what runs the tests",
+    "python -m rec.data_prep.dummy": "data_prep/test_dummy.py::test_same_seed_same_bytes_other_seed_other_bytes",
+    "python -m rec.data_prep.movielens": "data_prep/test_movielens.py::test_download_is_checked_kept_and_not_repeated",
+    "python -m rec.data_prep.tabular": "data_prep/test_tabular.py::test_other_column_names_some_with_quotes",
+    "python -m rec.train --stage all --config config/movielens": "not: MovieLens may not be handed on, and 100K takes "
+    "eight minutes; test_every_config_is_valid",
+    "python -m rec.train --stage all": "test_commands.py::test_training_all_stages_answers_with_each",
+    "python -m rec.train --stage ranking --model-arch dlrm": "test_commands.py::"
+    "test_another_architecture_that_starts_from_retrieval",
+    "python -m rec.train --stage": "test_documents.py::test_the_guides_commands_and_examples_run",
+    "export TF_CONFIG": "test_workers.py::test_two_workers_end_as_one_even_if_one_is_killed_and_all_start_again",
+    "python -m rec.evaluate": "test_commands.py::test_evaluation_measures_the_bundles_beside_popularity",
+    "python -m rec.export --stage retrieval --set index.kind=exact": "test_bundle.py::"
+    "test_an_exact_bundle_needs_no_custom_operation_and_finds_the_same",
+    "alias promote": "test_promote.py::test_the_story_of_a_promotion",
+    "$ promote": "test_promote.py::test_the_story_of_a_promotion",
+    "python -m rec.promote --artifact-name": "test_tracking.py::test_from_training_to_production",
+    "python -m rec.serve --ranking-wandb": "test_tracking.py::test_from_training_to_production",
+    "python -m rec.serve": "serving/test_serve.py::test_the_command_serves_until_it_is_terminated",
+    "curl -s 'http://127.0.0.1:8000/v1/users": "serving/test_app.py::"
+    "test_ten_items_are_the_default_and_both_addresses_agree",
+    "curl -s http://127.0.0.1:8000/v1/recommend": "serving/test_app.py::"
+    "test_an_explanation_says_where_each_item_comes_from",
+    "curl -s 'http://127.0.0.1:8000/v1/items": "serving/test_app.py::"
+    "test_similar_items_are_the_nearest_ones_without_the_item",
+    "docker run": "not: TF Serving was not to be had; test_bundle.py calls the bundles through its C API",
+    "curl -d": "not: it asks the TF Serving of the line before",
+}
+COMMAND = r"^(?:    |# )((?:\$ promote|make|python -m|curl|docker run|alias|export)\b.*)$"
+
+
+@pytest.mark.parametrize("name", ["README.md", *CONFIGS])
+def test_every_command_is_run_by_a_test_or_marked(name: str) -> None:
+    text = re.sub(r"\\\n\s*", "", (ROOT / name).read_text())
+    shown = re.findall(COMMAND, text, re.M)
+    assert shown
+    for command in shown:
+        where = next((where for begin, where in RUN_BY.items() if command.startswith(begin)), None)
+        assert where, f"{command}: which test runs it?"
+        file, named, test = where.partition("::")
+        assert file.startswith("not: ") or f"def {test}(" in (ROOT / "tests" / file).read_text(), where
+
+
+def test_no_mark_is_left_over() -> None:
+    text = "\n".join((ROOT / name).read_text() for name in ["README.md", *CONFIGS])
+    assert not [begin for begin in RUN_BY if begin not in text]
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_files_and_keys_in_the_text_exist(name: str) -> None:
     text = (ROOT / name).read_text()
