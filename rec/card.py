@@ -90,33 +90,14 @@ def _page(
     slices = {f"{name}, {of['users']:,} users": of["systems"][system] for name, of in report["segments"].items()}
     images = "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in plots)
     index = parts["retrieval"]["index"]
-    return f"""# {stage.capitalize()} {version}
-
-Recommends items of the catalogue to users by their id or by a history; `{metadata["id"]}`. It knows what people have
-interacted with, not why: what is popular or shown often is recommended more (popularity@10 below is the mean count of
-training interactions of what it recommends, coverage@10 the share of the catalogue that anyone is shown).
-
-## Data
-
-`{manifest["name"]}` ({manifest["source"]}), split {manifest["split"]["strategy"]}: {counts}.
-
-## Quality
-
-On the test part, {report["users"]:,} users, full catalogue without what they have seen; 95 % bootstrap intervals.
-
-{_table(report["systems"], (*SHOWN, "coverage@10", "popularity@10"))}
-
-{system} by what is known of a user: cold, nothing; light, up to the median history; heavy, more.
-
-{_table(slices, SHOWN[:3])}
-
-Index: {index["kind"]}; {", ".join(f"{key} {index[key]}" for key in index if key != "kind")}.
-
-## Training
-
-{made}
-{images}
-"""
+    fields = {"systems": _table(report["systems"], (*SHOWN, "coverage@10", "popularity@10"))}
+    fields |= {
+        "slices": _table(slices, SHOWN[:3]),
+        "index": "; ".join(f"{key} {value}" for key, value in index.items()),
+    }
+    fields |= {"title": f"{stage.capitalize()} {version}", "counts": counts, "system": system, "made": made}
+    template = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
+    return template.format(metadata=metadata, manifest=manifest, report=report, images=images, **fields)
 
 
 def _table(rows: dict[str, dict[str, Any]], columns: Sequence[str]) -> str:

@@ -58,9 +58,8 @@ class Retrieval:
     in_batch_negatives: CountOr0 = 512  # targets of other examples in the batch, shared by all; 0 = none
     # items drawn uniformly, shared by all; a catalogue no larger is taken whole; 0 = 2048, autoencoder 16384
     uniform_negatives: CountOr0 = 0
-    hard_negatives: CountOr0 = 0  # keep only the n highest-scored negatives of each position; 0 = all
-    mask_accidental_hits: bool = True  # a negative that is the position's own target does not count
-    mask_user_positives: bool = True  # nor does one that the user has interacted with elsewhere in the window
+    # What the user has interacted with in the window is no negative; if false, just the position's own target is none.
+    mask_user_positives: bool = True
     user_id: bool = False  # the query tower embeds the user id
     query_time: bool = False  # the query tower reads the hour and weekday of the request
 

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -52,8 +52,12 @@ class Vocabulary:
     def encode(self, values: pd.Series | np.ndarray | list[str], unknown: int) -> np.ndarray:
         """[n] ids -> [n] int32 rows; an id that is not here becomes `unknown`."""
         distinct = pd.Categorical(values)
-        found = pd.Index(self.ids).get_indexer(distinct.categories)[distinct.codes]
+        found = self._index.get_indexer(distinct.categories)[distinct.codes]
         return np.where(found < 0, unknown, found + self.first).astype(np.int32)
+
+    @cached_property
+    def _index(self) -> pd.Index:
+        return pd.Index(self.ids)
 
     def digest(self) -> str:
         """A hash of the trained ids in order: two models agree on embeddings' rows if and only if it is equal."""

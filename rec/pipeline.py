@@ -1,6 +1,7 @@
 """A dataset directory -> integers -> tf.data: everything that training reads, encoded once.
 
-- `Corpus` holds the vocabularies, the feature tables and one `Sequences` (users' interactions, in order) a split.
+- `Corpus` holds the vocabularies, the feature tables and one `Sequences` (users' interactions, in order) a split. Those
+  are files that are read in parts and mapped into memory: training streams from the disk what does not fit.
 - `windows` cuts the sequences into training examples: W + 1 tokens of which each predicts the next.
 - `window_batches` is the tf.data of retrieval training. It shuffles and assembles whole batches in NumPy, so that
   tf.data only hands over finished tensors: bench/input_pipeline.py measures it against the training step.
@@ -8,8 +9,11 @@
 Randomness comes from (seed, epoch) alone: an epoch's batches are the same after a resume as in an unbroken run.
 """
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +24,7 @@ from rec.config import Features, Retrieval
 from rec.data_prep.dataset import Dataset
 from rec.features import FIRST_ITEM, FIRST_USER, PAD, START, UNKNOWN, UNKNOWN_USER, Column, Vocabulary, fit_columns
 
+BLOCK = 2**22  # interactions that are shuffled at a time, to bound the memory that it takes
 WINDOW_POSITIONS = 50  # a batch holds batch_size times so many targets
 SORT_BATCHES = 20  # windows of so many batches are sorted by length before batching: less padding, still shuffled
 
@@ -73,13 +78,19 @@ class Sequences:
 
     def shuffled(self, rng: np.random.Generator) -> "Sequences":
         """Each user's interactions of one and the same second in a new random order; without times, all of them."""
-        is_new = np.diff(self.users, prepend=0) != 0
-        if self.times is not None:
-            is_new |= np.diff(self.times, prepend=0) != 0
-        order = np.argsort(np.cumsum(is_new) + rng.random(len(self.items)))  # a third of lexsort's time
-        return Sequences(
-            self.offsets, self.items[order], self.times, None if self.ratings is None else self.ratings[order]
-        )
+        items = on_disk(len(self.items), np.int32)
+        ratings = None if self.ratings is None else on_disk(len(items), np.float32)
+        cuts = np.searchsorted(self.offsets, np.arange(0, len(items), BLOCK))  # some users at a time
+        for begin, end in pairwise(np.unique([*cuts, len(self.lengths)])):
+            part = slice(self.offsets[begin], self.offsets[end])
+            is_new = np.diff(np.repeat(np.arange(end - begin), self.lengths[begin:end]), prepend=0) != 0
+            if self.times is not None:
+                is_new |= np.diff(self.times[part], prepend=0) != 0
+            order = part.start + np.argsort(np.cumsum(is_new) + rng.random(len(is_new)))  # a third of lexsort's time
+            items[part] = self.items[order]
+            if ratings is not None and self.ratings is not None:
+                ratings[part] = self.ratings[order]
+        return Sequences(self.offsets, items, self.times, ratings)
 
 
 @dataclass(frozen=True)
@@ -135,9 +146,8 @@ def load_corpus(
       users, items: only their trained ids are taken over; ids that only this dataset has come after them.
       columns: the encodings of user and item features.
     """
-    train, val, test = (dataset.interactions(split, categories=True) for split in ("train", "val", "test"))
-    users = _vocabulary(train["user_id"], dataset.users()["user_id"], FIRST_USER, users)
-    items = _vocabulary(train["item_id"], dataset.items()["item_id"], FIRST_ITEM, items)
+    users = _vocabulary(dataset.counts("train", "user_id"), dataset.users()["user_id"], FIRST_USER, users)
+    items = _vocabulary(dataset.counts("train", "item_id"), dataset.items()["item_id"], FIRST_ITEM, items)
     user_table = dataset.users().set_index("user_id").reindex(users.ids).reset_index(names="user_id")
     item_table = dataset.items().set_index("item_id").reindex(items.ids).reset_index(names="item_id")
     if columns is None:
@@ -147,33 +157,49 @@ def load_corpus(
             fit_columns(user_table, "user_id", features.users, known_users, "features.users"),
             fit_columns(item_table, "item_id", features.items, known_items, "features.items"),
         )
-    splits = [_sequences(frame, users, items) for frame in (train, val, test)]
+    splits = [_sequences(dataset, split, users, items) for split in ("train", "val", "test")]
     return Corpus(dataset.id, dataset.ordered, dataset.split_strategy, users, items, user_table, item_table, *columns,
                   *splits)  # fmt: skip
 
 
-def _vocabulary(occurring: pd.Series, listed: pd.Series, first: int, given: Vocabulary | None) -> Vocabulary:
+def _vocabulary(counts: pd.Series, listed: pd.Series, first: int, given: Vocabulary | None) -> Vocabulary:
     """Trained ids by falling count (ties: by id), then the ids that only the table lists."""
     if given is None:
-        counts = occurring.value_counts().reset_index()
-        counts.columns = pd.Index(["id", "count"])
-        trained = (
-            counts.astype({"id": object}).sort_values(["count", "id"], ascending=[False, True])["id"].to_numpy(object)
-        )
+        trained = (-counts).sort_values(kind="stable").index.to_numpy(object)
     else:
         trained = given.ids[: given.trained]
     others = pd.Index(listed).difference(pd.Index(trained), sort=True).to_numpy(object)
     return Vocabulary(np.concatenate([trained, others]).astype(object), first, len(trained))
 
 
-def _sequences(frame: pd.DataFrame, users: Vocabulary, items: Vocabulary) -> Sequences:
-    user_rows = users.encode(frame["user_id"], UNKNOWN_USER)
-    item_rows = items.encode(frame["item_id"], UNKNOWN)
-    order = np.argsort(user_rows, kind="stable")  # keeps the frame's time order within a user
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(user_rows, minlength=users.rows))])
-    times = frame["timestamp"].to_numpy(np.int64)[order] if "timestamp" in frame else None
-    ratings = frame["rating"].to_numpy(np.float32)[order] if "rating" in frame else None
-    return Sequences(offsets, item_rows[order], times, ratings)
+def _sequences(dataset: Dataset, split: str, users: Vocabulary, items: Vocabulary) -> Sequences:
+    """Puts each interaction where its user's come, a row group at a time: nothing grows with the data but the files."""
+    counts = dataset.counts(split, "user_id")
+    lengths = np.bincount(users.encode(counts.index.to_numpy(object), UNKNOWN_USER), counts, users.rows).astype(
+        np.int64
+    )
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    rows = on_disk(offsets[-1], np.int32)
+    times = on_disk(len(rows), np.int64) if dataset.ordered else None
+    ratings = on_disk(len(rows), np.float32) if dataset.has_ratings else None
+    free = offsets[:-1].copy()  # where the next interaction of each user goes
+    for frame in dataset.batches(split):
+        user = users.encode(frame["user_id"], UNKNOWN_USER)
+        order = np.argsort(user, kind="stable")  # keeps the order in time within a user
+        user = user[order]
+        at = free[user] + np.arange(len(user)) - np.searchsorted(user, user)
+        free[user] = at + 1  # of a user's several, the last one stays
+        rows[at] = items.encode(frame["item_id"], UNKNOWN)[order]
+        for values, column in ((times, "timestamp"), (ratings, "rating")):
+            if values is not None:
+                values[at] = frame[column].to_numpy()[order]
+    return Sequences(offsets, rows, times, ratings)
+
+
+def on_disk(n: int, dtype: Any) -> np.ndarray:
+    """[n] zeros in a file without a name, in TMPDIR: the memory that they take is the page cache's, to give back."""
+    with tempfile.TemporaryFile() as file:
+        return np.asarray(np.memmap(file, dtype, shape=max(n, 1)))[:n]
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ def test_a_value_of_the_wrong_type_is_refused(write: Path, text: str, message: s
     ("text", "message"),
     [
         ("retrieval: {epochs: -1}", "retrieval.epochs: must be 0 or more, not -1"),
-        ("retrieval: {hard_negatives: -1}", "retrieval.hard_negatives: must be 0 or more, not -1"),
+        ("retrieval: {in_batch_negatives: -1}", "retrieval.in_batch_negatives: must be 0 or more, not -1"),
         ("retrieval: {temperature: 0}", "retrieval.temperature: must be above 0 and finite, not 0.0"),
         ("retrieval: {learning_rate: .inf}", "retrieval.learning_rate: must be above 0 and finite, not inf"),
         ("retrieval: {learning_rate: .nan}", "retrieval.learning_rate: must be above 0 and finite, not nan"),

@@ -11,6 +11,7 @@ string, int64, float (32 bits), double, list<string>; times are seconds since 19
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,24 @@ class Dataset:
         """The Parquet files of train, val or test, in their order."""
         return [self.path / name for name in self.manifest["files"] if name.startswith(f"interactions/{split}/")]
 
-    def interactions(self, split: str, categories: bool = False) -> pd.DataFrame:
-        """user_id, item_id (strings), [timestamp (int64 seconds)], [rating (float32)], sorted by time.
+    def batches(self, split: str) -> Iterator[pd.DataFrame]:
+        """The interactions in order, a row group at a time: user_id, item_id, [timestamp], [rating], sorted by time.
 
-        With `categories` the ids are pandas' categories: each string is in memory once.
+        The ids are pandas' categories: each string is in memory once. Times are int64 seconds, ratings float32.
         """
-        ids = ["user_id", "item_id"] if categories else None
-        tables = [pq.read_table(file, partitioning=None, read_dictionary=ids) for file in self.files(split)]
-        return pa.concat_tables(tables).unify_dictionaries().to_pandas()
+        for file in self.files(split):
+            reader = pq.ParquetFile(file, read_dictionary=["user_id", "item_id"])
+            yield from (reader.read_row_group(group).to_pandas() for group in range(reader.num_row_groups))
+
+    def interactions(self, split: str) -> pd.DataFrame:
+        """All of them at once, with ids as strings."""
+        return pd.concat(self.batches(split), ignore_index=True).astype({"user_id": object, "item_id": object})
+
+    def counts(self, split: str, column: str) -> pd.Series:
+        """How many interactions each user_id or item_id has, in order of ids; a file at a time."""
+        tables = (pq.read_table(file, columns=[column], partitioning=None) for file in self.files(split))
+        found = pa.concat_tables([table.group_by(column).aggregate([([], "count_all")]) for table in tables])
+        return found.to_pandas().groupby(column)["count_all"].sum()
 
     def users(self) -> pd.DataFrame:
         """A row a user that occurs in any split, in order of ids: user_id and features, null where unknown."""

@@ -39,8 +39,6 @@ class SampledSoftmax(tfrs.tasks.Retrieval):
     def __init__(self, config: Retrieval) -> None:
         super().__init__(temperature=config.temperature, name="sampled_softmax")
         self._logq = config.logq
-        hard = config.hard_negatives
-        self._hardest = tfrs.layers.loss.HardNegativeMining(hard) if hard else None
 
     def sampled_loss(
         self,
@@ -73,12 +71,7 @@ class SampledSoftmax(tfrs.tasks.Retrieval):
             grouped = tf.reshape(pool, [tf.shape(score_mask)[0], -1, tf.shape(pool)[1]])
             pool = tf.reshape(tf.where(score_mask[:, None], grouped, MASKED), tf.shape(pool))
         logits = tf.concat([positive, pool], 1)
-        if self._hardest is not None:
-            is_target = tf.concat([tf.ones_like(positive), tf.zeros_like(pool)], 1)
-            logits, is_target = self._hardest(logits, is_target)
-            losses = tf.nn.softmax_cross_entropy_with_logits(is_target, logits)
-        else:
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.zeros([tf.shape(logits)[0]], tf.int32), logits)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.zeros([tf.shape(logits)[0]], tf.int32), logits)
         return tf.reduce_sum(weights * losses) / tf.maximum(of_all_workers(tf.reduce_sum(weights)), 1.0)
 
 
@@ -165,13 +158,11 @@ class RetrievalModel(tfrs.Model):
         hidden = of_all_workers(tf.reduce_sum(weights))
         return (tf.reduce_sum(weights * tf.square(1 - wanted)) + errors) / tf.maximum(hidden, 1.0)
 
-    def _score_mask(self, batch: dict[str, tf.Tensor], targets: tf.Tensor) -> tf.Tensor | None:
+    def _score_mask(self, batch: dict[str, tf.Tensor], targets: tf.Tensor) -> tf.Tensor:
         """False where a pool item is no negative: it stands in the position's own window [B, C], or is its target."""
         if self.config.mask_user_positives:  # the target stands in the window too
             return ~tf.reduce_any(batch["tokens"][:, :, None] == batch["negatives"], 1)
-        if self.config.mask_accidental_hits:
-            return targets[:, None] != batch["negatives"]
-        return None
+        return targets[:, None] != batch["negatives"]
 
     def query(self, user: tf.Tensor, history: tf.Tensor, time: tf.Tensor | None = None) -> tf.Tensor:
         """user [B] rows, history [B, H] item rows (oldest first, PAD anywhere) -> queries [B, d + 1].

@@ -39,14 +39,13 @@ NEGATIVES = np.array([[0.2, 0.4, 0.0], [-0.3, 0.8, 0.1], [0.7, 0.7, 0.3]], np.fl
 TARGET_Q, NEGATIVE_Q = np.array([0.5, 0.1], np.float32), np.array([0.25, 0.05, 0.6], np.float32)
 
 
-def by_hand(temperature: float, logq: bool, mask: np.ndarray | None = None, hard: int = 3) -> float:
+def by_hand(temperature: float, logq: bool, mask: np.ndarray | None = None) -> float:
     losses = []
     for p in range(2):
         positive = QUERIES[p] @ TARGETS[p] / temperature - logq * np.log(TARGET_Q[p])
         others = NEGATIVES @ QUERIES[p] / temperature - logq * np.log(NEGATIVE_Q)
         if mask is not None:
             others = others[mask[p]]
-        others = np.sort(others)[::-1][:hard]
         losses.append(np.log(np.exp([positive, *others]).sum()) - positive)
     return float(np.mean(losses))
 
@@ -68,16 +67,10 @@ def test_masked_negatives_do_not_count():
     assert loss(mask) == pytest.approx(by_hand(1.0, True, mask), rel=1e-5)
 
 
-def test_hard_negatives_keeps_the_highest_scored():
-    assert loss(hard_negatives=2) == pytest.approx(by_hand(1.0, True, hard=2), rel=1e-5)
-    assert loss(hard_negatives=3) == pytest.approx(by_hand(1.0, True), rel=1e-5)
-
-
-def mask_of(**changes: Any) -> list[list[bool]] | None:
+def mask_of(**changes: Any) -> list[list[bool]]:
     """Two windows: one predicts 4 after 3, the other 5, then 8. The pool is 4, 5, 3."""
     batch = {"tokens": tf.constant([[3, 4, PAD], [START, 5, 8]]), "negatives": tf.constant([4, 5, 3])}
-    mask = model(**changes)._score_mask(batch, tf.constant([4, PAD, 5, 8]))
-    return None if mask is None else mask.numpy().tolist()
+    return model(**changes)._score_mask(batch, tf.constant([4, PAD, 5, 8])).numpy().tolist()
 
 
 def test_user_positives_are_masked_in_all_of_their_window():
@@ -87,7 +80,6 @@ def test_user_positives_are_masked_in_all_of_their_window():
 def test_accidental_hits_are_masked_at_their_own_position_only():
     everything, own = [True, True, True], [[False, True, True], [True, False, True]]
     assert mask_of(mask_user_positives=False) == [own[0], everything, own[1], everything]
-    assert mask_of(mask_user_positives=False, mask_accidental_hits=False) is None
 
 
 def test_padding_contributes_nothing_to_the_loss():
