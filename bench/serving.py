@@ -6,6 +6,8 @@
 - `trivial`: a FastAPI endpoint that returns a constant list: what HTTP itself costs here.
 - `thread_pool`: the usual way, a plain `def` endpoint that calls the model once a request, from FastAPI's threads.
 - `rec`: `python -m rec.serve`, with its access log, metrics and tokens.
+- `model` (`--only model`): the model's call alone, in a process without a server: microseconds of processor time a
+  request, in batches of 1, 8 and 32, and the resident memory after batches of every size up to 64.
 
 Each number in the JSON is a count of clients that ask again as soon as they are answered, over connections that stay
 open: {"rps", "p50_ms", "p99_ms"}; for `rec` also "refused" (503). Every user is another one. The clients are one
@@ -142,6 +144,40 @@ def thread_pool() -> FastAPI:
     return app
 
 
+def model_call(savedmodels: Path) -> dict[str, int]:
+    """What the model's call costs by itself; see above."""
+    import tensorflow as tf
+
+    from rec.recommender import Recommender
+    from rec.registry import find_pair
+
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    pair = Recommender.load(*find_pair(savedmodels))
+
+    def answer(size: int, number: int) -> None:
+        users = [f"u{(number + at) * 7919 % USERS}" for at in range(size)]
+        pair.answer(users, [None] * size, [[]] * size)
+
+    found = {}
+    for size in (1, 8, 32):
+        for number in range(20):
+            answer(size, number)
+        start, calls = time.process_time(), 6400 // size
+        for number in range(calls):
+            answer(size, number * size)
+        found[f"{size}_cpu_us"] = round((time.process_time() - start) / calls / size * 1e6)
+    for number in range(40 * 64):
+        answer(1 + number % 64, number)
+    return found | {"rss_mb": megabytes(os.getpid())}
+
+
+def megabytes(process: int) -> int:
+    """Resident memory."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) // 1024
+
+
 class Server:
     """A server process on a port of its own."""
 
@@ -173,9 +209,7 @@ class Server:
         self._log.close()
 
     def megabytes(self) -> int:
-        """Resident memory."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.partition("VmRSS:")[2].split()[0]) // 1024
+        return megabytes(self.process.pid)
 
 
 def make_model(root: Path) -> Path:
@@ -198,9 +232,13 @@ def main() -> None:
     parser.add_argument("--savedmodels", type=Path, help="a directory of bundles; without it, one is made")
     parser.add_argument("--requests", type=int, default=0, help="then ask for so many more, watching the memory")
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--only", choices=("trivial", "thread_pool", "rec"), help="measure one of them")
+    parser.add_argument("--only", choices=("trivial", "thread_pool", "rec", "model"), help="measure one of them")
     parser.add_argument("--serve", choices=("trivial", "thread_pool"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.only == "model":
+        if args.savedmodels is None:
+            raise UserError("--only model needs --savedmodels")
+        return print(json.dumps({"model": model_call(args.savedmodels)}))
     if args.serve:
         app = {"trivial": trivial, "thread_pool": thread_pool}[args.serve]()
         return uvicorn.run(app, port=args.port, log_level="warning", access_log=False)
