@@ -9,6 +9,7 @@
 Randomness comes from (seed, epoch) alone: an epoch's batches are the same after a resume as in an unbroken run.
 """
 
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ import scipy.sparse as sp
 import tensorflow as tf
 
 from rec.config import Features, Retrieval
-from rec.data_prep.dataset import Dataset
+from rec.data_prep.dataset import Dataset, verify
+from rec.errors import UserError
 from rec.features import FIRST_ITEM, FIRST_USER, PAD, START, UNKNOWN, UNKNOWN_USER, Column, Vocabulary, fit_columns
 
 BLOCK = 2**22  # interactions that are shuffled at a time, to bound the memory that it takes
@@ -140,12 +142,14 @@ def load_corpus(
     items: Vocabulary | None = None,
     columns: tuple[tuple[Column, ...], tuple[Column, ...]] | None = None,
 ) -> Corpus:
-    """Encodes a dataset. Vocabularies and columns are learnt from its training data, unless a checkpoint's are given.
+    """Encodes a dataset, if its files are whole (else UserError). Vocabularies and columns are learnt from its training
+    data, unless a checkpoint's are given.
 
     Args:
       users, items: only their trained ids are taken over; ids that only this dataset has come after them.
       columns: the encodings of user and item features.
     """
+    verify(dataset)
     users = _vocabulary(dataset.counts("train", "user_id"), dataset.users()["user_id"], FIRST_USER, users)
     items = _vocabulary(dataset.counts("train", "item_id"), dataset.items()["item_id"], FIRST_ITEM, items)
     user_table = dataset.users().set_index("user_id").reindex(users.ids).reset_index(names="user_id")
@@ -175,10 +179,8 @@ def _vocabulary(counts: pd.Series, listed: pd.Series, first: int, given: Vocabul
 def _sequences(dataset: Dataset, split: str, users: Vocabulary, items: Vocabulary) -> Sequences:
     """Puts each interaction where its user's come, a row group at a time: nothing grows with the data but the files."""
     counts = dataset.counts(split, "user_id")
-    lengths = np.bincount(users.encode(counts.index.to_numpy(object), UNKNOWN_USER), counts, users.rows).astype(
-        np.int64
-    )
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    owners = users.encode(counts.index.to_numpy(object), UNKNOWN_USER)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(owners, counts, users.rows).astype(np.int64))])
     rows = on_disk(offsets[-1], np.int32)
     times = on_disk(len(rows), np.int64) if dataset.ordered else None
     ratings = on_disk(len(rows), np.float32) if dataset.has_ratings else None
@@ -197,9 +199,18 @@ def _sequences(dataset: Dataset, split: str, users: Vocabulary, items: Vocabular
 
 
 def on_disk(n: int, dtype: Any) -> np.ndarray:
-    """[n] zeros in a file without a name, in TMPDIR: the memory that they take is the page cache's, to give back."""
+    """[n] zeros in a file without a name, in TMPDIR: the memory that they take is the page cache's, to give back.
+
+    Raises UserError where the disk has no room for them.
+    """
     with tempfile.TemporaryFile() as file:
-        return np.asarray(np.memmap(file, dtype, shape=max(n, 1)))[:n]
+        try:
+            os.posix_fallocate(
+                file.fileno(), 0, max(n, 1) * np.dtype(dtype).itemsize
+            )  # a full disk would kill us later
+        except OSError as error:
+            raise UserError(f"{tempfile.gettempdir()}: {error.strerror}: set TMPDIR to a larger place") from None
+        return np.asarray(np.memmap(file, dtype, "r+", shape=max(n, 1)))[:n]
 
 
 @dataclass(frozen=True)

@@ -138,8 +138,7 @@ def _factorized_top_k(model: RetrievalModel, corpus: Corpus) -> dict[str, float]
     held = corpus.val
     candidates = model.candidates()
     search = tfrs.layers.factorized_top_k.BruteForce(k=max(FACTORIZED_KS))
-    rows = tf.strings.as_string(tf.range(FIRST_ITEM, FIRST_ITEM + model.n_items))
-    search.index(candidates, rows)
+    search.index(candidates, tf.strings.as_string(tf.range(FIRST_ITEM, FIRST_ITEM + model.n_items)))
     metric = tfrs.metrics.FactorizedTopK(candidates=search, ks=FACTORIZED_KS)
     for at in np.array_split(np.arange(len(held.items)), max(1, len(held.items) // 1024)):
         users = held.users[at]
@@ -197,8 +196,7 @@ def _by_clicks(config: Config, trained: TrainedRetrieval, model: RankingModel) -
     print("training a retrieval model without the ranker's labels, to mine its candidates", file=sys.stderr)
     of_miner = replace(config, retrieval=trained.model.config)
     stop_after = max(1, trained.fitted.best_epoch)
-    directory = Path(config.output.checkpoints) / "mining"
-    miner, _, _ = _fit_retrieval(of_miner, corpus, past, directory, stop_after)
+    miner, _, _ = _fit_retrieval(of_miner, corpus, past, Path(config.output.checkpoints) / "mining", stop_after)
     miner.lean(past, **trained.model.leaning)
     model.start_from(miner)  # not from the final model, whose embeddings have seen the labels
     is_next = corpus.split_strategy == "leave_one_out"  # the test asks for the next item, not for all that follow
@@ -297,8 +295,7 @@ def main() -> None:
     parser = command_parser("rec.train", __doc__)
     parser.add_argument("--stage", required=True, choices=("retrieval", "ranking", "all"))
     parser.add_argument("--model-arch", help="the stage's architecture instead of the config's (not with --stage all)")
-    told = "start the ranker's embeddings from this retrieval checkpoint; by default from checkpoints/mining, "
-    told += "whose model mined its lists without seeing their labels"
+    told = "start the ranker's embeddings from this one, not from checkpoints/mining, which has not seen its labels"
     parser.add_argument("--init-from-retrieval", type=Path, metavar="CHECKPOINT", help=told)
     add_config_arguments(parser)
     args = parser.parse_args()
@@ -316,10 +313,8 @@ def main() -> None:
     workers()  # before TensorFlow is used for anything else
     if args.stage == "retrieval":
         answer = train_retrieval(config)[1]
-    elif args.stage == "ranking":
-        answer = train_ranking(config, args.init_from_retrieval)
     else:
-        answer = train_all(config, args.init_from_retrieval)
+        answer = (train_all if args.stage == "all" else train_ranking)(config, args.init_from_retrieval)
     print(json.dumps(answer))
 
 

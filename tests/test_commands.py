@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 
 from rec.config import load_config
-from rec.data_prep.dataset import open_dataset
+from rec.data_prep.dataset import digest, open_dataset
 from rec.recommender import load_bundle
 from rec.registry import read_metadata, versions
 from tests.conftest import ROOT, Trained, environment, run
@@ -115,6 +115,9 @@ def test_items_that_came_since_are_exported_without_training(copy: tuple[str, ..
     items = pd.read_parquet(newer / "items.parquet")
     added = items.head(1).assign(item_id="brand-new")
     pd.concat([items, added]).to_parquet(newer / "items.parquet", index=False)
+    manifest = json.loads((newer / "dataset.json").read_text())
+    manifest["files"]["items.parquet"] = digest(newer / "items.parquet")
+    (newer / "dataset.json").write_text(json.dumps(manifest))
     report = answer("rec.export", "--stage", "retrieval", *copy, "--set", f"dataset={newer}")
     bundle = load_bundle(Path(report["bundle"]))
     found = bundle.signatures["similar_items"](item_id=tf.constant(["brand-new"]))

@@ -1,12 +1,16 @@
+import errno
+import os
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from rec import pipeline
 from rec.config import Retrieval
+from rec.errors import UserError
 from rec.features import FIRST_ITEM, PAD, START
-from rec.pipeline import Sequences, concatenate, sampling_probability, window_batches, windows
+from rec.pipeline import Sequences, concatenate, on_disk, sampling_probability, window_batches, windows
 from tests.small import corpus, sequences
 
 CONFIG = Retrieval(window=3, batch_size=2, in_batch_negatives=4, uniform_negatives=2)
@@ -125,3 +129,19 @@ def test_the_sampling_probability_is_what_the_pool_is_drawn_with():
     assert drawn == pytest.approx(expected, abs=0.01)
     # by hand: 16/24 of the interactions are of item 3; the two uniform slots among 30,002 hardly count
     assert expected[3] == pytest.approx(2 / 3, abs=1e-4)
+
+
+def test_a_disk_without_room_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="No space left on device: set TMPDIR"):
+        on_disk(10, np.int32)
+
+
+def test_an_order_drawn_in_parts_is_that_drawn_at_once(monkeypatch: pytest.MonkeyPatch):
+    data = replace(sequences([*range(3, 30)], [], [5, 6], [*range(40, 70)], [7]), times=None)
+    once = data.shuffled(np.random.default_rng(3)).items.tolist()
+    monkeypatch.setattr(pipeline, "BLOCK", 10)
+    assert data.shuffled(np.random.default_rng(3)).items.tolist() == once
