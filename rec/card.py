@@ -90,14 +90,13 @@ def _page(
     slices = {f"{name}, {of['users']:,} users": of["systems"][system] for name, of in report["segments"].items()}
     images = "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in plots)
     index = parts["retrieval"]["index"]
-    fields = {"systems": _table(report["systems"], (*SHOWN, "coverage@10", "popularity@10"))}
-    fields |= {
-        "slices": _table(slices, SHOWN[:3]),
-        "index": "; ".join(f"{key} {value}" for key, value in index.items()),
-    }
-    fields |= {"title": f"{stage.capitalize()} {version}", "counts": counts, "system": system, "made": made}
     template = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
-    return template.format(metadata=metadata, manifest=manifest, report=report, images=images, **fields)
+    return template.format(
+        title=f"{stage.capitalize()} {version}", metadata=metadata, manifest=manifest, counts=counts, report=report,
+        systems=_table(report["systems"], (*SHOWN, "coverage@10", "popularity@10")), system=system,
+        slices=_table(slices, SHOWN[:3]), index="; ".join(f"{key} {value}" for key, value in index.items()),
+        made=made, images=images,
+    )  # fmt: skip
 
 
 def _table(rows: dict[str, dict[str, Any]], columns: Sequence[str]) -> str:

@@ -52,7 +52,7 @@ class Sequences:
     def last(self, users: np.ndarray, width: int | None = None) -> np.ndarray:
         """The last `width` items of each of these users, or all: [U, width] int32, left-aligned, PAD behind."""
         lengths = self.lengths[users]
-        return self.between(users, lengths * 0 if width is None else lengths - width, lengths, width)
+        return self.between(users, np.zeros_like(lengths) if width is None else lengths - width, lengths, width)
 
     def between(self, users: np.ndarray, begin: np.ndarray, end: np.ndarray, width: int | None = None) -> np.ndarray:
         """Items number begin to end - 1 (those that there are) of each user: [U, width] int32, or [U, widest]."""
@@ -203,11 +203,10 @@ def on_disk(n: int, dtype: Any) -> np.ndarray:
 
     Raises UserError where the disk has no room for them.
     """
+    size = max(n, 1) * np.dtype(dtype).itemsize
     with tempfile.TemporaryFile() as file:
         try:
-            os.posix_fallocate(
-                file.fileno(), 0, max(n, 1) * np.dtype(dtype).itemsize
-            )  # a full disk would kill us later
+            os.posix_fallocate(file.fileno(), 0, size)  # without room of its own, a full disk would kill us later
         except OSError as error:
             raise UserError(f"{tempfile.gettempdir()}: {error.strerror}: set TMPDIR to a larger place") from None
         return np.asarray(np.memmap(file, dtype, "r+", shape=max(n, 1)))[:n]

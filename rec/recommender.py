@@ -134,6 +134,9 @@ class Recommender:
             if not allow_mismatch:
                 check_pair(metadata["retrieval"], metadata["ranking"], ranking)
         loaded = {"retrieval": load_bundle(retrieval), "ranking": None if ranking is None else load_bundle(ranking)}
+        for stage, path, needed in (("retrieval", retrieval, "answer"), ("ranking", ranking, "rank")):
+            if loaded[stage] is not None and not hasattr(loaded[stage], needed):
+                raise UserError(f"{path} is from an older version of rec: export the bundle again")
         count = metadata["ranking"]["config"]["ranking"]["candidates"] if ranking is not None else None
         items, users = read_catalogue(retrieval)
         return cls(RecommenderModule(**loaded, candidates=count, items=items.index), items, users, metadata)

@@ -9,6 +9,8 @@ from scipy.sparse import csr_matrix
 from rec import baselines
 from rec.baselines import EASE, GRIDS, IALS, SECONDS_A_DAY, Baseline, Popularity, RecentPopularity, rank, top_k, tune
 from rec.errors import UserError
+from rec.evaluate import Task, _baselines
+from tests.small import corpus
 
 
 def csr(rows: list[list[float]]) -> csr_matrix:
@@ -178,3 +180,10 @@ def test_the_first_of_each_grid_fits() -> None:
         baseline = make(**grid[0])
         baseline.fit(two_tastes(), np.zeros(300))
         assert baseline.scores(two_tastes()).shape == (60, 20)
+
+
+def test_recency_is_left_out_where_there_are_no_timestamps() -> None:
+    users = [[3, 4, 5], [4, 5, 6], [5, 6, 3]]
+    for ordered, extra in ((True, {"recent_popularity"}), (False, set())):
+        data = corpus(users, val=[[6], [7], [8]], test=[[7], [8], [4]], ordered=ordered)
+        assert set(_baselines(Task.of(data, "test"), True)) == {"popularity", "ials", "ease"} | extra

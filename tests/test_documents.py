@@ -109,7 +109,7 @@ def test_every_command_is_run_by_a_test_or_marked(name: str) -> None:
     for command in shown:
         where = next((where for begin, where in RUN_BY.items() if command.startswith(begin)), None)
         assert where, f"{command}: which test runs it?"
-        file, named, test = where.partition("::")
+        file, _, test = where.partition("::")
         assert file.startswith("not: ") or f"def {test}(" in (ROOT / "tests" / file).read_text(), where
 
 

@@ -36,7 +36,7 @@ class Mlp(tf.keras.layers.Layer):
 
     def call(self, fields: Tensors, shared: Tensors, numbers: tf.Tensor, training: bool = False) -> tf.Tensor:
         each = self._each(_rows(tf.concat([*fields, numbers], 2)))
-        by_list = tf.reshape(each, tf.concat([tf.shape(numbers)[:2], [each.shape[1]]], 0))
+        by_list = tf.reshape(each, [-1, tf.shape(numbers)[1], each.shape[1]])
         first = tf.nn.relu(by_list + self._shared(tf.concat(shared, 1))[:, None])
         return self._top(self._dropout(_rows(first), training=training), training=training)
 

@@ -88,7 +88,7 @@ def mine(
     step = users_at_once(len(matrix))
     for begin in tqdm(range(0, len(queries[0]), step), desc="mining candidates", unit="batch", leave=False):
         user, place = (part[begin : begin + step] for part in queries)
-        before = np.concatenate([past.last(user), labels.between(user, place * 0, place)], 1)
+        before = np.concatenate([past.last(user), labels.between(user, np.zeros_like(place), place)], 1)
         right = labels.between(user, place, lengths[user] if whole else place + 1)
         later = labels.between(user, place + 1, place + 1 if whole else lengths[user])
         seen = np.concatenate([before, later], 1)
