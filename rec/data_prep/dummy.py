@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow as pa
 from duckdb import DuckDBPyConnection as Connection
 
+from rec.data_prep.engine import OPTION
 from rec.data_prep.write import note, prepare
 from rec.errors import UserError, command_parser, run_command
 
@@ -151,6 +152,7 @@ def main() -> None:
     add("--interactions-per-user", type=int, default=30, help="on average; at least 3")
     add("--seed", type=int, default=42, help="the same seed and sizes give the same bytes")
     add("--split", choices=["temporal", "leave_one_out"], default="leave_one_out")
+    add("--engine", **OPTION)
     args = parser.parse_args()
     for name, least in (("users", 10), ("items", 20), ("interactions_per_user", 3), ("seed", 0)):
         if getattr(args, name) < least:
@@ -163,7 +165,7 @@ def main() -> None:
         return {}
 
     source = f"synthetic: {args.users} users, {args.items} items, seed {args.seed}"
-    prepare(args.output_dir, load, "dummy", source, args.split, args.seed)
+    prepare(args.output_dir, load, "dummy", source, args.split, args.seed, engine=args.engine)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from duckdb import DuckDBPyConnection as Connection
 from tqdm import tqdm
 
 from rec.data_prep.dataset import digest
+from rec.data_prep.engine import OPTION
 from rec.data_prep.tabular import RawFile, load_features, load_interactions
 from rec.data_prep.write import note, prepare
 from rec.errors import UserError, command_parser, run_command
@@ -144,6 +145,7 @@ def main() -> None:
     add("--source", type=Path, help="a zip or folder of GroupLens', instead of a download")
     add("--split", choices=["temporal", "leave_one_out"], default="temporal")
     add("--min-rating", type=float, help="keep only ratings of at least this as interactions")
+    add("--engine", **OPTION)
     add("--base-url", default=BASE_URL, help="where the zip and its .md5 lie")
     args = parser.parse_args()
 
@@ -155,7 +157,7 @@ def main() -> None:
         download(f"{args.base_url}/{archive}", source)
     where = f"MovieLens {args.name}, https://grouplens.org/datasets/movielens/"
     reader = functools.partial(load, name=args.name, source=source)
-    prepare(args.output_dir, reader, f"ml-{args.name}", where, args.split, 0, (args.min_rating, 1))
+    prepare(args.output_dir, reader, f"ml-{args.name}", where, args.split, 0, (args.min_rating, 1), args.engine)
 
 
 if __name__ == "__main__":

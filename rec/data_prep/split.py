@@ -1,4 +1,4 @@
-"""Interactions in a database -> the same interactions filtered, and split into train, val and test.
+"""Table `interactions` -> the same filtered, and split into train, val and test.
 
 - `temporal`: two global cut times, 80/10/10 by interaction count. A cut falls between distinct times.
 - `leave_one_out`: a user's last interaction is test, the last but one val; users with fewer than three stay in
@@ -6,12 +6,11 @@
 - `given`: the source's own files. Without one for val, it is a tenth of train, taken as test was: the latest where
   most of test is later than that, otherwise drawn from the seed, such that every user keeps an interaction in train.
 
-All of it is SQL, which DuckDB runs out of core and a cluster could run. Every order ends in `source_row`, so ties in
-time keep the source's order and threads change nothing. Not covered: filtering rare items.
+All of it is SQL, which DuckDB and Spark run unchanged (engine.py). Every order ends in `source_row`, so ties in time
+keep the source's order and threads change nothing. Not covered: filtering rare items.
 """
 
-from duckdb import DuckDBPyConnection as Connection
-
+from rec.data_prep.engine import Engine
 from rec.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -22,50 +21,50 @@ STRATEGIES = {  # each with what to do where it leaves a part empty
 }
 
 
-def filter_interactions(con: Connection, min_rating: float | None, min_interactions: int) -> dict[str, int]:
-    """Replaces table `interactions` by table `kept`; returns how many rows each filter dropped.
+def filter_interactions(engine: Engine, min_rating: float | None, min_interactions: int) -> dict[str, int]:
+    """Keeps some rows of table `interactions`; returns how many each filter dropped.
 
     In this order: ratings below `min_rating`; a (user, item) pair that comes again, of which the earliest is kept
     (of a given split the one in the earliest split, since what a user has seen is not recommended again); users with
     fewer than `min_interactions` in all splits together. Raises UserError if nothing is left.
     """
-    interactions = con.table("interactions")
+    names = engine.columns("interactions")
     rated = f"rating >= cast('{min_rating}' as float)" if min_rating is not None else "true"
     keys = {"split": "case split when 'train' then 1 when 'val' then 2 else 3 end", "timestamp": "timestamp"}
-    order = ", ".join([*(key for name, key in keys.items() if name in interactions.columns), "source_row"])
-    con.execute(f"""
-        create table kept as select * from interactions where {rated}
-        qualify row_number() over (partition by user_id, item_id order by {order}) = 1""")
-    total, good = len(interactions), len(interactions.filter(rated))
-    con.execute("drop table interactions")
-    firsts = left = len(con.table("kept"))
+    order = ", ".join([*(key for name, key in keys.items() if name in names), "source_row"])
+    nth = f"row_number() over (partition by user_id, item_id order by {order})"
+    rows = f"(select *, {nth} as nth from interactions where {rated}) as numbered"
+    total, good = engine.count("interactions"), engine.count(f"interactions where {rated}")
+    engine.create("interactions", f"select {', '.join(names)} from {rows} where nth = 1")
+    firsts = left = engine.count("interactions")
     if min_interactions > 1:
-        inactive = f"select user_id from kept group by user_id having count(*) < {min_interactions}"
-        con.execute(f"delete from kept where user_id in ({inactive})")
-        left = len(con.table("kept"))
+        active = f"select user_id from interactions group by user_id having count(*) >= {min_interactions}"
+        engine.create("interactions", f"select * from interactions where user_id in ({active})")
+        left = engine.count("interactions")
     if not left:
         raise UserError(f"nothing is left of {total:,} interactions: loosen --min-rating or --min-interactions")
     return {"below_min_rating": total - good, "duplicates": good - firsts, "of_inactive_users": firsts - left}
 
 
-def split_interactions(con: Connection, strategy: str, seed: int) -> dict[str, str | int]:
-    """Creates table `splits`: `kept` with a column `split`. Returns the strategy, and its cut times or seed.
+def split_interactions(engine: Engine, strategy: str, seed: int) -> dict[str, str | int]:
+    """Gives table `interactions` its column `split`. Returns the strategy, and its cut times or seed.
 
     Raises UserError for a split that these data cannot give, or a test set without any item of train.
     """
-    kept = con.table("kept")
-    ordered = "timestamp" in kept.columns
+    names = engine.columns("interactions")
+    ordered = "timestamp" in names
     facts: dict[str, str | int] = {"strategy": strategy}
     drawn = f"md5(concat('{seed}', '/', user_id, '/', item_id))"  # the same on every engine, in any order of rows
 
     def second_after(share: float) -> int:
-        rows = kept.filter("split = 'train'") if strategy == "given" else kept
-        cut = rows.aggregate(f"percentile_disc({share}) within group (order by floor(timestamp))")
-        return int(cut.fetchall()[0][0]) + 1
+        rows = "interactions where split = 'train'" if strategy == "given" else "interactions"
+        (cut,) = engine.one(f"select percentile_disc({share}) within group (order by floor(timestamp)) from {rows}")
+        return int(cut) + 1
 
     def is_later(second: int) -> bool:
         """Most of test is."""
-        return 2 * len(kept.filter(f"split = 'test' and timestamp >= {second}")) > len(kept.filter("split = 'test'"))
+        test = "interactions where split = 'test'"
+        return 2 * engine.count(f"{test} and timestamp >= {second}") > engine.count(test)
 
     if strategy == "temporal":
         if not ordered:
@@ -79,7 +78,7 @@ def split_interactions(con: Connection, strategy: str, seed: int) -> dict[str, s
         recency = f"row_number() over (partition by user_id order by {latest})"
         history = "count(*) over (partition by user_id)"
         when = f"{history} < 3 or {recency} > 2 then 'train' when {recency} = 1 then 'test' else 'val'"
-    elif len(kept.filter("split = 'val'")):
+    elif engine.count("interactions where split = 'val'"):
         when = "true then split"
     elif ordered and is_later(val_from := second_after(0.9)):
         facts["val_from"] = val_from
@@ -88,12 +87,12 @@ def split_interactions(con: Connection, strategy: str, seed: int) -> dict[str, s
         facts["seed"] = seed
         position = "row_number() over (partition by user_id, split order by source_row)"
         when = f"split = 'train' and {position} > 1 and {drawn} < '199a' then 'val' else split"
-    names = ", ".join(name for name in kept.columns if name != "split")
-    con.execute(f"create table splits as select {names}, case when {when} end as split from kept")
-    parts = {part: con.table("splits").filter(f"split = '{part}'") for part in SPLITS}
-    for part, rows in parts.items():
-        if not len(rows):
+    others = ", ".join(name for name in names if name != "split")
+    engine.create("interactions", f"select {others}, case when {when} end as split from interactions")
+    for part in SPLITS:
+        if not engine.count(f"interactions where split = '{part}'"):
             raise UserError(f"the {strategy} split leaves {part} empty: {STRATEGIES[strategy]}")
-    if not len(parts["test"].filter("item_id in (select item_id from splits where split = 'train')")):
+    learnt = "item_id in (select item_id from interactions where split = 'train')"
+    if not engine.count(f"interactions where split = 'test' and {learnt}"):
         raise UserError("no item of test occurs in train, so nothing can be learnt: compare the item ids of both")
     return facts

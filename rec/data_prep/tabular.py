@@ -24,6 +24,7 @@ from typing import Any
 import duckdb
 from duckdb import DuckDBPyConnection as Connection
 
+from rec.data_prep.engine import OPTION
 from rec.data_prep.split import SPLITS, STRATEGIES
 from rec.data_prep.write import note, prepare
 from rec.errors import UserError, command_parser, run_command
@@ -215,6 +216,7 @@ def main() -> None:
     add("--split", choices=list(STRATEGIES), help="default: temporal, or given where there is --train")
     add("--seed", type=int, default=42, help="of what is drawn where data without times are split")
     add("--skip-bad-rows", dest="skip", action="store_true", help="drop and count malformed rows")
+    add("--engine", **OPTION)
     args = parser.parse_args()
 
     strategy, given = args.split or ("temporal" if args.interactions else "given"), args.train or args.val or args.test
@@ -244,7 +246,7 @@ def main() -> None:
 
     every = [file.path for file in (*files.values(), *features.values())]
     source, filters = ", ".join(path.name for path in every), (args.min_rating, args.min_interactions)
-    prepare(args.output_dir, load, every[0].stem, source, strategy, args.seed, filters)
+    prepare(args.output_dir, load, every[0].stem, source, strategy, args.seed, filters, args.engine)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Writing a dataset directory from a database: what every source in this folder ends with.
+"""Writing a dataset directory from tables: what every source in this folder ends with.
 
 - Renamed when whole: a kill leaves nothing half-made under the name, and the next run removes what it did leave.
-- Out of core: DuckDB spills to disk, and Parquet is written a row group at a time.
+- Out of core: the engine spills to disk, and Parquet is written a row group at a time.
 
 Apart from dataset.py, since DuckDB warns of leaks when it shares a process with TensorFlow, which opens datasets.
 """
@@ -11,22 +11,21 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import duckdb
 import pyarrow.dataset
 import pyarrow.parquet as pq
-from duckdb import DuckDBPyConnection as Connection
 
 from rec.data_prep.dataset import FORMAT_VERSION, digest, open_dataset
+from rec.data_prep.engine import ENGINES, Engine, Load
 from rec.data_prep.split import SPLITS, filter_interactions, split_interactions
 from rec.errors import UserError
 
 GROUP_ROWS = 2**17  # rows a row group: what a streaming reader holds at a time
 SHARDS = {"max_rows_per_file": 2**20, "min_rows_per_group": GROUP_ROWS, "max_rows_per_group": GROUP_ROWS}
-MEMORY = "2GB"  # DuckDB spills to disk beyond this, so that a laptop prepares what a server does
 REASONS = {
     "bad_rows": "malformed rows",
     "below_min_rating": "interactions rated below --min-rating",
@@ -37,8 +36,6 @@ REASONS = {
 JOINS = {"users": "left", "items": "full"}
 CASTS = {"timestamp": "cast(floor(timestamp) as bigint)", "rating": "cast(rating as float)"}
 
-
-Load = Callable[[Connection, Path], dict[str, int]]
 Filters = tuple[float | None, int]  # the least rating of an interaction, and the fewest interactions of a user
 
 
@@ -48,28 +45,28 @@ def note(line: str) -> None:
 
 
 def prepare(
-    output_dir: Path, load: Load, name: str, source: str, strategy: str, seed: int, filters: Filters = (None, 1)
-) -> None:
+    output_dir: Path, load: Load, name: str, source: str, strategy: str, seed: int, filters: Filters = (None, 1),
+    engine: str = "duckdb",
+) -> None:  # fmt: skip
     """Writes a dataset directory, and prints the counts and the JSON line that end every command.
 
-    `load` gets a database and a directory for temporary files. It creates table `interactions` (user_id, item_id, and
+    `load` gets a DuckDB database and a directory for temporary files. It creates table `interactions` (user_id, item_id, and
     timestamp in seconds, rating and split where the source has them; source_row), and `users` and `items` (id,
-    features) where the source has them. It returns what it dropped: reason -> rows. Raises UserError for bad rows, an
-    impossible split, or an output directory that holds something else.
+    features) where the source has them. It returns what it dropped: reason -> rows. `engine` does the rest: duckdb or
+    spark. Raises UserError for bad rows, an impossible split, or an output directory that holds something else.
     """
     with staging(output_dir) as directory:
         try:
-            with duckdb.connect(directory.parent / "work.duckdb") as con:
-                con.execute(f"set memory_limit = '{MEMORY}'; set TimeZone = 'UTC'; set enable_progress_bar = false")
-                dropped = load(con, directory.parent)
+            with closing(ENGINES[engine](directory.parent)) as tables:
+                dropped = tables.fill(load)
                 note("filtering and splitting")
-                dropped |= filter_interactions(con, *filters)
-                split = split_interactions(con, strategy, seed)
-                known = "split = 'test' and user_id in (select user_id from splits where split = 'train')"
-                if not len(con.table("splits").filter(known)):
+                dropped |= filter_interactions(tables, *filters)
+                split = split_interactions(tables, strategy, seed)
+                known = "split = 'test' and user_id in (select user_id from interactions where split = 'train')"
+                if not tables.count(f"interactions where {known}"):
                     note("warning: no user of test occurs in train, so all of them are new")
                 note("writing")
-                counts, columns = _write_tables(con, directory)
+                counts, columns = _write_tables(tables, directory)
         except (duckdb.IOException, duckdb.OutOfMemoryException) as error:  # above all: no space left on the disk
             raise UserError(f"preparing {output_dir} failed: {str(error).splitlines()[0]}") from None
         parts = sorted(directory.rglob("*.parquet"), key=lambda file: (len(file.name), file))  # 00009 before 000010
@@ -119,23 +116,22 @@ def _discard(temporary: Path, final: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_tables(con: Connection, directory: Path) -> tuple[dict[str, int], dict[str, dict[str, str]]]:
-    """Writes the tables `splits`, `users` and `items` as Parquet; returns the counts of rows and the columns' types."""
+def _write_tables(engine: Engine, directory: Path) -> tuple[dict[str, int], dict[str, dict[str, str]]]:
+    """Writes all three tables as Parquet; returns the counts of rows and the columns' types."""
     counts, schemas = {}, {}
     for table, join in JOINS.items():
         key = f"{table[:-1]}_id"
-        con.execute(f"create table if not exists {table} ({key} varchar)")
-        occurring = f"(select distinct {key} from splits)"
-        rows = con.sql(f"select * from {occurring} {join} join {table} using ({key}) order by {key}").to_arrow_table()
+        joined = f"(select distinct {key} from interactions) as occurring {join} join {table} using ({key})"
+        rows = engine.reader(f"select * from {joined} order by {key}", GROUP_ROWS).read_all().combine_chunks()
         pq.write_table(rows, directory / f"{table}.parquet")
         counts[table], schemas[table] = len(rows), rows.schema
-    has = [name for name in con.table("splits").columns if name not in ("source_row", "split")]
+    has = [name for name in engine.columns("interactions") if name not in ("source_row", "split")]
     selected = ", ".join(f"{CASTS.get(name, name)} as {name}" for name in has)
-    order = "splits.timestamp, source_row" if "timestamp" in has else "source_row"
+    order = "interactions.timestamp, source_row" if "timestamp" in has else "source_row"
     for part in SPLITS:
-        counts[part] = len(con.table("splits").filter(f"split = '{part}'"))
-        rows = con.sql(f"select {selected} from splits where split = '{part}' order by {order}")
-        reader = rows.to_arrow_reader(GROUP_ROWS)  # its batches end wherever the threads did
+        rows = f"interactions where split = '{part}'"
+        counts[part] = engine.count(rows)
+        reader = engine.reader(f"select {selected} from {rows} order by {order}", GROUP_ROWS)  # of any batches
         names = {"format": "parquet", "basename_template": "0000{i}.parquet"}
         pyarrow.dataset.write_dataset(reader, directory / "interactions" / part, preserve_order=True, **names, **SHARDS)
         schemas["interactions"] = reader.schema
