@@ -18,9 +18,8 @@ import pandas as pd
 import pyarrow as pa
 from duckdb import DuckDBPyConnection as Connection
 
-from rec.data_prep.engine import OPTION
-from rec.data_prep.write import note, prepare
-from rec.errors import UserError, command_parser, run_command
+from rec.data_prep.write import note, output_parser, prepare
+from rec.errors import UserError, run_command
 
 START = 1_672_531_200  # 2023-01-01 in seconds since 1970
 DAY = 86_400
@@ -144,15 +143,13 @@ def _times(user: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def main() -> None:
     """The command."""
-    parser = command_parser("rec.data_prep.dummy", __doc__)
+    parser = output_parser("rec.data_prep.dummy", __doc__)
     add = parser.add_argument
-    add("--output-dir", required=True, type=Path, help="the dataset directory to write")
     add("--users", type=int, default=1000)
     add("--items", type=int, default=500)
     add("--interactions-per-user", type=int, default=30, help="on average; at least 3")
     add("--seed", type=int, default=42, help="the same seed and sizes give the same bytes")
     add("--split", choices=["temporal", "leave_one_out"], default="leave_one_out")
-    add("--engine", **OPTION)
     args = parser.parse_args()
     for name, least in (("users", 10), ("items", 20), ("interactions_per_user", 3), ("seed", 0)):
         if getattr(args, name) < least:

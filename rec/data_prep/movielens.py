@@ -25,10 +25,9 @@ from duckdb import DuckDBPyConnection as Connection
 from tqdm import tqdm
 
 from rec.data_prep.dataset import digest
-from rec.data_prep.engine import OPTION
 from rec.data_prep.tabular import RawFile, load_features, load_interactions
-from rec.data_prep.write import note, prepare
-from rec.errors import UserError, command_parser, run_command
+from rec.data_prep.write import note, output_parser, prepare
+from rec.errors import UserError, run_command
 
 BASE_URL = "https://files.grouplens.org/datasets/movielens"
 FLAGS = ["Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy"]
@@ -138,14 +137,12 @@ def _receive(url: str, part: Path) -> None:
 
 def main() -> None:
     """The command."""
-    parser = command_parser("rec.data_prep.movielens", __doc__)
+    parser = output_parser("rec.data_prep.movielens", __doc__)
     add = parser.add_argument
     add("--name", required=True, choices=list(FILES))
-    add("--output-dir", required=True, type=Path, help="the dataset directory to write")
     add("--source", type=Path, help="a zip or folder of GroupLens', instead of a download")
     add("--split", choices=["temporal", "leave_one_out"], default="temporal")
     add("--min-rating", type=float, help="keep only ratings of at least this as interactions")
-    add("--engine", **OPTION)
     add("--base-url", default=BASE_URL, help="where the zip and its .md5 lie")
     args = parser.parse_args()
 

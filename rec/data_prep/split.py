@@ -28,19 +28,16 @@ def filter_interactions(engine: Engine, min_rating: float | None, min_interactio
     (of a given split the one in the earliest split, since what a user has seen is not recommended again); users with
     fewer than `min_interactions` in all splits together. Raises UserError if nothing is left.
     """
-    names = engine.columns("interactions")
     rated = f"rating >= cast('{min_rating}' as float)" if min_rating is not None else "true"
     keys = {"split": "case split when 'train' then 1 when 'val' then 2 else 3 end", "timestamp": "timestamp"}
-    order = ", ".join([*(key for name, key in keys.items() if name in names), "source_row"])
+    order = ", ".join([*(key for name, key in keys.items() if name in engine.columns), "source_row"])
     nth = f"row_number() over (partition by user_id, item_id order by {order})"
-    rows = f"(select *, {nth} as nth from interactions where {rated}) as numbered"
-    total, good = engine.count("interactions"), engine.count(f"interactions where {rated}")
-    engine.create("interactions", f"select {', '.join(names)} from {rows} where nth = 1")
-    firsts = left = engine.count("interactions")
+    total, good = engine.count(), engine.count(rated)
+    numbered = f"(select *, {nth} as nth from interactions where {rated}) as numbered"
+    firsts = left = engine.replace(f"select {', '.join(engine.columns)} from {numbered} where nth = 1")
     if min_interactions > 1:
         active = f"select user_id from interactions group by user_id having count(*) >= {min_interactions}"
-        engine.create("interactions", f"select * from interactions where user_id in ({active})")
-        left = engine.count("interactions")
+        left = engine.replace(f"select * from interactions where user_id in ({active})")
     if not left:
         raise UserError(f"nothing is left of {total:,} interactions: loosen --min-rating or --min-interactions")
     return {"below_min_rating": total - good, "duplicates": good - firsts, "of_inactive_users": firsts - left}
@@ -51,20 +48,18 @@ def split_interactions(engine: Engine, strategy: str, seed: int) -> dict[str, st
 
     Raises UserError for a split that these data cannot give, or a test set without any item of train.
     """
-    names = engine.columns("interactions")
-    ordered = "timestamp" in names
+    ordered = "timestamp" in engine.columns
     facts: dict[str, str | int] = {"strategy": strategy}
     drawn = f"md5(concat('{seed}', '/', user_id, '/', item_id))"  # the same on every engine, in any order of rows
 
     def second_after(share: float) -> int:
-        rows = "interactions where split = 'train'" if strategy == "given" else "interactions"
-        (cut,) = engine.one(f"select percentile_disc({share}) within group (order by floor(timestamp)) from {rows}")
-        return int(cut) + 1
+        cut = f"percentile_disc({share}) within group (order by floor(timestamp))"
+        where = "split = 'train'" if strategy == "given" else "true"
+        return int(engine.rows(f"select {cut} from interactions where {where}")[0][0]) + 1
 
     def is_later(second: int) -> bool:
         """Most of test is."""
-        test = "interactions where split = 'test'"
-        return 2 * engine.count(f"{test} and timestamp >= {second}") > engine.count(test)
+        return 2 * engine.count(f"split = 'test' and timestamp >= {second}") > engine.count("split = 'test'")
 
     if strategy == "temporal":
         if not ordered:
@@ -78,7 +73,7 @@ def split_interactions(engine: Engine, strategy: str, seed: int) -> dict[str, st
         recency = f"row_number() over (partition by user_id order by {latest})"
         history = "count(*) over (partition by user_id)"
         when = f"{history} < 3 or {recency} > 2 then 'train' when {recency} = 1 then 'test' else 'val'"
-    elif engine.count("interactions where split = 'val'"):
+    elif engine.count("split = 'val'"):
         when = "true then split"
     elif ordered and is_later(val_from := second_after(0.9)):
         facts["val_from"] = val_from
@@ -87,12 +82,11 @@ def split_interactions(engine: Engine, strategy: str, seed: int) -> dict[str, st
         facts["seed"] = seed
         position = "row_number() over (partition by user_id, split order by source_row)"
         when = f"split = 'train' and {position} > 1 and {drawn} < '199a' then 'val' else split"
-    others = ", ".join(name for name in names if name != "split")
-    engine.create("interactions", f"select {others}, case when {when} end as split from interactions")
-    for part in SPLITS:
-        if not engine.count(f"interactions where split = '{part}'"):
-            raise UserError(f"the {strategy} split leaves {part} empty: {STRATEGIES[strategy]}")
-    learnt = "item_id in (select item_id from interactions where split = 'train')"
-    if not engine.count(f"interactions where split = 'test' and {learnt}"):
+    others = ", ".join(name for name in engine.columns if name != "split")
+    engine.replace(f"select {others}, case when {when} end as split from interactions")
+    found = engine.rows("select distinct split from interactions")
+    if empty := [part for part in SPLITS if (part,) not in found]:
+        raise UserError(f"the {strategy} split leaves {empty[0]} empty: {STRATEGIES[strategy]}")
+    if not engine.count("split = 'test' and item_id in (select item_id from interactions where split = 'train')"):
         raise UserError("no item of test occurs in train, so nothing can be learnt: compare the item ids of both")
     return facts

@@ -24,10 +24,9 @@ from typing import Any
 import duckdb
 from duckdb import DuckDBPyConnection as Connection
 
-from rec.data_prep.engine import OPTION
 from rec.data_prep.split import SPLITS, STRATEGIES
-from rec.data_prep.write import note, prepare
-from rec.errors import UserError, command_parser, run_command
+from rec.data_prep.write import note, output_parser, prepare
+from rec.errors import UserError, run_command
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".parquet": ""}
 WHOLE, NUMBER = "-?(0|[1-9][0-9]{0,17})", "-?(0|[1-9][0-9]*)([.][0-9]+)?([eE][+-]?[0-9]{1,2})?"
@@ -197,9 +196,8 @@ def _quoted(name: str) -> str:
 
 def main() -> None:
     """The command."""
-    parser = command_parser("rec.data_prep.tabular", __doc__)
+    parser = output_parser("rec.data_prep.tabular", __doc__)
     add = parser.add_argument
-    add("--output-dir", required=True, type=Path, help="the dataset directory to write")
     add("--interactions", type=Path, help="all interactions, to be split")
     add("--train", type=Path, help="interactions that are split already; needs --test")
     add("--val", type=Path, help="default: a tenth of --train, the latest if --test is later, else drawn")
@@ -216,7 +214,6 @@ def main() -> None:
     add("--split", choices=list(STRATEGIES), help="default: temporal, or given where there is --train")
     add("--seed", type=int, default=42, help="of what is drawn where data without times are split")
     add("--skip-bad-rows", dest="skip", action="store_true", help="drop and count malformed rows")
-    add("--engine", **OPTION)
     args = parser.parse_args()
 
     strategy, given = args.split or ("temporal" if args.interactions else "given"), args.train or args.val or args.test

@@ -6,13 +6,14 @@
 Apart from dataset.py, since DuckDB warns of leaks when it shares a process with TensorFlow, which opens datasets.
 """
 
+import argparse
 import glob
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
@@ -20,12 +21,13 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from rec.data_prep.dataset import FORMAT_VERSION, digest, open_dataset
-from rec.data_prep.engine import ENGINES, Engine, Load
+from rec.data_prep.engine import ENGINES, Engine
 from rec.data_prep.split import SPLITS, filter_interactions, split_interactions
-from rec.errors import UserError
+from rec.errors import UserError, command_parser
 
 GROUP_ROWS = 2**17  # rows a row group: what a streaming reader holds at a time
 SHARDS = {"max_rows_per_file": 2**20, "min_rows_per_group": GROUP_ROWS, "max_rows_per_group": GROUP_ROWS}
+MEMORY = "2GB"  # DuckDB spills to disk beyond this, so that a laptop prepares what a server does
 REASONS = {
     "bad_rows": "malformed rows",
     "below_min_rating": "interactions rated below --min-rating",
@@ -36,6 +38,7 @@ REASONS = {
 JOINS = {"users": "left", "items": "full"}
 CASTS = {"timestamp": "cast(floor(timestamp) as bigint)", "rating": "cast(rating as float)"}
 
+Load = Callable[[duckdb.DuckDBPyConnection, Path], dict[str, int]]
 Filters = tuple[float | None, int]  # the least rating of an interaction, and the fewest interactions of a user
 
 
@@ -44,29 +47,40 @@ def note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def output_parser(module: str, text: str | None) -> argparse.ArgumentParser:
+    """The parser of a command that ends in `prepare`, with the options that all of them have."""
+    parser = command_parser(module, text)
+    parser.add_argument("--output-dir", required=True, type=Path, help="the dataset directory to write")
+    parser.add_argument("--engine", choices=list(ENGINES), default="duckdb", help="what filters, splits and sorts")
+    return parser
+
+
 def prepare(
     output_dir: Path, load: Load, name: str, source: str, strategy: str, seed: int, filters: Filters = (None, 1),
     engine: str = "duckdb",
 ) -> None:  # fmt: skip
     """Writes a dataset directory, and prints the counts and the JSON line that end every command.
 
-    `load` gets a DuckDB database and a directory for temporary files. It creates table `interactions` (user_id, item_id, and
-    timestamp in seconds, rating and split where the source has them; source_row), and `users` and `items` (id,
-    features) where the source has them. It returns what it dropped: reason -> rows. `engine` does the rest: duckdb or
-    spark. Raises UserError for bad rows, an impossible split, or an output directory that holds something else.
+    `load` gets a database of DuckDB's and a directory for temporary files. It creates table `interactions` (user_id,
+    item_id, and timestamp in seconds, rating and split where the source has them; source_row), and `users` and `items`
+    (id, features) where the source has them. It returns what it dropped: reason -> rows. `engine`, duckdb or spark,
+    does the rest. Raises UserError for bad rows, an impossible split, an engine that does not start, or an output
+    directory that holds something else.
     """
     with staging(output_dir) as directory:
         try:
-            with closing(ENGINES[engine](directory.parent)) as tables:
-                dropped = tables.fill(load)
+            with duckdb.connect(directory.parent / "work.duckdb") as con:
+                con.execute(f"set memory_limit = '{MEMORY}'; set TimeZone = 'UTC'; set enable_progress_bar = false")
+                dropped = load(con, directory.parent)
+                db = ENGINES[engine](con, directory.parent)
                 note("filtering and splitting")
-                dropped |= filter_interactions(tables, *filters)
-                split = split_interactions(tables, strategy, seed)
+                dropped |= filter_interactions(db, *filters)
+                split = split_interactions(db, strategy, seed)
                 known = "split = 'test' and user_id in (select user_id from interactions where split = 'train')"
-                if not tables.count(f"interactions where {known}"):
+                if not db.count(known):
                     note("warning: no user of test occurs in train, so all of them are new")
                 note("writing")
-                counts, columns = _write_tables(tables, directory)
+                counts, columns = _write_tables(db, directory)
         except (duckdb.IOException, duckdb.OutOfMemoryException) as error:  # above all: no space left on the disk
             raise UserError(f"preparing {output_dir} failed: {str(error).splitlines()[0]}") from None
         parts = sorted(directory.rglob("*.parquet"), key=lambda file: (len(file.name), file))  # 00009 before 000010
@@ -125,16 +139,16 @@ def _write_tables(engine: Engine, directory: Path) -> tuple[dict[str, int], dict
         rows = engine.reader(f"select * from {joined} order by {key}", GROUP_ROWS).read_all().combine_chunks()
         pq.write_table(rows, directory / f"{table}.parquet")
         counts[table], schemas[table] = len(rows), rows.schema
-    has = [name for name in engine.columns("interactions") if name not in ("source_row", "split")]
+    has = [name for name in engine.columns if name not in ("source_row", "split")]
     selected = ", ".join(f"{CASTS.get(name, name)} as {name}" for name in has)
     order = "interactions.timestamp, source_row" if "timestamp" in has else "source_row"
     for part in SPLITS:
-        rows = f"interactions where split = '{part}'"
-        counts[part] = engine.count(rows)
-        reader = engine.reader(f"select {selected} from {rows} order by {order}", GROUP_ROWS)  # of any batches
+        rows = f"select {selected} from interactions where split = '{part}' order by {order}"
+        reader = engine.reader(rows, GROUP_ROWS)  # its batches end wherever the threads did
         names = {"format": "parquet", "basename_template": "0000{i}.parquet"}
         pyarrow.dataset.write_dataset(reader, directory / "interactions" / part, preserve_order=True, **names, **SHARDS)
-        schemas["interactions"] = reader.schema
+        files = (directory / "interactions" / part).iterdir()
+        counts[part], schemas["interactions"] = sum(pq.read_metadata(file).num_rows for file in files), reader.schema
     columns = {}
     for table, schema in schemas.items():
         columns[table] = {field.name: str(field.type).replace("list<l: ", "list<") for field in schema}

@@ -1,23 +1,25 @@
 """Filters and splits, on tables small enough to work out by hand."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import duckdb
 import pandas as pd
 import pytest
 
+from rec.data_prep.engine import Engine
 from rec.data_prep.split import filter_interactions, split_interactions
 from rec.errors import UserError
 
 Row = tuple[str | float | int | None, ...]
 
 
-def database(columns: str, rows: Sequence[Row]) -> duckdb.DuckDBPyConnection:
+def database(columns: str, rows: Sequence[Row]) -> Engine:
     con = duckdb.connect()
     con.execute(f"create table interactions ({columns}, source_row bigint)")
     con.register("rows", pd.DataFrame([(*row, number) for number, row in enumerate(rows, 1)]))
     con.execute("insert into interactions select * from rows")
-    return con
+    return Engine(con, Path())
 
 
 ORDERED = "user_id varchar, item_id varchar, timestamp double"
@@ -25,34 +27,34 @@ UNORDERED = "user_id varchar, item_id varchar"
 GIVEN = "user_id varchar, item_id varchar, split varchar"
 
 
-def split_of(con: duckdb.DuckDBPyConnection, strategy: str, seed: int = 0) -> dict[str, set[str]]:
+def split_of(engine: Engine, strategy: str, seed: int = 0) -> dict[str, set[str]]:
     """Split -> its interactions, written "user item"."""
-    filter_interactions(con, None, 1)
-    split_interactions(con, strategy, seed)
-    rows = con.execute("select split, user_id || ' ' || item_id from splits").fetchall()
+    filter_interactions(engine, None, 1)
+    split_interactions(engine, strategy, seed)
+    rows = engine.rows("select split, user_id || ' ' || item_id from interactions")
     return {part: {pair for split, pair in rows if split == part} for part in ("train", "val", "test")}
 
 
 def test_temporal_cuts_at_80_and_90_percent_of_the_interactions() -> None:
-    con = database(ORDERED, [(f"u{number}", "i", 100.0 + number) for number in range(20)])
-    parts = split_of(con, "temporal")
+    engine = database(ORDERED, [(f"u{number}", "i", 100.0 + number) for number in range(20)])
+    parts = split_of(engine, "temporal")
     assert [len(parts[part]) for part in ("train", "val", "test")] == [16, 2, 2]
-    assert con.execute("select max(timestamp) from splits where split = 'train'").fetchall() == [(115.0,)]
+    assert engine.rows("select max(timestamp) from interactions where split = 'train'") == [(115.0,)]
 
 
 def test_temporal_cut_never_falls_between_equal_times() -> None:
     times = [1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 9, 10]  # 80 % of 12 lie at or before the tenth, the last of the eights
-    con = database(ORDERED, [(f"u{number}", "i", float(time)) for number, time in enumerate(times)])
-    filter_interactions(con, None, 1)
-    assert split_interactions(con, "temporal", 0) == {"strategy": "temporal", "val_from": 9, "test_from": 10}
-    eights = con.execute("select distinct split from splits where timestamp = 8").fetchall()
+    engine = database(ORDERED, [(f"u{number}", "i", float(time)) for number, time in enumerate(times)])
+    filter_interactions(engine, None, 1)
+    assert split_interactions(engine, "temporal", 0) == {"strategy": "temporal", "val_from": 9, "test_from": 10}
+    eights = engine.rows("select distinct split from interactions where timestamp = 8")
     assert eights == [("train",)]
 
 
 def test_temporal_cut_keeps_fractions_of_a_second_together() -> None:
     times = [1, 2, 3, 4, 5, 6, 7, 8.25, 9.5, 10.75]
-    con = database(ORDERED, [(f"u{number}", "i", float(time)) for number, time in enumerate(times)])
-    assert split_of(con, "temporal") == {
+    engine = database(ORDERED, [(f"u{number}", "i", float(time)) for number, time in enumerate(times)])
+    assert split_of(engine, "temporal") == {
         "train": {f"u{number} i" for number in range(8)}, "val": {"u8 i"}, "test": {"u9 i"},
     }  # fmt: skip
 
@@ -63,9 +65,9 @@ def test_temporal_without_timestamps_says_what_to_do() -> None:
 
 
 def test_temporal_with_one_time_only_is_refused() -> None:
-    con = database(ORDERED, [("u", "a", 5.0), ("u", "b", 5.0), ("v", "a", 5.0)])
+    engine = database(ORDERED, [("u", "a", 5.0), ("u", "b", 5.0), ("v", "a", 5.0)])
     with pytest.raises(UserError, match="the temporal split leaves val empty"):
-        split_of(con, "temporal")
+        split_of(engine, "temporal")
 
 
 def test_leave_one_out_takes_the_last_and_the_last_but_one() -> None:
@@ -105,19 +107,19 @@ def test_given_split_keeps_a_pair_only_in_its_earliest_split() -> None:
         ("u", "c", "val"),
         ("u", "b", "val"),
     ]
-    con = database(GIVEN, [*rows, ("v", "b", "train"), ("v", "a", "test")])
-    assert filter_interactions(con, None, 1)["duplicates"] == 2
-    split_interactions(con, "given", 0)
-    kept = con.execute("select split, user_id, item_id from splits order by all").fetchall()
+    engine = database(GIVEN, [*rows, ("v", "b", "train"), ("v", "a", "test")])
+    assert filter_interactions(engine, None, 1)["duplicates"] == 2
+    split_interactions(engine, "given", 0)
+    kept = engine.rows("select split, user_id, item_id from interactions order by all")
     assert kept == [("test", "v", "a"), ("train", "u", "a"), ("train", "v", "b"), ("val", "u", "b"), ("val", "u", "c")]
 
 
 @pytest.mark.parametrize(("test_time", "is_latest"), [(99, True), (30, False)])
 def test_given_split_without_val_takes_a_tenth_of_train_as_test_was_taken(test_time: int, is_latest: bool) -> None:
     rows = [(f"u{n % 10}", f"i{n}", float(n), "train") for n in range(100)]
-    con = database(f"{ORDERED}, split varchar", rows)
-    con.execute(f"insert into interactions values ('u1', 'i2', {test_time}, 'test', 999)")
-    parts = split_of(con, "given")
+    engine = database(f"{ORDERED}, split varchar", rows)
+    engine.con.execute(f"insert into interactions values ('u1', 'i2', {test_time}, 'test', 999)")
+    parts = split_of(engine, "given")
     assert parts["test"] == {"u1 i2"}
     assert 3 <= len(parts["val"]) <= 20
     assert (parts["val"] == {f"u{n % 10} i{n}" for n in range(90, 100)}) == is_latest
@@ -131,21 +133,21 @@ def test_given_split_without_val_or_times_draws_a_tenth_and_leaves_every_user_in
 
 
 def test_test_set_that_repeats_train_is_refused() -> None:
-    con = database(GIVEN, [("u", "a", "train"), ("u", "b", "val"), ("u", "a", "test")])
+    engine = database(GIVEN, [("u", "a", "train"), ("u", "b", "val"), ("u", "a", "test")])
     with pytest.raises(UserError, match="leaves test empty: all its interactions are in an earlier split"):
-        split_of(con, "given")
+        split_of(engine, "given")
 
 
 def test_test_set_without_an_item_of_train_is_refused() -> None:
-    con = database(GIVEN, [("u", "a", "train"), ("u", "b", "val"), ("u", "c", "test")])
+    engine = database(GIVEN, [("u", "a", "train"), ("u", "b", "val"), ("u", "c", "test")])
     with pytest.raises(UserError, match="no item of test occurs in train"):
-        split_of(con, "given")
+        split_of(engine, "given")
 
 
 def test_duplicates_keep_the_earliest_time_and_are_counted() -> None:
-    con = database(ORDERED, [("u", "a", 5.0), ("u", "a", 2.0), ("u", "b", 3.0), ("u", "a", 2.0)])
-    assert filter_interactions(con, None, 1) == {"below_min_rating": 0, "duplicates": 2, "of_inactive_users": 0}
-    kept = con.execute("select item_id, timestamp, source_row from kept order by item_id").fetchall()
+    engine = database(ORDERED, [("u", "a", 5.0), ("u", "a", 2.0), ("u", "b", 3.0), ("u", "a", 2.0)])
+    assert filter_interactions(engine, None, 1) == {"below_min_rating": 0, "duplicates": 2, "of_inactive_users": 0}
+    kept = engine.rows("select item_id, timestamp, source_row from interactions order by item_id")
     assert kept == [("a", 2.0, 2), ("b", 3.0, 3)]
 
 
@@ -159,21 +161,21 @@ def test_min_rating_applies_before_duplicates_and_min_interactions_after() -> No
         ("v", "a", 4.0),
         ("v", "b", 2.0),
     ]
-    con = database(columns, rows)
-    dropped = filter_interactions(con, 3.0, 2)
+    engine = database(columns, rows)
+    dropped = filter_interactions(engine, 3.0, 2)
     assert dropped == {"below_min_rating": 2, "duplicates": 1, "of_inactive_users": 1}  # v is left with one
-    assert con.execute("select user_id, item_id, rating from kept order by item_id").fetchall() == [
+    assert engine.rows("select user_id, item_id, rating from interactions order by item_id") == [
         ("u", "a", 4.0),
         ("u", "b", 3.0),
     ]
 
 
 def test_filters_that_leave_nothing_are_refused() -> None:
-    con = database("user_id varchar, item_id varchar, rating float", [("u", "a", 1.0)])
+    engine = database("user_id varchar, item_id varchar, rating float", [("u", "a", 1.0)])
     with pytest.raises(UserError, match="nothing is left of 1 interactions"):
-        filter_interactions(con, 2.0, 1)
+        filter_interactions(engine, 2.0, 1)
 
 
 def test_min_rating_compares_as_the_ratings_are_stored() -> None:
-    con = database("user_id varchar, item_id varchar, rating float", [("u", "a", 3.3), ("u", "b", 3.2)])
-    assert filter_interactions(con, 3.3, 1)["below_min_rating"] == 1  # 3.3 in 32 bits is less than in 64
+    engine = database("user_id varchar, item_id varchar, rating float", [("u", "a", 3.3), ("u", "b", 3.2)])
+    assert filter_interactions(engine, 3.3, 1)["below_min_rating"] == 1  # 3.3 in 32 bits is less than in 64
