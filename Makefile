@@ -59,7 +59,7 @@ $(VENV)/.runtime: requirements.txt | $(VENV)/.created
 	@$(PIP) install --requirement requirements.txt
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
+$(VENV)/.dev: requirements-dev.txt requirements-spark.txt $(VENV)/.runtime
 	@echo 'installing requirements-dev.txt into $(VENV)' >&2
 	@$(PIP) install --requirement requirements-dev.txt
 	@touch $@

@@ -72,6 +72,8 @@ RUN_BY = {
     "make quickstart": "test_commands.py::test_training_all_stages_answers_with_each",
     "make test": "not: it is what runs the tests",
     "python -m rec.data_prep.dummy": "data_prep/test_dummy.py::test_same_seed_same_bytes_other_seed_other_bytes",
+    "python -m rec.data_prep.movielens --engine spark": "data_prep/test_spark.py::"
+    "test_both_engines_write_the_same_bytes_and_say_the_same",
     "python -m rec.data_prep.movielens": "data_prep/test_movielens.py::test_download_is_checked_kept_and_not_repeated",
     "python -m rec.data_prep.tabular": "data_prep/test_tabular.py::test_other_column_names_some_with_quotes",
     "python -m rec.train --stage all --config config/movielens": "not: MovieLens may not be handed on, and 100K takes "

@@ -68,13 +68,15 @@ def test_the_package_stays_below_its_line_budget() -> None:
 
 def test_requirements_are_pinned() -> None:
     assert pins("requirements.txt")["tensorflow"] == "2.20.0"
+    assert pins("requirements-spark.txt")["pyspark"]
     assert pins("requirements-dev.txt")["pytest"]
 
 
 def test_everything_that_the_package_imports_is_required() -> None:
     names = set().union(*(imported(path) for path in (ROOT / "rec").rglob("*.py")))
     third_party = names - sys.stdlib_module_names - {"rec"}
-    assert {PACKAGES.get(name, name) for name in third_party} <= pins("requirements.txt").keys()
+    required = pins("requirements.txt") | pins("requirements-spark.txt")
+    assert {PACKAGES.get(name, name) for name in third_party} <= required.keys()
 
 
 def tree() -> list[str]:

@@ -51,7 +51,9 @@ def output_parser(module: str, text: str | None) -> argparse.ArgumentParser:
     """The parser of a command that ends in `prepare`, with the options that all of them have."""
     parser = command_parser(module, text)
     parser.add_argument("--output-dir", required=True, type=Path, help="the dataset directory to write")
-    parser.add_argument("--engine", choices=list(ENGINES), default="duckdb", help="what filters, splits and sorts")
+    parser.add_argument(
+        "--engine", choices=list(ENGINES), default="duckdb", help="filters, splits and sorts; default: duckdb"
+    )
     return parser
 
 
