@@ -63,9 +63,9 @@ class Spark(Engine):
             from pyspark.sql import SparkSession
 
             self.session = SparkSession.builder.appName("rec").config(map={**SPARK}).getOrCreate()
-        except (ImportError, RuntimeError) as error:
+        except Exception as error:  # not installed, no Java, a configuration that does not work
             why = (re.findall(r"^\S.*", log.read_text(), re.M) or [error])[-1]  # Java's last word, but for its stack
-            raise UserError(f"Spark needs Java 17 and `pip install -r requirements-spark.txt`: {why}") from None
+            raise UserError(f"Spark did not start (`pip install -r requirements-spark.txt`, Java 17): {why}") from None
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)

@@ -51,9 +51,7 @@ def output_parser(module: str, text: str | None) -> argparse.ArgumentParser:
     """The parser of a command that ends in `prepare`, with the options that all of them have."""
     parser = command_parser(module, text)
     parser.add_argument("--output-dir", required=True, type=Path, help="the dataset directory to write")
-    parser.add_argument(
-        "--engine", choices=list(ENGINES), default="duckdb", help="filters, splits and sorts; default: duckdb"
-    )
+    parser.add_argument("--engine", choices=ENGINES, default="duckdb", help="filters, splits, sorts; default: duckdb")
     return parser
 
 
