@@ -8,7 +8,8 @@ the bytes are the same. What goes to Spark and what comes back lies as Parquet b
 machines of a cluster have to see. Shuffles and the table that is kept lie where Spark puts them (spark.local.dir).
 
 SQL that both understand alike has no `qualify`, names all columns of a select that leaves some out, and ends every
-order in a key that is unique. Strings are compared by their bytes in both.
+order in a key that is unique. Strings are compared by their bytes in both. To keep in mind: `percentile_disc` holds all
+distinct values in memory, in DuckDB and in one executor of Spark.
 """
 
 import atexit
@@ -72,6 +73,7 @@ class Spark(Engine):
         atexit.register(self.session.stop)
         for table in ("interactions", "users", "items"):
             con.table(table).write_parquet(path := str(scratch / f"{table}.parquet"))
+            # Spark takes a path that it reads for a pattern.
             self.session.read.parquet("file://" + re.sub(r"([][{}*?\\])", r"\\\1", path)).createOrReplaceTempView(table)
 
     def rows(self, select: str) -> list[tuple]:
