@@ -8,8 +8,8 @@ the bytes are the same. What goes to Spark and what comes back lies as Parquet b
 machines of a cluster have to see. Shuffles and the table that is kept lie where Spark puts them (spark.local.dir).
 
 SQL that both understand alike has no `qualify`, names all columns of a select that leaves some out, and ends every
-order in a key that is unique. Strings are compared by their bytes in both. To keep in mind: `percentile_disc` holds all
-distinct values in memory, in DuckDB and in one executor of Spark.
+order in a key that is unique. Strings are compared by their bytes in both. Not out of core: `percentile_disc`, for
+which DuckDB holds all values in memory, and one executor of Spark all distinct ones.
 """
 
 import atexit
