@@ -30,6 +30,7 @@ Rate = Annotated[float, "0 or more and below 1", lambda x: 0 <= x < 1]
 Share = Annotated[float, "above 0 and below 1", lambda x: 0 < x < 1]
 Target = Annotated[float, "above 0 and at most 1", lambda x: 0 < x <= 1]
 NotNegative = Annotated[float, "0 or more and finite", lambda x: 0 <= x < float("inf")]
+Strategy = Annotated[str, "mirrored or ps", lambda name: name in ("mirrored", "ps")]
 Columns = Annotated[str | dict[str, str], "auto, or {column: kind}", lambda x: x == "auto" or type(x) is dict]
 
 
@@ -100,6 +101,7 @@ class Config:
     dataset: str  # a dataset directory, as written by rec.data_prep
     use_wandb: bool = False
     seed: Seed = 42
+    strategy: Strategy = "mirrored"  # of several processes, named in TF_CONFIG (rec/workers.py)
     features: Features = Features()
     retrieval: Retrieval = Retrieval()
     ranking: Ranking = Ranking()

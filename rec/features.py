@@ -23,6 +23,7 @@ import pandas as pd
 import tensorflow as tf
 
 from rec.errors import UserError
+from rec.workers import whole
 
 PAD, START, UNKNOWN, FIRST_ITEM = 0, 1, 2, 3  # item rows: padding, start of a sequence, an id not in training
 UNKNOWN_USER, FIRST_USER = 0, 1
@@ -241,6 +242,12 @@ class Encoder(tf.keras.layers.Layer):
             vectors += self._embed_ids(distinct, training)
         return tf.reshape(tf.gather(vectors, where), tf.concat([tf.shape(rows), [vectors.shape[-1]]], 0))
 
+    def start_from(self, other: "Encoder") -> None:
+        """Takes over the weights of an encoder of the same vocabulary, columns and width."""
+        pairs = zip(whole(self.trainable_variables), whole(other.trainable_variables), strict=True)
+        for variable, value in pairs:
+            variable.assign(tf.convert_to_tensor(value))
+
     def freeze(self) -> tf.Variable:
         """Computes all vectors, [rows, dim]; outside training, calls look them up from then on.
 
@@ -261,7 +268,7 @@ class Encoder(tf.keras.layers.Layer):
 
     def _features(self, j: int, rows: tf.Tensor) -> tf.Tensor:
         """[n] rows -> [n, width] what column j says of them; tokens are averaged."""
-        values = tf.gather(self._tables[j], rows)
+        values = tf.nn.embedding_lookup(self._tables[j], rows)
         if not self._columns[j].is_tokens:
             return values
         present = tf.cast(values > 0, tf.float32)[..., None]

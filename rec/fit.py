@@ -3,8 +3,7 @@
 - After every epoch the weights, the optimiser and the state are on disk: a killed run, started again with the same
   command, goes on with the epoch after the last complete one, and ends as an unbroken one does, to the last digit.
 - A run lives in `CHECKPOINTS/STAGE.partial` until it is finished; then it replaces `CHECKPOINTS/STAGE` by rename.
-- With TF_CONFIG several processes train one model (tf.distribute.MultiWorkerMirroredStrategy). Each makes the same
-  batches and takes its share of them; the first, the chief, writes; all resume from what it wrote.
+- Of several processes that train one model (workers.py), the first, the chief, writes; all resume from what it wrote.
 
     run.json        what the checkpoint belongs to: compared before its weights are used
     epoch-N.*       weights and optimiser after epoch N (0: before training): of the best epoch, and of the last one
@@ -13,7 +12,6 @@
     events/         the same for TensorBoard
 """
 
-import functools
 import json
 import os
 import shutil
@@ -21,7 +19,6 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from tqdm import tqdm
 
 from rec.errors import UserError
 from rec.tracking import Tracker
+from rec.workers import steps, whole
 
 LOG_STEPS = 10
 
@@ -124,7 +122,7 @@ def fit(
         optimizer = LazyAdam(learning_rate)
         optimizer.build(model.trainable_variables)
         model.compile(optimizer=optimizer)
-    checkpoint = tf.train.Checkpoint(weights=list(model.trainable_variables), optimizer=optimizer)
+    checkpoint = tf.train.Checkpoint(weights=whole(model.trainable_variables), optimizer=optimizer)
     state = _resume(partial, run, checkpoint)
     if state is None:
         state = Fitted(examples, [validate() if validate else {}])
@@ -144,7 +142,6 @@ def fit(
     sign = -1.0 if monitor == "val/rmse" else 1.0
     last = stop_after or epochs
     progress = tqdm(range(state.epoch + 1, last + 1), directory.name, last, unit="epoch", initial=state.epoch)
-    train_step = model.make_train_function()
     for epoch in progress:
         if validate is not None and state.epoch - state.best_epoch >= patience:
             break
@@ -153,15 +150,12 @@ def fit(
         # Takes dropout back to the start of its sequence, which is fixed when the training step is traced. With
         # another seed every epoch, a resumed run would be traced with another one than an unbroken run.
         tf.random.set_seed(seed)
-        data = strategy.distribute_datasets_from_function(functools.partial(_share, batches(state.epoch)))
-        iterator, total, before, since = iter(data), 0.0, state.step, start
-        with suppress(tf.errors.OutOfRangeError):  # the end of the epoch
-            while True:
-                loss = train_step(iterator)["loss"]
-                total, state.step = total + loss, state.step + 1
-                if state.step % LOG_STEPS == 0:
-                    pace, since = LOG_STEPS / (time.perf_counter() - since), time.perf_counter()
-                    log({"step": state.step, "train/loss": float(loss), "train/steps_per_second": pace})
+        total, before, since = 0.0, state.step, start
+        for loss in steps(model, batches(state.epoch)):
+            total, state.step = total + loss, state.step + 1
+            if state.step % LOG_STEPS == 0:
+                pace, since = LOG_STEPS / (time.perf_counter() - since), time.perf_counter()
+                log({"step": state.step, "train/loss": float(loss), "train/steps_per_second": pace})
         values = {"loss": float(total) / (state.step - before)}
         seconds = time.perf_counter() - start
         state.train_seconds += seconds
@@ -190,14 +184,6 @@ def fit(
     return state
 
 
-def _share(data: tf.data.Dataset, context: tf.distribute.InputContext) -> tf.data.Dataset:
-    """What one of several workers trains on: every so-manieth example of each batch, and all of its negatives."""
-    first, step = context.input_pipeline_id, context.num_input_pipelines
-    if step == 1:
-        return data
-    return data.map(lambda batch: {k: part if k == "negatives" else part[first::step] for k, part in batch.items()})
-
-
 def read_run(directory: Path) -> dict[str, Any] | None:
     """What identifies the finished run in `directory`; None if there is none."""
     old = Path(f"{directory}.old")
@@ -210,7 +196,7 @@ def read_run(directory: Path) -> dict[str, Any] | None:
 def restore(model: tf.keras.Model, directory: Path) -> Fitted:
     """Loads a finished run's best weights into `model`."""
     state = _read_state(directory)
-    checkpoint = tf.train.Checkpoint(weights=list(model.trainable_variables))
+    checkpoint = tf.train.Checkpoint(weights=whole(model.trainable_variables))
     status = checkpoint.read(str(directory / f"epoch-{state.best_epoch}"))
     status.assert_existing_objects_matched().expect_partial()  # the optimiser is not read
     return state

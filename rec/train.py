@@ -7,10 +7,11 @@
     python -m rec.train --stage retrieval --config config/movielens/ml_100k.yaml --set retrieval.epochs=3
 
 A run that was killed goes on where it was when the same command is given again. With TF_CONFIG, the same command on
-several machines with a common directory for checkpoints trains one model (tf.distribute.MultiWorkerMirroredStrategy);
-the first of them exports it. Tables and progress go to stderr; the
-last line of stdout is JSON: {"stage", "bundle", "version", "metrics", "examples_per_second", "seconds"}, or for
-`--stage all` {"retrieval": {..}, "ranking": {..}, "recommender": {..}}.
+several machines with a common directory for checkpoints trains one model (tf.distribute.MultiWorkerMirroredStrategy, or
+with --strategy ps ParameterServerStrategy, whose tables lie in parts on servers); the chief exports it.
+
+Tables and progress go to stderr; the last line of stdout is JSON: {"stage", "bundle", "version", "metrics",
+"examples_per_second", "seconds"}, or for `--stage all` {"retrieval": {..}, "ranking": {..}, "recommender": {..}}.
 """
 
 import json
@@ -20,7 +21,6 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from rec.ranking.model import OBJECTIVES, RankingModel, score_lists
 from rec.retrieval.model import RetrievalModel, calibrate
 from rec.retrieval.towers import ENCODERS
 from rec.tracking import Tracker, track
+from rec.workers import workers
 
 FACTORIZED_KS = (10, 100)
 # What a ranker is chosen by: what it adds to the NDCG@10 of retrieval's order (which has 0), less one standard error,
@@ -58,12 +59,6 @@ RATINGS_A_LIST = 16  # a batch of ratings is so many times a batch of lists,
 RATING_PACE = 3  # and its learning rate so many times as high
 
 
-@cache
-def workers() -> tf.distribute.Strategy:
-    """All that train together: this process, or those that TF_CONFIG names."""
-    return tf.distribute.MultiWorkerMirroredStrategy() if "TF_CONFIG" in os.environ else tf.distribute.get_strategy()
-
-
 def train_retrieval(config: Config) -> tuple[TrainedRetrieval, dict[str, Any]]:
     """Trains the two towers on all training interactions, exports them; returns the model and the command's JSON.
 
@@ -75,15 +70,15 @@ def train_retrieval(config: Config) -> tuple[TrainedRetrieval, dict[str, Any]]:
     directory = Path(config.output.checkpoints) / "retrieval"
     with track(config, "retrieval") as tracker:
         _fit_retrieval(config, corpus, corpus.train, directory, tracker=tracker)
-        _only_the_chief_goes_on()
+        _only_the_chief_goes_on(config)
         trained = load_retrieval(directory, dataset, corpus)
         bundle = export_retrieval(trained, config)
         tracker.log_bundle(bundle)
     return trained, _answer("retrieval", bundle, trained.fitted, start)
 
 
-def _only_the_chief_goes_on() -> None:
-    if not workers().extended.should_checkpoint:
+def _only_the_chief_goes_on(config: Config) -> None:
+    if not workers(config.strategy).extended.should_checkpoint:
         sys.exit(0)
 
 
@@ -99,7 +94,7 @@ def _fit_retrieval(
     config = replace(config, retrieval=settled(config.retrieval, corpus.ordered, len(corpus.train.items)))
     settings = config.retrieval
     tf.keras.utils.set_random_seed(config.seed)
-    with workers().scope():
+    with workers(config.strategy).scope():
         model = RetrievalModel(settings, corpus, train)
     run = describe(config, corpus, "retrieval", interactions=len(train.items), stop_after=stop_after)
     if stop_after is not None and read_run(directory) == run:
@@ -161,7 +156,7 @@ def train_ranking(config: Config, init_from: Path | None, trained: TrainedRetrie
     source = bundle_of(config, trained.run)  # there must be one: say so before training
     tf.keras.utils.set_random_seed(config.seed)
     settings, corpus = config.ranking, trained.corpus
-    with workers().scope():
+    with workers(config.strategy).scope():
         model = RankingModel(settings, trained.model.config.window, trained.model.config.embedding_dim, corpus)
     by = _by_rating if settings.objective == "rating" else _by_clicks
     batches, examples, validate, monitor = by(config, trained, model)
@@ -177,7 +172,7 @@ def train_ranking(config: Config, init_from: Path | None, trained: TrainedRetrie
             model, batches, examples, directory, run, {}, epochs=settings.epochs, learning_rate=rate, seed=config.seed,
             validate=validate, monitor=monitor, patience=settings.patience, tracker=tracker,
         )  # fmt: skip
-        _only_the_chief_goes_on()
+        _only_the_chief_goes_on(config)
         model, fitted, run = load_ranking(directory, trained)
         tracker.use(source)
         exported = export_ranking(model, trained, config, run, fitted)
@@ -296,10 +291,11 @@ def main() -> None:
     parser.add_argument("--stage", required=True, choices=("retrieval", "ranking", "all"))
     parser.add_argument("--model-arch", help="the stage's architecture instead of the config's (not with --stage all)")
     told = "start the ranker's embeddings from this one, not from checkpoints/mining, which has not seen its labels"
+    parser.add_argument("--strategy", choices=("mirrored", "ps"), help="of several processes (TF_CONFIG; see above)")
     parser.add_argument("--init-from-retrieval", type=Path, metavar="CHECKPOINT", help=told)
     add_config_arguments(parser)
     args = parser.parse_args()
-    overrides = list(args.overrides)
+    overrides = [*args.overrides, *([f"strategy={args.strategy}"] if args.strategy else [])]
     if args.model_arch:
         if args.stage == "all":
             raise UserError("--model-arch is for one stage; with --stage all, --set retrieval.arch=A or ranking.arch=A")
@@ -310,7 +306,7 @@ def main() -> None:
         raise UserError("--init-from-retrieval starts a ranker: use it with --stage ranking or all")
     config = load_config(args.config, overrides)
     check_names(config)
-    workers()  # before TensorFlow is used for anything else
+    workers(config.strategy)  # before TensorFlow is used for anything else
     if args.stage == "retrieval":
         answer = train_retrieval(config)[1]
     else:

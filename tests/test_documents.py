@@ -81,6 +81,8 @@ RUN_BY = {
     "python -m rec.train --stage all": "test_commands.py::test_training_all_stages_answers_with_each",
     "python -m rec.train --stage ranking --model-arch dlrm": "test_commands.py::"
     "test_another_architecture_that_starts_from_retrieval",
+    "python -m rec.train --stage retrieval --config config/your_data.yaml --strategy ps": "test_workers.py::"
+    "test_parameter_servers_hold_the_tables_in_parts_and_a_worker_may_be_lost",
     "python -m rec.train --stage": "test_documents.py::test_the_guides_commands_and_examples_run",
     "export TF_CONFIG": "test_workers.py::test_two_workers_end_as_one_even_if_one_is_killed_and_all_start_again",
     "python -m rec.evaluate": "test_commands.py::test_evaluation_measures_the_bundles_beside_popularity",

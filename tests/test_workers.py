@@ -1,4 +1,4 @@
-"""Several processes that train one model: with the same result as one, and after a kill."""
+"""Several processes that train one model: with the same result as one, and after a kill; on parameter servers."""
 
 import json
 import os
@@ -6,12 +6,16 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tensorflow as tf
 
-from tests.conftest import ROOT, environment
+from rec.recommender import load_bundle
+from tests.conftest import ROOT, Trained, environment
 
 # Without random masks, which every worker draws for itself, the result is the same to the last digits.
 SETTINGS = ("retrieval.epochs=4", "retrieval.dropout=0", "features.users={}", "features.items={}", "index.kind=exact")
@@ -26,12 +30,29 @@ def start(place: Path, *overrides: str, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, env=environment(**env), stdout=pipe, stderr=pipe, text=True)
 
 
-def cluster(place: Path, *overrides: str) -> list[subprocess.Popen[str]]:
-    """Two workers on free ports; the first is the chief."""
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
-        addresses = [f"127.0.0.1:{each.getsockname()[1]}" for each in (one, two)]
-    tasks = [{"cluster": {"worker": addresses}, "task": {"type": "worker", "index": at}} for at in (0, 1)]
-    return [start(place, *overrides, TF_CONFIG=json.dumps(task)) for task in tasks]
+def cluster(place: Path, *overrides: str, **jobs: int) -> list[subprocess.Popen[str]]:
+    """So many processes of each job on free ports; the first of all is the chief."""
+    with ExitStack() as held:
+        ports = iter([held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(sum(jobs.values()))])
+        addresses = {job: [f"127.0.0.1:{next(ports).getsockname()[1]}" for _ in range(n)] for job, n in jobs.items()}
+    tasks = [{"type": job, "index": at} for job, n in jobs.items() for at in range(n)]
+    told = [json.dumps({"cluster": addresses, "task": task}) for task in tasks]
+    return [start(place, *overrides, TF_CONFIG=each) for each in told]
+
+
+def dataset(place: Path, users: int, items: int) -> str:
+    """The setting of a new one."""
+    make = [sys.executable, "-m", "rec.data_prep.dummy", "--users", str(users), "--items", str(items), "--output-dir"]
+    subprocess.run([*make, str(place)], env=environment(), check=True, capture_output=True)
+    return f"dataset={place}"
+
+
+def wait_for_epoch(number: int, place: Path, processes: list[subprocess.Popen[str]]) -> None:
+    state = place / "retrieval.partial" / "state.json"
+    while not (state.exists() and json.loads(state.read_text())["epoch"] >= number):
+        for each in processes:
+            assert each.poll() is None, each.communicate()
+        time.sleep(0.05)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -48,24 +69,40 @@ def epochs(place: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.skipif(os.name != "posix", reason="needs kill -9")
 def test_two_workers_end_as_one_even_if_one_is_killed_and_all_start_again(tmp_path: Path) -> None:
-    data = f"dataset={tmp_path / 'data'}"
-    make = [sys.executable, "-m", "rec.data_prep.dummy", "--users", "150", "--items", "100", "--output-dir"]
-    subprocess.run([*make, str(tmp_path / "data")], env=environment(), check=True, capture_output=True)
+    data = dataset(tmp_path / "data", 150, 100)
     alone, together = tmp_path / "alone", tmp_path / "together"
     finish(start(alone, data))
 
-    chief, other = cluster(together, data)
-    state = together / "retrieval.partial" / "state.json"
-    while not (state.exists() and json.loads(state.read_text())["epoch"] >= 2):
-        assert chief.poll() is None and other.poll() is None, (chief.stderr, other.stderr)
-        time.sleep(0.05)
+    chief, other = cluster(together, data, worker=2)
+    wait_for_epoch(2, together, [chief, other])
     other.kill()
-    chief.communicate(timeout=300)
-    assert chief.returncode != 0, "the chief went on without the other"
+    assert "is lost: start all again" in chief.communicate(timeout=300)[1]
+    assert chief.returncode == 1, "the chief went on without the other"
 
-    chief, other = cluster(together, data)
+    chief, other = cluster(together, data, worker=2)
     assert json.loads(finish(chief).splitlines()[-1])["stage"] == "retrieval"
     assert finish(other) == ""
     for one, two in zip(epochs(alone), epochs(together), strict=True):
         assert two == pytest.approx(one, rel=1e-4)
     assert not (tmp_path / "together" / "models" / "retrieval" / "2").exists()  # only the chief has exported
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs kill -9")
+def test_parameter_servers_hold_the_tables_in_parts_and_a_worker_may_be_lost(tmp_path: Path, trained: Trained) -> None:
+    data = dataset(tmp_path / "data", 300, 2500)  # items enough for a table that is worth dividing
+    settings = (data, "strategy=ps", "retrieval.arch=two_tower")
+    chief, *others = everyone = cluster(tmp_path, *settings, chief=1, worker=2, ps=2)
+    wait_for_epoch(1, tmp_path, everyone)
+    others[1].kill()
+    bundle = Path(json.loads(finish(chief).splitlines()[-1])["bundle"])
+    for at, other in enumerate(others):
+        assert at == 1 or finish(other) == "", "it has not ended with the chief"
+    parts = [path.name[-len("00000-of-00001") :] for path in (tmp_path / "retrieval").glob("epoch-*.data-*")]
+    assert len(parts) > 2, "the chief's part and only one server's"
+    first, *_, last = epochs(tmp_path)
+    assert last["loss"] < first["loss"]
+
+    signatures = load_bundle(bundle).signatures
+    assert set(signatures) == set(load_bundle(trained.savedmodels / "retrieval" / "1").signatures)
+    found = signatures["serving_default"](user_id=tf.constant(["u1", "nobody"]))
+    assert found["item_id"].shape[0] == 2 and np.isfinite(found["score"]).all()

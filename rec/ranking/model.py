@@ -160,10 +160,10 @@ class RankingModel(tfrs.Model):
                 "--init-from-retrieval: that checkpoint's embeddings have another size than the model's: "
                 "name a checkpoint with the same retrieval.embedding_dim and data set"
             )
-        self.items.set_weights(retrieval.candidate_tower.items.get_weights())
+        self.items.start_from(retrieval.candidate_tower.items)
         users = retrieval.query_tower.users
         if users is not None and users.ids is not None:
-            self.users.set_weights(users.get_weights())
+            self.users.start_from(users)
 
 
 def _retrieved(scores: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -22,6 +22,7 @@ from rec.metrics import per_user
 from rec.pipeline import Corpus, Sequences, sampling_probability
 from rec.retrieval.index import LOWEST
 from rec.retrieval.towers import LENGTH_POWER, CandidateTower, QueryTower, history_tokens
+from rec.workers import of_all_workers
 
 CALIBRATION_USERS = 2000
 LEANINGS = (0.25, 0.5, 1.0, 2.0, 4.0)  # on the log of popularity
@@ -115,13 +116,14 @@ class RetrievalModel(tfrs.Model):
     def start(self, train: Sequences) -> None:
         """Starts the item vectors of a model of sets from the singular vectors of `train`, with lengths of about .1."""
         if self.query_tower.of_sets:
-            (table,) = self.candidate_tower.items.ids.get_weights()
+            embeddings = self.candidate_tower.items.ids.embeddings
+            table = tf.convert_to_tensor(embeddings).numpy()
             seen = train.matrix(np.arange(len(train.lengths)), table.shape[0])
             rank = min(*seen.shape, table.shape[1] + 1) - 1
             scaled = seen.multiply(np.maximum(train.lengths, 1.0)[:, None] ** -LENGTH_POWER).tocsr()
             vectors = svds(scaled, rank, v0=np.ones(min(seen.shape)))[2].T
             table[:, :rank] = 0.1 * (self.n_items / rank) ** 0.5 * vectors
-            self.candidate_tower.items.ids.set_weights([table])
+            embeddings.assign(table)
 
     def compute_loss(self, batch: dict[str, tf.Tensor], training: bool = False) -> tf.Tensor:
         """The loss of a batch of `pipeline.window_batches` (shapes there)."""
@@ -132,7 +134,7 @@ class RetrievalModel(tfrs.Model):
         rows = tf.concat([tf.reshape(targets, [-1]), batch["negatives"]], 0)
         p, c = tf.size(targets), tf.size(batch["negatives"])
         wanted, pool = tf.split(self.candidate_tower(rows, training=training), [p, c])
-        probability = tf.gather(self.probability, rows)
+        probability = tf.nn.embedding_lookup(self.probability, rows)
         # Targets of PAD have weight 0: to leave them out costs more than to compute them.
         return self.task.sampled_loss(
             tf.reshape(queries, [p, -1]), wanted, pool, probability[:p], probability[p:],
@@ -153,7 +155,7 @@ class RetrievalModel(tfrs.Model):
         wanted = tf.einsum("bd,bld->bl", query, self.candidate_tower(items, training=training))
         others = tf.matmul(query, self.candidate_tower(pool, training=training), transpose_b=True)
         is_other = ~tf.reduce_any(batch["tokens"][:, :, None] == pool, 1)
-        stands_for = UNOBSERVED / (tf.gather(self.probability, pool) * tf.cast(tf.size(pool), tf.float32))
+        stands_for = UNOBSERVED / (tf.nn.embedding_lookup(self.probability, pool) * tf.cast(tf.size(pool), tf.float32))
         errors = tf.reduce_sum(tf.where(is_other, tf.square(others) * stands_for, 0.0))
         hidden = of_all_workers(tf.reduce_sum(weights))
         return (tf.reduce_sum(weights * tf.square(1 - wanted)) + errors) / tf.maximum(hidden, 1.0)
@@ -192,7 +194,7 @@ class RetrievalModel(tfrs.Model):
 
     def prior(self, rows: tf.Tensor) -> tf.Tensor:
         """The score of items for a cold user: how popular they are (`best_prior`)."""
-        return tf.gather(self._prior, rows)
+        return tf.nn.embedding_lookup(self._prior, rows)
 
     def score(self, user: tf.Tensor, history: tf.Tensor, rows: tf.Tensor, time: tf.Tensor | None = None) -> tf.Tensor:
         """The scores of given items: rows [B, N] -> [B, N], LOWEST where a row is PAD. The rest as for `query`."""
@@ -284,11 +286,6 @@ def _ndcg(
 def users_at_once(items: int) -> int:
     """How many users' scores of the whole catalogue are computed together: at most 128 MB of float32."""
     return min(256, max(1, 2**25 // items))
-
-
-def of_all_workers(value: tf.Tensor) -> tf.Tensor:
-    """In a training step: the sum of the workers' values, where several train together."""
-    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
 
 
 def now(users: tf.Tensor) -> tf.Tensor:

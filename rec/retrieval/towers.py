@@ -166,7 +166,7 @@ class CandidateTower(tf.keras.layers.Layer):
     def call(self, rows: tf.Tensor, training: bool = False) -> tf.Tensor:
         """int32 item rows [...] -> [..., d + 1]."""
         known = tf.where(rows < self._trained_rows, rows, UNKNOWN)
-        bias = self._bias(known) + tf.gather(self.lean, known)
+        bias = self._bias(known) + tf.nn.embedding_lookup(self.lean, known)
         return tf.concat([self.items(rows, training=training), bias], -1)
 
 
