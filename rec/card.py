@@ -15,7 +15,7 @@ import matplotlib
 from rec.config import Config
 from rec.evaluate import data_of, evaluate
 from rec.recommender import Recommender
-from rec.registry import Metadata, Store, bundles, draft, same, together
+from rec.registry import Metadata, Store, built_from, bundles, draft
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the choice of how to draw)
@@ -31,11 +31,7 @@ def write_card(store: Store, config: Config, stage: str, version: int) -> Path:
     Raises:
       UserError: a bundle is damaged, or its data are not at hand.
     """
-    metadata = store.metadata(stage)[version]
-    of = together(store, stage, version, {})
-    if stage == "ranking":
-        of["retrieval"] = same(store, "retrieval", metadata["built_from"]["retrieval"]) or 0
-    pair = Recommender.load(*bundles(store, of))
+    pair = Recommender.load(*bundles(store, built_from(store, stage, version) | {stage: version}))
     dataset = data_of(pair, config)
     report = evaluate(replace(config, dataset=str(dataset.path)), "test", pair=pair)
     cards = Path(config.output.savedmodels) / "cards"
@@ -43,6 +39,7 @@ def write_card(store: Store, config: Config, stage: str, version: int) -> Path:
     with draft(cards) as beside:
         histories = {name: each["history"] for name, each in pair.metadata.items() if each.get("history")}
         plots = _plot(report, histories, beside)
+        metadata = store.metadata(stage)[version]
         (beside / "card.md").write_text(_page(metadata, pair.metadata, dataset.manifest, report, plots))
         shutil.rmtree(place, ignore_errors=True)
         beside.rename(place)

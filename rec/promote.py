@@ -32,6 +32,7 @@ from rec.errors import UserError, command_parser, run_command
 from rec.registry import STAGES, LocalStore, Store, Versions, WandbStore, bundles, pick, together
 
 GUARDED = "production"  # the alias before which the gate stands
+PASSED: dict[str, Any] = {"passed": True, "reasons": []}  # where nothing had to be measured
 
 
 def choose(store: Store, stage: str, version: str | None, run_id: str | None, metric: str | None) -> tuple[int, str]:
@@ -52,8 +53,8 @@ def choose(store: Store, stage: str, version: str | None, run_id: str | None, me
         return of_run[-1], f"run {run_id}"
     assert metric is not None
     dataset = found[max(found)]["dataset"]  # metrics of another data set cannot be compared
-    values = {n: of["metrics"].get(metric) for n, of in found.items() if of["dataset"] == dataset}
-    values = {number: value for number, value in values.items() if value is not None}
+    alike = {number: of["metrics"] for number, of in found.items() if of["dataset"] == dataset}
+    values = {number: metrics[metric] for number, metrics in alike.items() if metric in metrics}
     if not values:
         raise UserError(f"{where} has no version with the metric {metric!r}; the latest has "
                         + ", ".join(found[max(found)]["metrics"]))  # fmt: skip
@@ -61,25 +62,16 @@ def choose(store: Store, stage: str, version: str | None, run_id: str | None, me
     return best, f"{metric} {values[best]:.4f}, the best of {len(values)} versions"
 
 
-def unmatched(store: Store, to: Versions) -> str | None:
-    """What is wrong with the pair, if it is one."""
-    if "ranking" not in to:
-        return None
-    expected = store.metadata("ranking")[to["ranking"]]["built_from"]["retrieval"]
-    found = store.metadata("retrieval").get(to.get("retrieval", 0), {}).get("id")
-    if found == expected["id"]:
-        return None
-    return (
-        f"ranking {to['ranking']} was trained for retrieval {expected['version']}, which would not be beside it: "
-        "promote --stage recommender, which moves both"
-    )
-
-
 def gate(store: Store, config: Config, to: Versions, current: Versions) -> dict[str, Any]:
     """Whether `to` may take the place of `current`: {"passed", "reasons", and what was measured}."""
-    mismatch = unmatched(store, to)
-    if mismatch is not None:
-        return {"passed": False, "reasons": [mismatch]}
+    if "ranking" in to:
+        expected = store.metadata("ranking")[to["ranking"]]["built_from"]["retrieval"]
+        if store.metadata("retrieval").get(to.get("retrieval", 0), {}).get("id") != expected["id"]:
+            reason = (
+                f"ranking {to['ranking']} was trained for retrieval {expected['version']}, which would not be beside "
+                "it: promote --stage recommender, which moves both"
+            )
+            return {"passed": False, "reasons": [reason]}
     from rec.evaluate import compare  # TensorFlow: not before it is needed
 
     try:
@@ -111,14 +103,13 @@ def promote(
       UserError: a bundle is damaged, or the candidate cannot be measured.
     """
     with store.writing():
-        current = {name: store.aliases(name)[alias] for name in STAGES if alias in store.aliases(name)}
+        current = _named(store, alias)
         to = together(store, stage, version, current)
         if to == current:
-            return _entry("unchanged", alias, current, to, why, {"passed": True, "reasons": []})
+            return _entry("unchanged", alias, current, to, why, PASSED)
         for name, number in to.items():
             store.directory(name, number)
-        passed = {"passed": True, "reasons": []}
-        verdict = gate(store, config, to, current) if alias == GUARDED else passed
+        verdict = gate(store, config, to, current) if alias == GUARDED else PASSED
         action = "promoted" if verdict["passed"] else "forced" if force else "refused"
         entry = _entry(action, alias, current, to, why, verdict)
         store.move(alias, current if action == "refused" else to, entry)
@@ -140,10 +131,9 @@ def roll_back(store: Store, why: str, alias: str = GUARDED) -> dict[str, Any]:
                 stack.append(entry["from"])
         if not stack or not stack[-1]:
             raise UserError(f"{alias}: there are no versions before these to go back to")
-        current = {name: store.aliases(name)[alias] for name in STAGES if alias in store.aliases(name)}
         for name, number in stack[-1].items():
             store.directory(name, number)
-        entry = _entry("rolled back", alias, current, stack[-1], why, {"passed": True, "reasons": []})
+        entry = _entry("rolled back", alias, _named(store, alias), stack[-1], why, PASSED)
         store.move(alias, stack[-1], entry)
     return entry
 
@@ -155,6 +145,11 @@ def _entry(
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
     return {"alias": alias, "from": current, "to": to, "action": action, "gate": verdict, "why": why, "who": who,
             "time": time}  # fmt: skip
+
+
+def _named(store: Store, alias: str) -> Versions:
+    """The versions that have the alias."""
+    return {stage: store.aliases(stage)[alias] for stage in STAGES if alias in store.aliases(stage)}
 
 
 def show_history(entries: list[dict[str, Any]]) -> None:

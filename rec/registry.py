@@ -20,10 +20,10 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 
@@ -213,59 +213,14 @@ def file_digest(path: Path) -> str:
 # Who is called what
 
 
-class Store(Protocol):
-    """Where bundles and their aliases are kept."""
-
-    def metadata(self, stage: str) -> dict[int, Metadata]:
-        """What the versions of a stage say of themselves, by version, ascending."""
-
-    def aliases(self, stage: str) -> dict[str, int]: ...
-
-    def directory(self, stage: str, version: int) -> Path:
-        """A version's files, verified. Raises UserError if one is missing or has changed."""
-
-    def writing(self) -> AbstractContextManager[None]:
-        """Holds off other writers, where the place allows it."""
-
-    def move(self, alias: str, to: Versions, entry: dict[str, Any]) -> None:
-        """Gives the alias to just these versions, takes it from all others, and adds the entry to the history."""
-
-    def history(self) -> list[dict[str, Any]]:
-        """All entries, the oldest first."""
-
-
-def same(store: Store, stage: str, wanted: dict[str, Any]) -> int | None:
-    """The version with the id of `wanted`, a {"version", "id"}: at W&B it has another number; None if it is gone."""
-    found = [number for number, metadata in store.metadata(stage).items() if metadata["id"] == wanted["id"]]
-    return wanted["version"] if wanted["version"] in found else max(found, default=None)
-
-
-def together(store: Store, stage: str, version: int, current: Versions) -> Versions:
-    """The versions that have the alias once `version` of `stage` has it, which `current` have now."""
-    if stage != "recommender":
-        return {name: number for name, number in current.items() if name != "recommender"} | {stage: version}
-    to = {}
-    for part, wanted in store.metadata(stage)[version]["built_from"].items():
-        found = same(store, part, wanted)
-        if found is None:
-            raise UserError(f"recommender {version} was built from {part} {wanted['version']}, which is gone")
-        to[part] = found
-    return {**to, stage: version}
-
-
-def bundles(store: Store, of: Versions) -> tuple[Path, Path | None]:
-    """The directories of a retrieval and a ranking version, verified."""
-    ranking = store.directory("ranking", of["ranking"]) if "ranking" in of else None
-    return store.directory("retrieval", of["retrieval"]), ranking
-
-
 class LocalStore:
-    """A directory SAVEDMODELS."""
+    """A directory SAVEDMODELS. `WandbStore` has the same methods, but for `named`."""
 
     def __init__(self, savedmodels: Path) -> None:
         self._root, self._states = savedmodels, savedmodels / ".promotions"
 
     def metadata(self, stage: str) -> dict[int, Metadata]:
+        """What the versions of a stage say of themselves, by version, ascending."""
         stage_dir = self._root / stage
         return {version: read_metadata(stage_dir / str(version), stage) for version in versions(stage_dir)}
 
@@ -277,6 +232,7 @@ class LocalStore:
         return {stage: named[alias] for stage, named in self._all_aliases().items() if alias in named}
 
     def directory(self, stage: str, version: int) -> Path:
+        """A version's files, verified. Raises UserError if one is missing or has changed."""
         path = self._root / stage / str(version)
         verify(path, stage)
         return path
@@ -294,6 +250,7 @@ class LocalStore:
             yield
 
     def move(self, alias: str, to: Versions, entry: dict[str, Any]) -> None:
+        """Gives the alias to just these versions, takes it from all others, and adds the entry to the history."""
         aliases, history = self._all_aliases(), self.history()
         links = {self._root / stage / "aliases.json": f"../.promotions/current/{stage}.json" for stage in STAGES}
         links |= {self._root / name: f".promotions/current/{name}" for name in ("history.jsonl", "models.config")}
@@ -309,6 +266,7 @@ class LocalStore:
         self._become(aliases, [*history, entry])
 
     def history(self) -> list[dict[str, Any]]:
+        """All entries, the oldest first."""
         path = self._root / "history.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -393,7 +351,8 @@ class WandbStore:
                 os.rename(beside, place)
         return place
 
-    def writing(self) -> AbstractContextManager[None]:
+    def writing(self) -> nullcontext[None]:
+        """Nothing holds off other writers here."""
         return nullcontext()
 
     def move(self, alias: str, to: Versions, entry: dict[str, Any]) -> None:
@@ -405,11 +364,9 @@ class WandbStore:
             told.save()
             for stage, found in artifacts.items():
                 for version, artifact in found.items():
-                    if to.get(stage) == version and alias not in artifact.aliases:
-                        artifact.aliases.append(alias)
-                        artifact.save()
-                    elif to.get(stage) != version and alias in artifact.aliases:
-                        artifact.aliases.remove(alias)
+                    is_named, has_alias = to.get(stage) == version, alias in artifact.aliases
+                    if is_named != has_alias:
+                        (artifact.aliases.append if is_named else artifact.aliases.remove)(alias)
                         artifact.save()
 
     def history(self) -> list[dict[str, Any]]:
@@ -450,3 +407,33 @@ class WandbStore:
             raise
         except Exception as error:  # its client raises its own errors, those of requests, and ValueError
             raise UserError(f"W&B, {what}: {' '.join(str(error).split())}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Versions that belong together
+
+Store = LocalStore | WandbStore
+
+
+def built_from(store: Store, stage: str, version: int) -> Versions:
+    """The versions that a version was built from, by W&B's numbers there. Raises UserError if one is gone."""
+    found = {}
+    for part, wanted in store.metadata(stage)[version]["built_from"].items():
+        same = [number for number, metadata in store.metadata(part).items() if metadata["id"] == wanted["id"]]
+        if not same:
+            raise UserError(f"{stage} {version} was built from {part} {wanted['version']}, which is gone")
+        found[part] = wanted["version"] if wanted["version"] in same else max(same)
+    return found
+
+
+def together(store: Store, stage: str, version: int, current: Versions) -> Versions:
+    """The versions that have the alias once `version` of `stage` has it, which `current` have now."""
+    if stage == "recommender":
+        return built_from(store, stage, version) | {stage: version}
+    return {name: number for name, number in current.items() if name != "recommender"} | {stage: version}
+
+
+def bundles(store: Store, of: Versions) -> tuple[Path, Path | None]:
+    """The directories of a retrieval and a ranking version, verified."""
+    ranking = store.directory("ranking", of["ranking"]) if "ranking" in of else None
+    return store.directory("retrieval", of["retrieval"]), ranking

@@ -49,11 +49,7 @@ def find_pair(args: argparse.Namespace) -> tuple[Path, Path | None]:
         store, version = registry.WandbStore.find(args.ranking_wandb, "ranking")
         ranking = store.directory("ranking", version)
         if not args.retrieval_wandb and retrieval is None:
-            wanted = registry.read_metadata(ranking, "ranking")["built_from"]["retrieval"]
-            paired = registry.same(store, "retrieval", wanted)
-            if paired is None:
-                raise UserError(f"{args.ranking_wandb}: its retrieval bundle is not at W&B: name --retrieval-bundle")
-            retrieval = store.directory("retrieval", paired)
+            retrieval = store.directory("retrieval", registry.built_from(store, "ranking", version)["retrieval"])
     if args.retrieval_wandb:
         store, version = registry.WandbStore.find(args.retrieval_wandb, "retrieval")
         retrieval = store.directory("retrieval", version)
