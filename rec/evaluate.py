@@ -69,14 +69,14 @@ class Task:
         masks |= {"light": (lengths > 0) & (lengths <= median), "heavy": lengths > median}
         return {name: mask for name, mask in masks.items() if mask.any()}
 
-    def requests(self) -> Iterator[tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
-        """Batches of user_id [B], history [B, S] and request time [B], as a bundle takes them."""
+    def requests(self) -> Iterator[tuple[np.ndarray, tf.Tensor, tf.Tensor, tf.Tensor]]:
+        """Batches of user rows [B], and, as a bundle takes them, of user_id [B], history [B, S], request time [B]."""
         for begin in tqdm(range(0, len(self.users), BATCH), desc="evaluating", unit="batch", leave=False):
             users = self.users[begin : begin + BATCH]
             # The time of the first held-out interaction; without timestamps, any time does.
             times = np.zeros(len(users)) if self.held.times is None else self.held.times[self.held.offsets[users]]
             ids = self.corpus.users.ids[users - self.corpus.users.first]
-            yield tf.constant(ids.tolist()), self._ids(self.history.last(users)), tf.constant(times, tf.int64)
+            yield users, tf.constant(ids.tolist()), self._ids(self.history.last(users)), tf.constant(times, tf.int64)
 
     def _ids(self, rows: np.ndarray) -> tf.Tensor:
         """Item rows -> their ids, "" for PAD."""
@@ -85,20 +85,18 @@ class Task:
 
     def ranked(self, ask: Any) -> np.ndarray:
         """[U, K] catalogue rows that a bundle's function returns, -1 behind."""
-        parts = [ask(users, history, history, times)["item_id"].numpy() for users, history, times in self.requests()]
-        ids: Any = np.concatenate(parts).astype(bytes)[:, :K]
-        rows = self.corpus.items.encode(np.char.decode(ids, "utf-8").astype(object).ravel(), PAD)
-        rows = np.where(rows == PAD, -1, rows - FIRST_ITEM).reshape(ids.shape)
+        parts = [ask(ids, past, past, times)["item_id"].numpy() for _, ids, past, times in self.requests()]
+        items: Any = np.concatenate(parts).astype(bytes)[:, :K]
+        rows = self.corpus.items.encode(np.char.decode(items, "utf-8").astype(object).ravel(), PAD)
+        rows = np.where(rows == PAD, -1, rows - FIRST_ITEM).reshape(items.shape)
         return np.pad(rows, [(0, 0), (0, K - rows.shape[1])], constant_values=-1)
 
     def predicted_ratings(self, pair: Recommender) -> np.ndarray:
         """The ranking bundle's predictions of all held-out ratings, in the order of `held`."""
         parts = []
-        for begin, (users, history, times) in zip(range(0, len(self.users), BATCH), self.requests(), strict=True):
-            asked = self.users[begin : begin + BATCH]
-            rows = self.held.last(asked)
-            assert pair.module.ranking is not None
-            scores = pair.module.ranking.score_at(users, history, self._ids(rows), times)["score"]
+        for users, ids, past, times in self.requests():
+            rows = self.held.last(users)
+            scores = pair.module.ranking.score_at(ids, past, self._ids(rows), times)["score"]
             parts.append(scores.numpy()[rows != PAD])
         return np.concatenate(parts)
 
@@ -134,9 +132,9 @@ def evaluate(
     report: dict[str, Any] = {"dataset": str(config.dataset), "split": split, "users": len(task.users)}
     report["best_baseline"] = best
     report["systems"] = {name: _summary(task, rows, values[name], config.seed) for name, rows in ranked.items()}
-    for name, summary in report["systems"].items():
-        difference = metrics.paired_bootstrap(values[name]["ndcg@10"], values[best]["ndcg@10"], config.seed)
-        summary["ndcg@10_vs_best_baseline"] = difference
+    for name, of in values.items():
+        difference = metrics.paired_bootstrap(of["ndcg@10"], values[best]["ndcg@10"], config.seed)
+        report["systems"][name]["ndcg@10_vs_best_baseline"] = difference
     report["segments"] = {name: _where(values, mask, config.seed) for name, mask in task.segments().items()}
     if pair.predicts_ratings:
         report["ratings"] = _rating_errors(task, pair)
@@ -158,8 +156,9 @@ def compare(config: Config, candidate: Bundles, current: Bundles | None = None) 
     dataset = data_of(pair, config)
     task = Task.of(load_corpus(dataset, Features({}, {})), "test")
     retrieval = pair.module.retrieval
-    exact, found = (task.ranked(ask) for ask in (retrieval.retrieve_exactly, retrieval.retrieve))
-    of_index = metrics.summarise({"index_recall": _overlap(found, exact, task.relevant.shape[1])}, config.seed)
+    found, exact = (task.ranked(ask) for ask in (retrieval.retrieve, retrieval.retrieve_exactly))
+    shares = [np.isin(best[best >= 0], row).mean() for row, best in zip(found, exact, strict=True) if best[0] >= 0]
+    of_index = metrics.summarise({"index_recall": np.array(shares)}, config.seed)
     pairs = {"candidate": pair} | ({"production": Recommender.load(*current)} if current else {})
     by_ratings = all(each.predicts_ratings for each in pairs.values())
     values = {name: _quality(task, each, by_ratings) for name, each in pairs.items()}
@@ -192,14 +191,6 @@ def _quality(task: Task, pair: Recommender, by_ratings: bool) -> np.ndarray:
         return (task.predicted_ratings(pair) - task.held.ratings) ** 2
     ask = pair.module.retrieval.retrieve if pair.module.ranking is None else pair.module.recommend_from
     return metrics.per_user(task.ranked(ask), task.relevant)["ndcg@10"]
-
-
-def _overlap(found: np.ndarray, exact: np.ndarray, items: int) -> np.ndarray:
-    """[U], the share of the item rows `exact` [U, K] (-1 behind) that are in `found`, of the users who have any."""
-    some = exact[:, 0] >= 0
-    users, places = np.nonzero(exact[some] >= 0)
-    wanted = sp.csr_matrix((np.ones(len(users)), (users, exact[some][users, places])), (some.sum(), items))
-    return metrics.per_user(found[some], wanted)[f"recall@{K}"]
 
 
 def _summary(task: Task, rows: np.ndarray, values: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
@@ -248,12 +239,10 @@ def _baselines(task: Task, all_of_them: bool) -> dict[str, np.ndarray]:
         return {"popularity": baselines.rank(popularity, task.seen, task.seen, K)}
     val = Task.of(corpus, "val")
     found = {}
-    for make, grid in baselines.GRIDS.items():
-        if make.needs_timestamps and not corpus.ordered:
-            continue
+    for make in baselines.GRIDS:
         try:
-            _, best = baselines.tune(make, grid, train, val.seen, val.relevant, timestamps=corpus.train.times)
-        except UserError as error:  # a catalogue too large for it
+            _, best = baselines.tune(make, train, val.seen, val.relevant, corpus.train.times)
+        except UserError as error:  # a catalogue too large for it, or no timestamps
             print(f"{make.name} is left out: {error}", file=sys.stderr)
             continue
         found[make.name] = baselines.rank(best, task.seen, task.seen, K)

@@ -32,7 +32,7 @@ LOWEST = float(np.finfo(np.float32).min)  # the bundles' score of an empty place
 class RecommenderModule(tf.Module):
     """Two loaded bundles as one model. `ranking` may be None: then retrieval's order is the answer."""
 
-    def __init__(self, retrieval: Any, ranking: Any | None, candidates: int | None, items: Iterable[str]) -> None:
+    def __init__(self, retrieval: Any, ranking: Any, candidates: int | None, items: Iterable[str]) -> None:
         """`candidates`: how many of the retrieved items are ranked, and returned by the signatures; None: all.
 
         `items`: the ids of items.parquet, in its order.
