@@ -29,7 +29,7 @@ from typing import Any
 
 from rec.config import Config, add_config_arguments, load_config
 from rec.errors import UserError, command_parser, run_command
-from rec.registry import STAGES, LocalStore, Store, Versions, WandbStore, bundles, pick, together
+from rec.registry import STAGES, Entry, LocalStore, Store, Versions, WandbStore, bundles, pick, together
 
 GUARDED = "production"  # the alias before which the gate stands
 PASSED: dict[str, Any] = {"passed": True, "reasons": []}  # where nothing had to be measured
@@ -64,14 +64,11 @@ def choose(store: Store, stage: str, version: str | None, run_id: str | None, me
 
 def gate(store: Store, config: Config, to: Versions, current: Versions) -> dict[str, Any]:
     """Whether `to` may take the place of `current`: {"passed", "reasons", and what was measured}."""
-    if "ranking" in to:
-        expected = store.metadata("ranking")[to["ranking"]]["built_from"]["retrieval"]
+    if (ranking := to.get("ranking")) is not None:
+        expected = store.metadata("ranking")[ranking]["built_from"]["retrieval"]
         if store.metadata("retrieval").get(to.get("retrieval", 0), {}).get("id") != expected["id"]:
-            reason = (
-                f"ranking {to['ranking']} was trained for retrieval {expected['version']}, which would not be beside "
-                "it: promote --stage recommender, which moves both"
-            )
-            return {"passed": False, "reasons": [reason]}
+            odd = f"ranking {ranking} was trained for retrieval {expected['version']}, which would not be beside it"
+            return {"passed": False, "reasons": [f"{odd}: promote --stage recommender, which moves both"]}
     from rec.evaluate import compare  # TensorFlow: not before it is needed
 
     try:
@@ -87,16 +84,14 @@ def gate(store: Store, config: Config, to: Versions, current: Versions) -> dict[
         )
     (low, high), target = measured["index_recall_ci"], measured["index_recall_target"]
     if high < target:
-        reasons.append(
-            f"its index finds {measured['index_recall']:.1%} of what exact search finds, 95 % {low:.1%} to {high:.1%}; "
-            f"its target is {target:.1%}"
-        )
+        found = f"{measured['index_recall']:.1%} of what exact search finds, 95 % {low:.1%} to {high:.1%}"
+        reasons.append(f"its index finds {found}; its target is {target:.1%}")
     return {"passed": not reasons, "reasons": reasons, **measured}
 
 
 def promote(
     store: Store, config: Config, stage: str, version: int, why: str, alias: str = GUARDED, force: bool = False
-) -> dict[str, Any]:
+) -> Entry:
     """Moves the alias, where the gate lets it; returns the entry of the history, and the command's JSON.
 
     Raises:
@@ -116,7 +111,7 @@ def promote(
     return entry
 
 
-def roll_back(store: Store, why: str, alias: str = GUARDED) -> dict[str, Any]:
+def roll_back(store: Store, why: str, alias: str = GUARDED) -> Entry:
     """Gives the alias back to the versions that had it before the last move that stands; returns the entry.
 
     Raises:
@@ -138,9 +133,7 @@ def roll_back(store: Store, why: str, alias: str = GUARDED) -> dict[str, Any]:
     return entry
 
 
-def _entry(
-    action: str, alias: str, current: Versions, to: Versions, why: str, verdict: dict[str, Any]
-) -> dict[str, Any]:
+def _entry(action: str, alias: str, current: Versions, to: Versions, why: str, verdict: dict[str, Any]) -> Entry:
     who = f"{getpass.getuser()}@{socket.gethostname()}"
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
     return {"alias": alias, "from": current, "to": to, "action": action, "gate": verdict, "why": why, "who": who,
@@ -152,7 +145,7 @@ def _named(store: Store, alias: str) -> Versions:
     return {stage: store.aliases(stage)[alias] for stage in STAGES if alias in store.aliases(stage)}
 
 
-def show_history(entries: list[dict[str, Any]]) -> None:
+def show_history(entries: list[Entry]) -> None:
     """Prints a line a move on stderr, and what the gate had against it."""
 
     def named(versions: Versions) -> str:
@@ -218,9 +211,8 @@ def main() -> None:
     show_history([entry])
     print(json.dumps(entry), flush=True)
     if entry["action"] == "refused":
-        raise UserError(
-            "the gate refuses it (--force promotes it all the same): " + "; ".join(entry["gate"]["reasons"])
-        )
+        reasons = "; ".join(entry["gate"]["reasons"])
+        raise UserError(f"the gate refuses it (--force promotes it all the same): {reasons}")
 
 
 if __name__ == "__main__":
