@@ -10,15 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 
 from rec.config import Config
 from rec.evaluate import data_of, evaluate
 from rec.recommender import Recommender
 from rec.registry import Metadata, Store, built_from, bundles, draft
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the choice of how to draw)
 
 SHOWN = ("ndcg@10", "recall@10", "recall@100", "mrr")
 
@@ -51,27 +48,21 @@ def _plot(report: dict[str, Any], histories: dict[str, list[dict[str, float]]], 
     systems = report["systems"]
     values = [of["ndcg@10"] for of in systems.values()]
     errors = [[abs(of["ndcg@10"] - of["ndcg@10_ci"][side]) for of in systems.values()] for side in (0, 1)]
-    _, axes = plt.subplots(figsize=(6, 0.6 * len(systems) + 1))
+    figure = Figure((6, 0.6 * len(systems) + 1), dpi=120, layout="tight")
+    axes = figure.subplots()
     axes.barh(list(systems), values, xerr=errors, capsize=3)
     axes.invert_yaxis()
     axes.set_xlabel(f"NDCG@10 of {report['users']:,} users, 95 % intervals")
-    names = [_saved(place, "quality.png")]
+    figure.savefig(place / "quality.png")
     for stage, epochs in histories.items():
         shown = [name for name in ("loss", "val/ndcg@10", "val/recall@100", "val/rmse") if name in epochs[-1]]
-        _, panels = plt.subplots(1, len(shown), figsize=(3 * len(shown), 2.5), squeeze=False)
-        for axes, name in zip(panels[0], shown, strict=True):
+        figure = Figure((3 * len(shown), 2.5), dpi=120, layout="tight")
+        for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
             points = [(epoch, of[name]) for epoch, of in enumerate(epochs) if name in of]
             axes.plot(*zip(*points, strict=True))
             axes.set(title=name, xlabel="epoch")
-        names.append(_saved(place, f"{stage}.png"))
-    return names
-
-
-def _saved(place: Path, name: str) -> str:
-    plt.tight_layout()
-    plt.savefig(place / name, dpi=120)
-    plt.close()
-    return name
+        figure.savefig(place / f"{stage}.png")
+    return ["quality.png", *(f"{stage}.png" for stage in histories)]
 
 
 def _page(
@@ -97,10 +88,9 @@ def _page(
 
 
 def _table(rows: dict[str, dict[str, Any]], columns: Sequence[str]) -> str:
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    return "\n".join(
-        [*lines, *(f"| {name} | {' | '.join(_number(of, at) for at in columns)} |" for name, of in rows.items())]
-    )
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(_number(of, at) for at in columns)} |" for name, of in rows.items()]
+    return "\n".join(lines)
 
 
 def _number(of: dict[str, Any], metric: str) -> str:
