@@ -41,7 +41,7 @@ METRIC = "val/ndcg@10"
 
 def ease(corpus: Corpus) -> dict[str, float] | None:
     """EASE's NDCG@10 on validation users, and the seconds of its search."""
-    val = Task.of(corpus, "val")
+    val = Task(corpus, "val")
     train = corpus.train.matrix(np.arange(corpus.users.rows), corpus.items.rows)[:, FIRST_ITEM:]
     start = time.perf_counter()
     try:

@@ -15,13 +15,11 @@ Tables go to stderr; the last line of stdout is JSON: {"dataset", "split", "user
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import tensorflow as tf
 from tqdm import tqdm
 
@@ -30,36 +28,27 @@ from rec.config import Config, Features, add_config_arguments, load_config
 from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError, command_parser, run_command
 from rec.features import FIRST_ITEM, PAD
-from rec.pipeline import Corpus, Sequences, load_corpus
+from rec.pipeline import Corpus, load_corpus
 from rec.recommender import Recommender
 
 K = max(metrics.KS)
 BATCH = 256  # users a call
-Bundles = tuple[Path, Path | None]  # the directories of a retrieval and a ranking bundle
 SHOWN = ("ndcg@10", "recall@10", "recall@100", "mrr", "coverage@10", "popularity@10")
 
 
-@dataclass(frozen=True)
 class Task:
     """Who is asked about, what was known of them, and what they did next. Columns are catalogue rows, from 0."""
 
-    corpus: Corpus
-    held: Sequences
-    history: Sequences
-    users: np.ndarray  # [U] user rows with held-out items
-    relevant: sp.csr_matrix  # [U, catalogue]
-    seen: sp.csr_matrix  # [U, catalogue]
-
-    @classmethod
-    def of(cls, corpus: Corpus, split: str) -> "Task":
+    def __init__(self, corpus: Corpus, split: str) -> None:
         """Raises UserError where the split is empty, or holds what is in a user's history."""
-        held, history = corpus.val if split == "val" else corpus.test, corpus.history(split)
-        users = np.flatnonzero(held.lengths).astype(np.int32)
-        if not len(users):
+        self.corpus, self.history = corpus, corpus.history(split)
+        self.held = corpus.val if split == "val" else corpus.test
+        self.users = np.flatnonzero(self.held.lengths).astype(np.int32)  # [U] user rows with held-out items
+        if not len(self.users):
             raise UserError(f"the {split} split holds no interactions: there is nothing to measure")
-        relevant, seen = (part.matrix(users, corpus.items.rows)[:, FIRST_ITEM:] for part in (held, history))
-        metrics.check_no_overlap(seen, relevant)
-        return cls(corpus, held, history, users, relevant, seen)
+        matrices = (part.matrix(self.users, corpus.items.rows) for part in (self.held, self.history))
+        self.relevant, self.seen = (matrix[:, FIRST_ITEM:] for matrix in matrices)  # [U, catalogue] each
+        metrics.check_no_overlap(self.seen, self.relevant)
 
     def segments(self) -> dict[str, np.ndarray]:
         """[U] bool masks: all users; those without a history, with one up to the median length, with a longer one."""
@@ -113,14 +102,11 @@ def evaluate(
     """
     dataset = open_dataset(config.dataset)
     corpus = load_corpus(dataset, Features({}, {}))
-    task = Task.of(corpus, split)
+    task = Task(corpus, split)
     pair = pair or load_latest(config)
-    trained_on = pair.metadata["retrieval"]["dataset"]
-    if trained_on != dataset.id:
-        raise UserError(
-            f"{config.output.savedmodels}/retrieval was trained on another data set than {config.dataset}: train on it "
-            "first, or name another output.savedmodels"
-        )
+    if pair.metadata["retrieval"]["dataset"] != dataset.id:
+        other = f"{config.output.savedmodels}/retrieval was trained on another data set than {config.dataset}"
+        raise UserError(f"{other}: train on it first, or name another output.savedmodels")
     ranked = _baselines(task, with_baselines)
     named = list(ranked)
     ranked["retrieval"] = task.ranked(pair.module.retrieval.retrieve_exactly)
@@ -141,7 +127,7 @@ def evaluate(
     return report
 
 
-def compare(config: Config, candidate: Bundles, current: Bundles | None = None) -> dict[str, Any]:
+def compare(config: Config, candidate: registry.Pair, current: registry.Pair | None = None) -> dict[str, Any]:
     """A pair beside the one in production, on the test data that belong to the candidate.
 
     Returns:
@@ -154,7 +140,7 @@ def compare(config: Config, candidate: Bundles, current: Bundles | None = None) 
     """
     pair = Recommender.load(*candidate)
     dataset = data_of(pair, config)
-    task = Task.of(load_corpus(dataset, Features({}, {})), "test")
+    task = Task(load_corpus(dataset, Features({}, {})), "test")
     retrieval = pair.module.retrieval
     found, exact = (task.ranked(ask) for ask in (retrieval.retrieve, retrieval.retrieve_exactly))
     shares = [np.isin(best[best >= 0], row).mean() for row, best in zip(found, exact, strict=True) if best[0] >= 0]
@@ -204,9 +190,7 @@ def _where(values: dict[str, dict[str, np.ndarray]], mask: np.ndarray, seed: int
     """Where quality is won or lost among the users of `mask` [U]: each system, the index, the ranker."""
     shown = ("ndcg@10", "recall@10", "recall@100")
     part: dict[str, Any] = {"users": int(mask.sum())}
-    part["systems"] = {
-        name: {metric: float(of[metric][mask].mean()) for metric in shown} for name, of in values.items()
-    }
+    part["systems"] = {name: {at: float(of[at][mask].mean()) for at in shown} for name, of in values.items()}
     ndcg = {name: of["ndcg@10"][mask] for name, of in values.items()}
     part["index_cost"] = metrics.paired_bootstrap(ndcg["retrieval"], ndcg["retrieval_ann"], seed)
     if "recommender" in ndcg:
@@ -221,10 +205,8 @@ def _rating_errors(task: Task, pair: Recommender) -> dict[str, dict[str, float]]
     """RMSE of the ranker and of rating baselines on the held-out ratings."""
     corpus, held, ratings = task.corpus, task.held, task.held.ratings
     assert ratings is not None
-    predicted = {
-        name: baseline.predict(held.users, held.items)
-        for name, baseline in baselines.rating_baselines(corpus.train, corpus.val, corpus.items.rows).items()
-    }
+    fitted = baselines.rating_baselines(corpus.train, corpus.val, corpus.items.rows)
+    predicted = {name: baseline.predict(held.users, held.items) for name, baseline in fitted.items()}
     predicted["recommender"] = task.predicted_ratings(pair)
     return {name: {"rmse": metrics.rmse(values, ratings)} for name, values in predicted.items()}
 
@@ -237,7 +219,7 @@ def _baselines(task: Task, all_of_them: bool) -> dict[str, np.ndarray]:
         popularity = baselines.Popularity()
         popularity.fit(train)
         return {"popularity": baselines.rank(popularity, task.seen, task.seen, K)}
-    val = Task.of(corpus, "val")
+    val = Task(corpus, "val")
     found = {}
     for make in baselines.GRIDS:
         try:
@@ -280,15 +262,12 @@ def show_recommendations(config: Config, users: int = 3, k: int = 5) -> None:
     """Prints, for the first users of the data set, the end of their history and what they are recommended."""
     pair = load_latest(config)
     ids = open_dataset(config.dataset).interactions("test")["user_id"].drop_duplicates().head(users).tolist()
+    titles = pair.items.get("title", pair.items.index.to_series())
     answer = pair.answer(ids, [None] * len(ids), [[]] * len(ids))
     for user, stored, rows, scores in zip(ids, pair.histories(ids), answer["rows"], answer["scores"], strict=True):
-        print(f"\nuser {user}, after {', '.join(_title(pair, item) for item in stored[-3:])}", file=sys.stderr)
+        print(f"\nuser {user}, after {', '.join(titles[stored[-3:]].astype(str))}", file=sys.stderr)
         for item, score in zip(pair.items.index[rows[:k]], scores[:k], strict=True):
-            print(f"  {score:8.3f}  {_title(pair, item)}", file=sys.stderr)
-
-
-def _title(pair: Recommender, item: str) -> str:
-    return str(pair.items.loc[item].get("title", item)) if item in pair.items.index else item
+            print(f"  {score:8.3f}  {titles[item]}", file=sys.stderr)
 
 
 def main() -> None:
