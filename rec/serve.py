@@ -37,12 +37,12 @@ from rec.errors import UserError, command_parser, run_command
 from rec.serving.answer import Backend
 from rec.serving.app import create_app
 from rec.serving.gate import Tokens
-from rec.serving.service import Pair, Service
+from rec.serving.service import Service
 
 STARTUP_FAILURE = 3  # uvicorn's exit code of a worker that need not be started again
 
 
-def find_pair(args: argparse.Namespace) -> tuple[Path, Path | None]:
+def find_pair(args: argparse.Namespace) -> registry.Pair:
     """The bundles that the command line means now; a ranking bundle brings the retrieval bundle it was trained for."""
     retrieval, ranking = _named(args.retrieval_bundle), _named(args.ranking_bundle)
     if args.ranking_wandb:
@@ -102,7 +102,7 @@ def parse() -> argparse.Namespace:
 def build(args: argparse.Namespace) -> tuple[Service, ASGIApp]:
     """The service, without models yet, and the application in front of it."""
 
-    def load(pair: Pair) -> Backend:
+    def load(pair: registry.Pair) -> Backend:
         print(f"loading {' and '.join(str(path) for path in pair if path)}", file=sys.stderr)
         if args.tf_serving:
             from rec.serving.tf_serving import connect

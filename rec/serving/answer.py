@@ -33,20 +33,18 @@ Arrays = dict[str, np.ndarray]
 
 class Backend(Protocol):
     """What computes: rec.recommender.Recommender, which describes these methods, or TF Serving. All are called in one
-    thread. `answer_within` and `cosines` may give None: it cannot be done here. `UnavailableError` becomes a 503."""
+    thread. `answer_within` may give None: it cannot be done here. `UnavailableError` becomes a 503."""
 
-    @property
-    def items(self) -> pd.DataFrame: ...
-    @property
-    def users(self) -> list[str]: ...
-    @property
-    def metadata(self) -> dict[str, dict[str, Any]]: ...
+    items: pd.DataFrame
+    users: list[str]
+    metadata: dict[str, dict[str, Any]]
+
     def versions(self) -> dict[str, int]: ...
     def answer(self, user_ids: Sequence[str], histories: Sequence[Any], excluded: Sequence[list[str]]) -> Arrays: ...
     def answer_within(self, user_id: str, history: list[str] | None, rows: np.ndarray) -> Arrays | None: ...
     def similar(self, item_ids: list[str]) -> tuple[np.ndarray, np.ndarray]: ...
     def histories(self, user_ids: list[str]) -> list[list[str]]: ...
-    def cosines(self, items: list[str], others: list[str]) -> np.ndarray | None: ...
+    def cosines(self, items: list[str], others: list[str]) -> np.ndarray: ...
     def close(self) -> None: ...
 
 
@@ -185,10 +183,8 @@ class Engine:
             more, reasons = self._explained(request, places[: request.k], cold) if request.explain else ("", [])
             show = zip(places[: request.k], reasons or [""] * request.k, strict=False)
             shown = ",".join([self.catalogue.show(place.row, place.score, reason) for place, reason in show])
-            answers.append(
-                f'{{"user_id":{to_json(request.user_id)},"items":[{shown}],'
-                f'"cold_start":{"true" if cold else "false"},"model":{model}{more}}}'
-            )
+            rest = f'"cold_start":{"true" if cold else "false"},"model":{model}{more}'
+            answers.append(f'{{"user_id":{to_json(request.user_id)},"items":[{shown}],{rest}}}')
         STAGE_SECONDS.labels("answer").observe(time.perf_counter() - called)
         return answers
 
@@ -233,17 +229,17 @@ class Engine:
         """The history, and of each item where it comes from (schemas.Item), both as JSON to add."""
         catalogue = self.catalogue
         history = catalogue.rows(self._stored(request) if request.history is None else request.history)
-        near, latest = None, history[-COMPARED:]
+        near, latest = np.full((len(places), 1), LOWEST), history[-COMPARED:]
         if latest and places:
             ids = [catalogue.ids[place.row] for place in places]
             near = self.backend.cosines(ids, [catalogue.ids[row] for row in latest])
         reasons = []
         for at, place in enumerate(places):
-            best = -1 if near is None else int(near[at].argmax())
             nearest: dict[str, Any] | None = None
-            if near is not None and near[at, best] > LOWEST:
+            best = int(near[at].argmax())
+            if near[at, best] > LOWEST:
                 item = catalogue.item(latest[best])
-                nearest = {name: item[name] for name in item if name in ("item_id", "title")}
+                nearest = {name: item[name] for name in ("item_id", "title") if name in item}
                 nearest["similarity"] = float(near[at, best])
             ranked = place.score if "ranking" in self.backend.metadata and not cold else None
             scores = {"retrieval_score": score_or_none(place.retrieved), "ranking_score": score_or_none(ranked)}
