@@ -98,7 +98,7 @@ def promote(
       UserError: a bundle is damaged, or the candidate cannot be measured.
     """
     with store.writing():
-        current = _named(store, alias)
+        current = store.named(alias)
         to = together(store, stage, version, current)
         if to == current:
             return _entry("unchanged", alias, current, to, why, PASSED)
@@ -128,7 +128,7 @@ def roll_back(store: Store, why: str, alias: str = GUARDED) -> Entry:
             raise UserError(f"{alias}: there are no versions before these to go back to")
         for name, number in stack[-1].items():
             store.directory(name, number)
-        entry = _entry("rolled back", alias, _named(store, alias), stack[-1], why, PASSED)
+        entry = _entry("rolled back", alias, store.named(alias), stack[-1], why, PASSED)
         store.move(alias, stack[-1], entry)
     return entry
 
@@ -138,11 +138,6 @@ def _entry(action: str, alias: str, current: Versions, to: Versions, why: str, v
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
     return {"alias": alias, "from": current, "to": to, "action": action, "gate": verdict, "why": why, "who": who,
             "time": time}  # fmt: skip
-
-
-def _named(store: Store, alias: str) -> Versions:
-    """The versions that have the alias."""
-    return {stage: store.aliases(stage)[alias] for stage in STAGES if alias in store.aliases(stage)}
 
 
 def show_history(entries: list[Entry]) -> None:
@@ -181,15 +176,13 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     config = load_config(args.config, args.overrides)
-    store: Store
     stage = args.stage
+    store: Store = LocalStore(Path(config.output.savedmodels))
     if args.artifact_name:
         project, _, name = args.artifact_name.rpartition("/")
         stage, store = name.removesuffix("_bundle"), WandbStore(project)
         if stage not in STAGES:
             raise UserError(f"--artifact-name {name}: it is {', '.join(f'{each}_bundle' for each in STAGES)}")
-    else:
-        store = LocalStore(Path(config.output.savedmodels))
     if args.history:
         entries = store.history()
         show_history(entries)

@@ -151,9 +151,6 @@ class Recommender:
         """Whether the ranking bundle's scores are ratings."""
         return "ranking" in self.metadata and self.metadata["ranking"]["config"]["ranking"]["objective"] == "rating"
 
-    def versions(self) -> dict[str, int]:
-        return {stage: metadata["version"] for stage, metadata in self.metadata.items()}
-
     def answer(
         self, user_ids: Sequence[str], histories: Sequence[list[str] | None], excluded: Sequence[list[str]]
     ) -> dict[str, np.ndarray]:

@@ -204,7 +204,7 @@ def file_digest(path: Path) -> str:
 
 
 class LocalStore:
-    """A directory SAVEDMODELS. `WandbStore` has the same methods, but for `named`."""
+    """A directory SAVEDMODELS. What is described here is what `WandbStore` does too."""
 
     def __init__(self, savedmodels: Path) -> None:
         self._root, self._states = savedmodels, savedmodels / ".promotions"
@@ -325,6 +325,9 @@ class WandbStore:
 
     def aliases(self, stage: str) -> dict[str, int]:
         return {alias: version for version, found in self._artifacts(stage).items() for alias in found.aliases}
+
+    def named(self, alias: str) -> Versions:
+        return {stage: named[alias] for stage in STAGES if alias in (named := self.aliases(stage))}
 
     def directory(self, stage: str, version: int) -> Path:
         artifact = self._artifacts(stage)[version]

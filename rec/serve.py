@@ -162,7 +162,7 @@ def main() -> None:
     def loaded(loading: Future[None]) -> None:
         server.should_exit = loading.exception() is not None
         if not server.should_exit:
-            names = " and ".join(f"{stage} version {n}" for stage, n in service.ready.backend.versions().items())
+            names = " and ".join(f"{stage} version {n}" for stage, n in service.ready.versions.items())
             print(f"serving {names}\nready", file=sys.stderr)
 
     with ThreadPoolExecutor(1) as pool:

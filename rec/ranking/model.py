@@ -127,9 +127,8 @@ class RankingModel(tfrs.Model):
 
     def _factorised(self, user: tf.Tensor, items: tf.Tensor, taste: tf.Tensor, candidate: tf.Tensor) -> tf.Tensor:
         """Biases and the product of the user's taste [B, d] with candidates [B, N, d] (Koren 2008, SVD++): [B, N]."""
-        biases = []
-        for layer, rows, unknown in ((self._user_bias, user[:, None], UNKNOWN_USER), (self._item_bias, items, UNKNOWN)):
-            biases.append(layer(tf.where(rows < layer.input_dim, rows, unknown))[..., 0])
+        parts = (self._user_bias, user[:, None], UNKNOWN_USER), (self._item_bias, items, UNKNOWN)
+        biases = [layer(tf.where(rows < layer.input_dim, rows, unknown))[..., 0] for layer, rows, unknown in parts]
         return biases[0] + biases[1] + tf.einsum("bd,bnd->bn", taste, candidate)
 
     def compute_loss(self, batch: dict[str, tf.Tensor], training: bool = False) -> tf.Tensor:

@@ -39,7 +39,6 @@ class Backend(Protocol):
     users: list[str]
     metadata: dict[str, dict[str, Any]]
 
-    def versions(self) -> dict[str, int]: ...
     def answer(self, user_ids: Sequence[str], histories: Sequence[Any], excluded: Sequence[list[str]]) -> Arrays: ...
     def answer_within(self, user_id: str, history: list[str] | None, rows: np.ndarray) -> Arrays | None: ...
     def similar(self, item_ids: list[str]) -> tuple[np.ndarray, np.ndarray]: ...
@@ -49,12 +48,8 @@ class Backend(Protocol):
 
 
 def as_json(value: Any) -> Any:
-    """The value with null for numbers that JSON has not."""
-    if isinstance(value, dict):
-        return {key: as_json(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [as_json(each) for each in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+    """The value with None for numbers that JSON has not: NaN and the infinities."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def to_json(value: Any) -> str:
@@ -81,7 +76,7 @@ class Catalogue:
         return [self.row_of[item] for item in items if item in self.row_of]
 
     def item(self, row: int) -> dict[str, Any]:
-        return {name: as_json(self._table[name][row].as_py()) for name in self.columns}
+        return as_json({name: self._table[name][row].as_py() for name in self.columns})
 
     def show(self, row: int, score: float | None = None, explain: str = "") -> str:
         """The item as JSON."""
@@ -149,10 +144,15 @@ class Engine:
         requests = [RecommendRequest(user_id=user, explain=True), RecommendRequest(history=[first], exclude=[first])]
         for answer in map(json.loads, engine.recommend(requests)):
             if len(engine.catalogue.ids) > 1 and not any(item["score"] is not None for item in answer["items"]):
-                raise UserError(f"the bundles {backend.versions()} answer without a single score")
+                raise UserError(f"the bundles {engine.versions} answer without a single score")
         backend.answer_within("", [first], np.arange(1))
         engine.similar([(first, 1)])
         return engine
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Of each stage."""
+        return {stage: metadata["version"] for stage, metadata in self.backend.metadata.items()}
 
     @property
     def max_k(self) -> int:
@@ -175,7 +175,7 @@ class Engine:
         called = time.perf_counter()
         STAGE_SECONDS.labels("model").observe(called - start)
         COLD.inc(int(found["cold"].sum()))
-        model, answers = to_json(self.backend.versions()), []
+        model, answers = to_json(self.versions), []
         width = max(self.max_k if request.filter else request.k for request in requests)
         for request, places, cold in zip(requests, places_of(found, width), found["cold"].tolist(), strict=True):
             if request.filter or len(places) < request.k:
@@ -190,7 +190,7 @@ class Engine:
 
     def similar(self, wanted: Sequence[tuple[str, int]]) -> list[str]:
         """The answers (schemas.Similar): the k items nearest to each known item."""
-        model, answers = to_json(self.backend.versions()), []
+        model, answers = to_json(self.versions), []
         rows, scores = self.backend.similar([item for item, _ in wanted])
         for (item, k), *found in zip(wanted, rows.tolist(), scores.tolist(), strict=True):
             shown = [self.catalogue.show(row, score) for row, score in zip(*found, strict=True) if row >= 0][:k]

@@ -186,7 +186,7 @@ async def reload(service: Serving) -> Response:
         await asyncio.to_thread(service.load)  # the models' thread goes on answering
     except UserError as error:
         raise HTTPException(409, f"the models stay as they are: {error}") from error
-    return JSONResponse({"model": service.ready.backend.versions()})
+    return JSONResponse({"model": service.ready.versions})
 
 
 @around.get("/healthz")
@@ -198,7 +198,7 @@ async def healthz() -> Response:
 @around.get("/readyz")
 async def readyz(service: Serving) -> Response:
     """The models are loaded and warm."""
-    return JSONResponse({"status": "ready", "model": service.ready.backend.versions()})
+    return JSONResponse({"status": "ready", "model": service.ready.versions})
 
 
 @around.get("/metrics", response_class=PlainTextResponse)

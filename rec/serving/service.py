@@ -142,7 +142,7 @@ class Service:
             old, self.engine, self._pair = self.engine, engine, pair  # the step
             self.failed = self._refused = None
             RELOADS.labels("done").inc()
-            for stage, version in engine.backend.versions().items():
+            for stage, version in engine.versions.items():
                 VERSION.labels(stage).set(version)
             if old is not None:
                 self._jobs.put(Job(old, "close", engine, None, time.perf_counter()))  # behind all that still need it
@@ -158,7 +158,7 @@ class Service:
                 pair = await asyncio.to_thread(self._find)
                 if self.engine is not None and pair not in (self._pair, self._refused):
                     await asyncio.to_thread(self.load)
-                    print(f"serving {self.ready.backend.versions()}", file=sys.stderr)
+                    print(f"serving {self.ready.versions}", file=sys.stderr)
             except UserError as error:
                 print(f"the models stay as they are: {error}", file=sys.stderr)
 
