@@ -13,11 +13,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from rec.config import Config
-from rec.evaluate import data_of, evaluate
+from rec.evaluate import SHOWN, Report, data_of, evaluate
 from rec.recommender import Recommender
 from rec.registry import Metadata, Store, built_from, bundles, draft
-
-SHOWN = ("ndcg@10", "recall@10", "recall@100", "mrr")
 
 
 def write_card(store: Store, config: Config, stage: str, version: int) -> Path:
@@ -34,17 +32,16 @@ def write_card(store: Store, config: Config, stage: str, version: int) -> Path:
     cards = Path(config.output.savedmodels) / "cards"
     place = cards / f"{stage}-{version}"
     with draft(cards) as beside:
-        histories = {name: each["history"] for name, each in pair.metadata.items() if each.get("history")}
-        plots = _plot(report, histories, beside)
-        metadata = store.metadata(stage)[version]
-        (beside / "card.md").write_text(_page(metadata, pair.metadata, dataset.manifest, report, plots))
+        _plot(report, pair.metadata, beside)
+        page = _page(store.metadata(stage)[version], pair.metadata, dataset.manifest, report)
+        (beside / "card.md").write_text(page)
         shutil.rmtree(place, ignore_errors=True)
         beside.rename(place)
     return place / "card.md"
 
 
-def _plot(report: dict[str, Any], histories: dict[str, list[dict[str, float]]], place: Path) -> list[str]:
-    """Draws what was measured, and how training went; returns the files' names."""
+def _plot(report: Report, parts: dict[str, Metadata], place: Path) -> None:
+    """Draws what was measured, quality.png, and how training went, STAGE.png."""
     systems = report["systems"]
     values = [of["ndcg@10"] for of in systems.values()]
     errors = [[abs(of["ndcg@10"] - of["ndcg@10_ci"][side]) for of in systems.values()] for side in (0, 1)]
@@ -54,7 +51,8 @@ def _plot(report: dict[str, Any], histories: dict[str, list[dict[str, float]]], 
     axes.invert_yaxis()
     axes.set_xlabel(f"NDCG@10 of {report['users']:,} users, 95 % intervals")
     figure.savefig(place / "quality.png")
-    for stage, epochs in histories.items():
+    for stage, part in parts.items():
+        epochs = part["history"]
         shown = [name for name in ("loss", "val/ndcg@10", "val/recall@100", "val/rmse") if name in epochs[-1]]
         figure = Figure((3 * len(shown), 2.5), dpi=120, layout="tight")
         for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
@@ -62,12 +60,9 @@ def _plot(report: dict[str, Any], histories: dict[str, list[dict[str, float]]], 
             axes.plot(*zip(*points, strict=True))
             axes.set(title=name, xlabel="epoch")
         figure.savefig(place / f"{stage}.png")
-    return ["quality.png", *(f"{stage}.png" for stage in histories)]
 
 
-def _page(
-    metadata: Metadata, parts: dict[str, Metadata], manifest: dict[str, Any], report: dict[str, Any], plots: list[str]
-) -> str:
+def _page(metadata: Metadata, parts: dict[str, Metadata], manifest: dict[str, Any], report: Report) -> str:
     stage, version, system = metadata["stage"], metadata["version"], list(report["systems"])[-1]
     counts = ", ".join(f"{count:,} {name}" for name, count in manifest["counts"].items())
     made = "\n".join(
@@ -76,14 +71,13 @@ def _page(
         for stage, part in parts.items()
     )
     slices = {f"{name}, {of['users']:,} users": of["systems"][system] for name, of in report["segments"].items()}
-    images = "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in plots)
+    images = "\n".join(f"![{name}]({name}.png)" for name in ("quality", *parts))
     index = parts["retrieval"]["index"]
     template = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
     return template.format(
         title=f"{stage.capitalize()} {version}", metadata=metadata, manifest=manifest, counts=counts, report=report,
-        systems=_table(report["systems"], (*SHOWN, "coverage@10", "popularity@10")), system=system,
-        slices=_table(slices, SHOWN[:3]), index="; ".join(f"{key} {value}" for key, value in index.items()),
-        made=made, images=images,
+        systems=_table(report["systems"], SHOWN), system=system, slices=_table(slices, SHOWN[:3]),
+        index="; ".join(f"{key} {value}" for key, value in index.items()), made=made, images=images,
     )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from rec.recommender import Recommender
 
 K = max(metrics.KS)
 BATCH = 256  # users a call
+Report = dict[str, Any]  # plain values, for JSON
 SHOWN = ("ndcg@10", "recall@10", "recall@100", "mrr", "coverage@10", "popularity@10")
 
 
@@ -90,9 +91,7 @@ class Task:
         return np.concatenate(parts)
 
 
-def evaluate(
-    config: Config, split: str, with_baselines: bool = False, pair: Recommender | None = None
-) -> dict[str, Any]:
+def evaluate(config: Config, split: str, with_baselines: bool = False, pair: Recommender | None = None) -> Report:
     """The command's JSON document (see the module).
 
     Args:
@@ -101,8 +100,7 @@ def evaluate(
       pair: the bundles to measure; by default the latest of each stage, without ranking where there is none.
     """
     dataset = open_dataset(config.dataset)
-    corpus = load_corpus(dataset, Features({}, {}))
-    task = Task(corpus, split)
+    task = Task(load_corpus(dataset, Features({}, {})), split)
     pair = pair or load_latest(config)
     if pair.metadata["retrieval"]["dataset"] != dataset.id:
         other = f"{config.output.savedmodels}/retrieval was trained on another data set than {config.dataset}"
@@ -115,7 +113,7 @@ def evaluate(
         ranked["recommender"] = task.ranked(pair.module.recommend_from)
     values = {name: metrics.per_user(rows, task.relevant) for name, rows in ranked.items()}
     best = max(named, key=lambda name: values[name]["ndcg@10"].mean())
-    report: dict[str, Any] = {"dataset": str(config.dataset), "split": split, "users": len(task.users)}
+    report: Report = {"dataset": str(config.dataset), "split": split, "users": len(task.users)}
     report["best_baseline"] = best
     report["systems"] = {name: _summary(task, rows, values[name], config.seed) for name, rows in ranked.items()}
     for name, of in values.items():
@@ -127,7 +125,7 @@ def evaluate(
     return report
 
 
-def compare(config: Config, candidate: registry.Pair, current: registry.Pair | None = None) -> dict[str, Any]:
+def compare(config: Config, candidate: registry.Pair, current: registry.Pair | None = None) -> Report:
     """A pair beside the one in production, on the test data that belong to the candidate.
 
     Returns:
@@ -148,7 +146,7 @@ def compare(config: Config, candidate: registry.Pair, current: registry.Pair | N
     pairs = {"candidate": pair} | ({"production": Recommender.load(*current)} if current else {})
     by_ratings = all(each.predicts_ratings for each in pairs.values())
     values = {name: _quality(task, each, by_ratings) for name, each in pairs.items()}
-    report: dict[str, Any] = {"data": str(dataset.path), "users": len(task.users), **of_index}
+    report: Report = {"data": str(dataset.path), "users": len(task.users), **of_index}
     report["index_recall_target"] = pair.metadata["retrieval"]["config"]["index"]["recall_target"]
     report["metric"] = "squared error" if by_ratings else "ndcg@10"
     report |= {name: float(each.mean()) for name, each in values.items()}
@@ -175,21 +173,20 @@ def _quality(task: Task, pair: Recommender, by_ratings: bool) -> np.ndarray:
     if by_ratings:
         assert task.held.ratings is not None
         return (task.predicted_ratings(pair) - task.held.ratings) ** 2
-    ask = pair.module.retrieval.retrieve if pair.module.ranking is None else pair.module.recommend_from
-    return metrics.per_user(task.ranked(ask), task.relevant)["ndcg@10"]
+    return metrics.per_user(task.ranked(pair.module.recommend_from), task.relevant)["ndcg@10"]
 
 
-def _summary(task: Task, rows: np.ndarray, values: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
+def _summary(task: Task, rows: np.ndarray, values: dict[str, np.ndarray], seed: int) -> Report:
     """What the report says of one system."""
     popularity, top = task.corpus.popularity[FIRST_ITEM:], rows[:, :10]
     coverage = {f"coverage@{k}": metrics.coverage(rows, k, task.relevant.shape[1]) for k in metrics.KS}
     return metrics.summarise(values, seed) | coverage | {"popularity@10": float(popularity[top[top >= 0]].mean())}
 
 
-def _where(values: dict[str, dict[str, np.ndarray]], mask: np.ndarray, seed: int) -> dict[str, Any]:
+def _where(values: dict[str, dict[str, np.ndarray]], mask: np.ndarray, seed: int) -> Report:
     """Where quality is won or lost among the users of `mask` [U]: each system, the index, the ranker."""
     shown = ("ndcg@10", "recall@10", "recall@100")
-    part: dict[str, Any] = {"users": int(mask.sum())}
+    part: Report = {"users": int(mask.sum())}
     part["systems"] = {name: {at: float(of[at][mask].mean()) for at in shown} for name, of in values.items()}
     ndcg = {name: of["ndcg@10"][mask] for name, of in values.items()}
     part["index_cost"] = metrics.paired_bootstrap(ndcg["retrieval"], ndcg["retrieval_ann"], seed)
@@ -236,7 +233,7 @@ def load_latest(config: Config) -> Recommender:
     return Recommender.load(*registry.find_pair(Path(config.output.savedmodels)))
 
 
-def show_systems(report: dict[str, Any]) -> None:
+def show_systems(report: Report) -> None:
     """Prints the systems as tables on stderr: all users, then where quality is won or lost."""
     say = partial(print, file=sys.stderr)
     say(f"\n{report['dataset']}, {report['split']}, {report['users']:,} users")
