@@ -63,7 +63,7 @@ def catalogue(config: Config) -> None:
 
 def popularity(config: Config) -> None:
     corpus = load_corpus(open_dataset(config.dataset), Features({}, {}))
-    task, pair = Task.of(corpus, "test"), load_latest(config)
+    task, pair = Task(corpus, "test"), load_latest(config)
     met = corpus.popularity[FIRST_ITEM:]
     groups = {"what test users went on to": met[task.relevant.indices]}
     for name, ask in (("retrieval", pair.module.retrieval.retrieve), ("recommender", pair.module.recommend_from)):

@@ -41,11 +41,11 @@ METRIC = "val/ndcg@10"
 
 def ease(corpus: Corpus) -> dict[str, float] | None:
     """EASE's NDCG@10 on validation users, and the seconds of its search."""
-    val = Task.of(corpus, "val")
+    val = Task(corpus, "val")
     train = corpus.train.matrix(np.arange(corpus.users.rows), corpus.items.rows)[:, FIRST_ITEM:]
     start = time.perf_counter()
     try:
-        value, _ = baselines.tune(baselines.EASE, baselines.GRIDS[baselines.EASE], train, val.seen, val.relevant)
+        value, _ = baselines.tune(baselines.EASE, train, val.seen, val.relevant, None)
     except UserError as error:
         print(f"ease is left out: {error}", file=sys.stderr)
         return None

@@ -35,7 +35,6 @@ class Popularity:
     """The number of training interactions of each item, for everybody. The others build on it and fall back on it."""
 
     name = "popularity"
-    needs_timestamps = False
 
     def fit(self, train: csr_matrix, timestamps: np.ndarray | None = None) -> None:
         """Learns from train [U, N]; `timestamps` int64 [nnz] are seconds, parallel to `train.indices`.
@@ -63,11 +62,10 @@ class RecentPopularity(Popularity):
 
     days: float
     name = "recent_popularity"
-    needs_timestamps = True
 
     def fit(self, train: csr_matrix, timestamps: np.ndarray | None = None) -> None:
         if timestamps is None or len(timestamps) != len(train.indices):
-            raise ValueError("recent popularity needs the timestamps of the training interactions, one for each")
+            raise UserError("recent popularity needs the timestamps of the training interactions, one for each")
         super().fit(train)
         recent = timestamps > timestamps.max() - self.days * SECONDS_A_DAY
         counts = np.bincount(train.indices, weights=train.data * recent, minlength=train.shape[1])
@@ -172,59 +170,37 @@ GRIDS: dict[type[Baseline], list[dict[str, Any]]] = {
 
 
 def tune(
-    make: type[Baseline],
-    grid: list[dict[str, Any]],
-    train: csr_matrix,
-    histories: csr_matrix,
-    relevant: csr_matrix,
-    metric: str = "ndcg@10",
-    timestamps: np.ndarray | None = None,
+    make: type[Baseline], train: csr_matrix, histories: csr_matrix, relevant: csr_matrix, timestamps: np.ndarray | None
 ) -> tuple[float, Baseline]:
-    """The highest mean metric over validation users, and the baseline of the `grid` that has it, fitted.
+    """The highest mean NDCG@10 over validation users, and the baseline of its grid that has it, fitted.
 
     `train` and `timestamps` are what `fit` takes; histories (whose items are not recommended) and relevant are [U, N]
-    for the validation users; `metric` is a name that `per_user` returns for the cut-off after its "@".
+    for the validation users.
     """
-    k = int(metric.partition("@")[2] or 100)
 
     def fitted(parameters: dict[str, Any]) -> tuple[float, Baseline]:
         started, baseline = time.perf_counter(), make(**parameters)
         baseline.fit(train, timestamps)
-        value = float(per_user(rank(baseline, histories, histories, k), relevant, (k,))[metric].mean())
-        print(f"{baseline}: val/{metric} {value:.4f}, {time.perf_counter() - started:.1f} s", file=sys.stderr)
+        value = float(per_user(rank(baseline, histories, histories, 10), relevant, (10,))["ndcg@10"].mean())
+        print(f"{baseline}: val/ndcg@10 {value:.4f}, {time.perf_counter() - started:.1f} s", file=sys.stderr)
         return value, baseline
 
-    return max(map(fitted, grid), key=lambda each: each[0])  # the first of equals
+    return max(map(fitted, GRIDS[make]), key=lambda each: each[0])  # the first of equals
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Ratings
 
 
-class GlobalMean:
-    """Every rating is the mean of the training ratings."""
-
-    name = "global_mean"
-
-    def fit(self, user: np.ndarray, item: np.ndarray, rating: np.ndarray, users: int, items: int) -> None:
-        """Learns from ratings [n] of user and item rows [n]."""
-        self.mean = float(rating.mean())
-
-    def predict(self, user: np.ndarray, item: np.ndarray) -> np.ndarray:
-        """[n] user and item rows -> [n] ratings."""
-        return np.full(len(user), self.mean)
-
-
 @dataclass
-class RatingBiases(GlobalMean):
+class RatingBiases:
     """The mean, and how far a user and an item are off it, shrunk to zero (Koren, Bell and Volinsky 2009)."""
 
     regularization: float = 5.0
-    name = "biases"
 
     def fit(self, user: np.ndarray, item: np.ndarray, rating: np.ndarray, users: int, items: int) -> None:
-        super().fit(user, item, rating, users, items)
-        self.of_user, self.of_item = np.zeros(users), np.zeros(items)
+        """Learns from ratings [n] of user and item rows [n]."""
+        self.mean, self.of_user, self.of_item = float(rating.mean()), np.zeros(users), np.zeros(items)
         for _ in range(10):  # by turns: each is the ridge solution given the other
             self.of_item = self._solved(item, rating - self.mean - self.of_user[user], items)
             self.of_user = self._solved(user, rating - self.mean - self.of_item[item], users)
@@ -233,6 +209,7 @@ class RatingBiases(GlobalMean):
         return np.bincount(rows, weights=rest, minlength=n) / (np.bincount(rows, minlength=n) + self.regularization)
 
     def predict(self, user: np.ndarray, item: np.ndarray) -> np.ndarray:
+        """[n] user and item rows -> [n] ratings."""
         return self.mean + self.of_user[user] + self.of_item[item]
 
 
@@ -243,7 +220,6 @@ class MatrixFactorization(RatingBiases):
     factors: int = 16
     weight: float = 0.1  # of the squared factors, for each rating of a row
     seed: int = 0
-    name = "mf"
 
     def fit(self, user: np.ndarray, item: np.ndarray, rating: np.ndarray, users: int, items: int) -> None:
         super().fit(user, item, rating, users, items)
@@ -268,19 +244,19 @@ class MatrixFactorization(RatingBiases):
         return super().predict(user, item) + np.einsum("nf,nf->n", self.P[user], self.Q[item])
 
 
-def rating_baselines(train: Sequences, val: Sequences, items: int) -> dict[str, GlobalMean]:
+def rating_baselines(train: Sequences, val: Sequences, items: int) -> dict[str, RatingBiases]:
     """Each rating baseline, fitted on `train` with the settings that have the lowest RMSE on `val`."""
     ratings, held = train.ratings, val.ratings
     assert ratings is not None and held is not None
-    grids: dict[type[GlobalMean], list[dict[str, Any]]] = {
-        GlobalMean: _grid(),
-        RatingBiases: _grid(regularization=(1.0, 3.0, 10.0)),
-        MatrixFactorization: _grid(factors=(4, 16), weight=(0.03, 0.1, 0.3)),
+    settings = product((4, 16), (0.03, 0.1, 0.3))
+    grids: dict[str, list[RatingBiases]] = {
+        "global_mean": [RatingBiases(np.inf)],  # which leaves no biases
+        "biases": [RatingBiases(regularization) for regularization in (1.0, 3.0, 10.0)],
+        "mf": [MatrixFactorization(factors=factors, weight=weight) for factors, weight in settings],
     }
-    found = {}
-    for make, grid in grids.items():
-        candidates = [make(**parameters) for parameters in grid]
-        for candidate in candidates:
-            candidate.fit(train.users, train.items, ratings, len(train.lengths), items)
-        found[make.name] = min(candidates, key=lambda each: rmse(each.predict(val.users, val.items), held))
-    return found
+
+    def error(candidate: RatingBiases) -> float:
+        candidate.fit(train.users, train.items, ratings, len(train.lengths), items)
+        return rmse(candidate.predict(val.users, val.items), held)
+
+    return {name: min(grid, key=error) for name, grid in grids.items()}

@@ -17,12 +17,13 @@ from rec.counts import Counts
 from rec.features import FIRST_ITEM, FIRST_USER, PAD, UNKNOWN_USER, Encoder, Vocabulary
 from rec.pipeline import Corpus, Sequences
 from rec.ranking.model import RankingModel, score_candidates
-from rec.recommender import FLAGS, IDS, LISTS, ROWS, TIMES, Tensors
+from rec.recommender import FLAGS, IDS, LISTS, ROWS, TIMES, AnswersUsers, Tensors
 from rec.retrieval.index import ExactIndex, ScannIndex
 from rec.retrieval.model import LOWEST, RetrievalModel, best_unseen
 
 ROW_LISTS = tf.TensorSpec([None, None], tf.int32)
 SCORES = tf.TensorSpec([None, None], tf.float32)
+Found = tuple[tf.Tensor, tf.Tensor]  # scores and item rows, [B, N] each
 USERS_AT_ONCE = 256  # queries that are computed together
 
 
@@ -73,9 +74,8 @@ class Lookup(tf.Module):
 
 def _table(vocabulary: Vocabulary, path: Path) -> tf.lookup.StaticHashTable:
     path.write_text("".join(f"{word}\n" for word in vocabulary.ids), encoding="utf-8", newline="\n")
-    initializer = tf.lookup.TextFileInitializer(
-        str(path), tf.string, tf.lookup.TextFileIndex.WHOLE_LINE, tf.int64, tf.lookup.TextFileIndex.LINE_NUMBER
-    )
+    word, line = tf.lookup.TextFileIndex.WHOLE_LINE, tf.lookup.TextFileIndex.LINE_NUMBER
+    initializer = tf.lookup.TextFileInitializer(str(path), tf.string, word, tf.int64, line)
     return tf.lookup.StaticHashTable(initializer, default_value=-1)
 
 
@@ -96,8 +96,10 @@ def _frozen(variables: list[tf.Variable], encoders: list[Encoder]) -> list[tf.Va
     return kept + [encoder.freeze() for encoder in encoders]
 
 
-class RetrievalModule(tf.Module):
+class RetrievalModule(AnswersUsers):
     """user_id or history -> the k best items that the user has not seen."""
+
+    SIGNATURES = ("serving_default", "from_history", "similar_items", "answer", "history")
 
     def __init__(self, model: RetrievalModel, index: ExactIndex | ScannIndex, lookup: Lookup, k: int) -> None:
         super().__init__(name="retrieval")
@@ -112,21 +114,9 @@ class RetrievalModule(tf.Module):
         parts = tqdm(np.array_split(users, 1 + len(users) // USERS_AT_ONCE), "all users", unit="batch", leave=False)
         return tf.concat([self.model.get.query_compiled(part, self.lookup.stored(part)) for part in parts], 0)
 
-    @tf.function(input_signature=[IDS])
-    def serving_default(self, user_id: tf.Tensor) -> Tensors:
-        """A known user's recommendations, from the history that the bundle stores."""
-        user = self.lookup.user_rows(user_id)
-        stored = self.lookup.stored(user)
-        query = self._query(user, stored, tf.zeros_like(user, tf.bool))
-        return self._named(*self._best(query, user, stored, stored))
-
-    @tf.function(input_signature=[IDS, LISTS])
-    def from_history(self, user_id: tf.Tensor, history: tf.Tensor) -> Tensors:
-        """Recommendations from the caller's history; what the bundle stores of a known user is still left out."""
-        user = self.lookup.user_rows(user_id)
-        rows = self.lookup.item_rows(history)
-        query, seen = self.model.get.query(user, rows), tf.concat([rows, self.lookup.stored(user)], 1)
-        return self._named(*self._best(query, user, rows, seen))
+    def _asked(self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor) -> Tensors:
+        found = self.answer(user_id, history, is_given, tf.fill([tf.size(user_id), 0], ""))
+        return {name: found[name] for name in ("item_id", "score")}
 
     @tf.function(input_signature=[IDS])
     def similar_items(self, item_id: tf.Tensor) -> Tensors:
@@ -209,9 +199,7 @@ class RetrievalModule(tf.Module):
 
         return tf.cond(tf.reduce_any(is_given), told, lambda: known)
 
-    def _best(
-        self, query: tf.Tensor, user: tf.Tensor, history: tf.Tensor, seen: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
+    def _best(self, query: tf.Tensor, user: tf.Tensor, history: tf.Tensor, seen: tf.Tensor) -> Found:
         """query [B, d + 1]; user [B], history [B, H], seen [B, S] as rows -> scores and rows of the k best, [B, k]."""
         widest = tf.reduce_max(tf.reduce_sum(tf.cast(seen != PAD, tf.int32), 1))
         scores, found = self._search(query, self.k + widest)
@@ -226,21 +214,17 @@ class RetrievalModule(tf.Module):
         was_seen = tf.gather(ordered, at, batch_dims=1) == found
         return self._top(tf.where(was_seen, LOWEST, scores), found)
 
-    def _search(self, query: tf.Tensor, depth: tf.Tensor | int) -> tuple[tf.Tensor, tf.Tensor]:
+    def _search(self, query: tf.Tensor, depth: tf.Tensor | int) -> Found:
         """query [B, d + 1] -> scores and item rows [B, depth], best first; LOWEST and PAD where nothing is left."""
         scores, found = self.index.search(query, depth)
         return scores, tf.where(found < 0, PAD, found + FIRST_ITEM)
 
-    def _top(self, scores: tf.Tensor, rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _top(self, scores: tf.Tensor, rows: tf.Tensor) -> Found:
         best, at = tf.math.top_k(scores, self.k)
         return best, tf.where(best > LOWEST, tf.gather(rows, at, batch_dims=1), PAD)
 
     def _named(self, scores: tf.Tensor, rows: tf.Tensor) -> Tensors:
         return {"item_id": self.lookup.item_ids(rows), "score": scores}
-
-    def signatures(self) -> dict[str, tf.types.experimental.ConcreteFunction]:
-        names = ("serving_default", "from_history", "similar_items", "answer", "history")
-        return {name: getattr(self, name).get_concrete_function() for name in names}
 
 
 class RankingModule(tf.Module):
@@ -248,6 +232,8 @@ class RankingModule(tf.Module):
 
     It holds the retrieval model that it was trained for (its towers, not its index), whose score is one of its inputs.
     """
+
+    SIGNATURES = ("serving_default", "from_history", "answer")
 
     def __init__(self, model: RankingModel, retrieval: RetrievalModel, counts: Counts, lookup: Lookup) -> None:
         super().__init__(name="ranking")
@@ -292,13 +278,7 @@ class RankingModule(tf.Module):
         """[N] string -> [N] int32, what `rank` calls these items."""
         return self.lookup.item_rows(item_id)
 
-    def _answer(
-        self, user: tf.Tensor, history: tf.Tensor, item_id: tf.Tensor, time: tf.Tensor | None = None
-    ) -> Tensors:
-        rows = self.lookup.item_rows(item_id)
+    def _answer(self, user: tf.Tensor, history: tf.Tensor, items: tf.Tensor, time: tf.Tensor | None = None) -> Tensors:
+        rows = self.lookup.item_rows(items)
         retrieved = self.retrieval.get.score(user, history, rows, time)
         return {"score": score_candidates(self.model.get, self.counts, user, history, rows, retrieved, time)}
-
-    def signatures(self) -> dict[str, tf.types.experimental.ConcreteFunction]:
-        names = ("serving_default", "from_history", "answer")
-        return {name: getattr(self, name).get_concrete_function() for name in names}

@@ -10,17 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 
 from rec.config import Config
-from rec.evaluate import data_of, evaluate
+from rec.evaluate import SHOWN, Report, data_of, evaluate
 from rec.recommender import Recommender
-from rec.registry import Metadata, Store, bundles, draft, same, together
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the choice of how to draw)
-
-SHOWN = ("ndcg@10", "recall@10", "recall@100", "mrr")
+from rec.registry import Metadata, Store, built_from, bundles, draft
 
 
 def write_card(store: Store, config: Config, stage: str, version: int) -> Path:
@@ -31,55 +26,43 @@ def write_card(store: Store, config: Config, stage: str, version: int) -> Path:
     Raises:
       UserError: a bundle is damaged, or its data are not at hand.
     """
-    metadata = store.metadata(stage)[version]
-    of = together(store, stage, version, {})
-    if stage == "ranking":
-        of["retrieval"] = same(store, "retrieval", metadata["built_from"]["retrieval"]) or 0
-    pair = Recommender.load(*bundles(store, of))
+    pair = Recommender.load(*bundles(store, built_from(store, stage, version) | {stage: version}))
     dataset = data_of(pair, config)
     report = evaluate(replace(config, dataset=str(dataset.path)), "test", pair=pair)
     cards = Path(config.output.savedmodels) / "cards"
     place = cards / f"{stage}-{version}"
     with draft(cards) as beside:
-        histories = {name: each["history"] for name, each in pair.metadata.items() if each.get("history")}
-        plots = _plot(report, histories, beside)
-        (beside / "card.md").write_text(_page(metadata, pair.metadata, dataset.manifest, report, plots))
+        _plot(report, pair.metadata, beside)
+        page = _page(store.metadata(stage)[version], pair.metadata, dataset.manifest, report)
+        (beside / "card.md").write_text(page)
         shutil.rmtree(place, ignore_errors=True)
         beside.rename(place)
     return place / "card.md"
 
 
-def _plot(report: dict[str, Any], histories: dict[str, list[dict[str, float]]], place: Path) -> list[str]:
-    """Draws what was measured, and how training went; returns the files' names."""
+def _plot(report: Report, parts: dict[str, Metadata], place: Path) -> None:
+    """Draws what was measured, quality.png, and how training went, STAGE.png."""
     systems = report["systems"]
     values = [of["ndcg@10"] for of in systems.values()]
     errors = [[abs(of["ndcg@10"] - of["ndcg@10_ci"][side]) for of in systems.values()] for side in (0, 1)]
-    _, axes = plt.subplots(figsize=(6, 0.6 * len(systems) + 1))
+    figure = Figure((6, 0.6 * len(systems) + 1), dpi=120, layout="tight")
+    axes = figure.subplots()
     axes.barh(list(systems), values, xerr=errors, capsize=3)
     axes.invert_yaxis()
     axes.set_xlabel(f"NDCG@10 of {report['users']:,} users, 95 % intervals")
-    names = [_saved(place, "quality.png")]
-    for stage, epochs in histories.items():
+    figure.savefig(place / "quality.png")
+    for stage, part in parts.items():
+        epochs = part["history"]
         shown = [name for name in ("loss", "val/ndcg@10", "val/recall@100", "val/rmse") if name in epochs[-1]]
-        _, panels = plt.subplots(1, len(shown), figsize=(3 * len(shown), 2.5), squeeze=False)
-        for axes, name in zip(panels[0], shown, strict=True):
+        figure = Figure((3 * len(shown), 2.5), dpi=120, layout="tight")
+        for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
             points = [(epoch, of[name]) for epoch, of in enumerate(epochs) if name in of]
             axes.plot(*zip(*points, strict=True))
             axes.set(title=name, xlabel="epoch")
-        names.append(_saved(place, f"{stage}.png"))
-    return names
+        figure.savefig(place / f"{stage}.png")
 
 
-def _saved(place: Path, name: str) -> str:
-    plt.tight_layout()
-    plt.savefig(place / name, dpi=120)
-    plt.close()
-    return name
-
-
-def _page(
-    metadata: Metadata, parts: dict[str, Metadata], manifest: dict[str, Any], report: dict[str, Any], plots: list[str]
-) -> str:
+def _page(metadata: Metadata, parts: dict[str, Metadata], manifest: dict[str, Any], report: Report) -> str:
     stage, version, system = metadata["stage"], metadata["version"], list(report["systems"])[-1]
     counts = ", ".join(f"{count:,} {name}" for name, count in manifest["counts"].items())
     made = "\n".join(
@@ -88,22 +71,20 @@ def _page(
         for stage, part in parts.items()
     )
     slices = {f"{name}, {of['users']:,} users": of["systems"][system] for name, of in report["segments"].items()}
-    images = "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in plots)
+    images = "\n".join(f"![{name}]({name}.png)" for name in ("quality", *parts))
     index = parts["retrieval"]["index"]
     template = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
     return template.format(
         title=f"{stage.capitalize()} {version}", metadata=metadata, manifest=manifest, counts=counts, report=report,
-        systems=_table(report["systems"], (*SHOWN, "coverage@10", "popularity@10")), system=system,
-        slices=_table(slices, SHOWN[:3]), index="; ".join(f"{key} {value}" for key, value in index.items()),
-        made=made, images=images,
+        systems=_table(report["systems"], SHOWN), system=system, slices=_table(slices, SHOWN[:3]),
+        index="; ".join(f"{key} {value}" for key, value in index.items()), made=made, images=images,
     )  # fmt: skip
 
 
 def _table(rows: dict[str, dict[str, Any]], columns: Sequence[str]) -> str:
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    return "\n".join(
-        [*lines, *(f"| {name} | {' | '.join(_number(of, at) for at in columns)} |" for name, of in rows.items())]
-    )
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(_number(of, at) for at in columns)} |" for name, of in rows.items()]
+    return "\n".join(lines)
 
 
 def _number(of: dict[str, Any], metric: str) -> str:

@@ -15,13 +15,11 @@ Tables go to stderr; the last line of stdout is JSON: {"dataset", "split", "user
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import tensorflow as tf
 from tqdm import tqdm
 
@@ -30,36 +28,28 @@ from rec.config import Config, Features, add_config_arguments, load_config
 from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError, command_parser, run_command
 from rec.features import FIRST_ITEM, PAD
-from rec.pipeline import Corpus, Sequences, load_corpus
+from rec.pipeline import Corpus, load_corpus
 from rec.recommender import Recommender
 
 K = max(metrics.KS)
 BATCH = 256  # users a call
-Bundles = tuple[Path, Path | None]  # the directories of a retrieval and a ranking bundle
+Report = dict[str, Any]  # plain values, for JSON
 SHOWN = ("ndcg@10", "recall@10", "recall@100", "mrr", "coverage@10", "popularity@10")
 
 
-@dataclass(frozen=True)
 class Task:
     """Who is asked about, what was known of them, and what they did next. Columns are catalogue rows, from 0."""
 
-    corpus: Corpus
-    held: Sequences
-    history: Sequences
-    users: np.ndarray  # [U] user rows with held-out items
-    relevant: sp.csr_matrix  # [U, catalogue]
-    seen: sp.csr_matrix  # [U, catalogue]
-
-    @classmethod
-    def of(cls, corpus: Corpus, split: str) -> "Task":
+    def __init__(self, corpus: Corpus, split: str) -> None:
         """Raises UserError where the split is empty, or holds what is in a user's history."""
-        held, history = corpus.val if split == "val" else corpus.test, corpus.history(split)
-        users = np.flatnonzero(held.lengths).astype(np.int32)
-        if not len(users):
+        self.corpus, self.history = corpus, corpus.history(split)
+        self.held = corpus.val if split == "val" else corpus.test
+        self.users = np.flatnonzero(self.held.lengths).astype(np.int32)  # [U] user rows with held-out items
+        if not len(self.users):
             raise UserError(f"the {split} split holds no interactions: there is nothing to measure")
-        relevant, seen = (part.matrix(users, corpus.items.rows)[:, FIRST_ITEM:] for part in (held, history))
-        metrics.check_no_overlap(seen, relevant)
-        return cls(corpus, held, history, users, relevant, seen)
+        matrices = (part.matrix(self.users, corpus.items.rows) for part in (self.held, self.history))
+        self.relevant, self.seen = (matrix[:, FIRST_ITEM:] for matrix in matrices)  # [U, catalogue] each
+        metrics.check_no_overlap(self.seen, self.relevant)
 
     def segments(self) -> dict[str, np.ndarray]:
         """[U] bool masks: all users; those without a history, with one up to the median length, with a longer one."""
@@ -69,14 +59,14 @@ class Task:
         masks |= {"light": (lengths > 0) & (lengths <= median), "heavy": lengths > median}
         return {name: mask for name, mask in masks.items() if mask.any()}
 
-    def requests(self) -> Iterator[tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
-        """Batches of user_id [B], history [B, S] and request time [B], as a bundle takes them."""
+    def requests(self) -> Iterator[tuple[np.ndarray, tf.Tensor, tf.Tensor, tf.Tensor]]:
+        """Batches of user rows [B], and, as a bundle takes them, of user_id [B], history [B, S], request time [B]."""
         for begin in tqdm(range(0, len(self.users), BATCH), desc="evaluating", unit="batch", leave=False):
             users = self.users[begin : begin + BATCH]
             # The time of the first held-out interaction; without timestamps, any time does.
             times = np.zeros(len(users)) if self.held.times is None else self.held.times[self.held.offsets[users]]
             ids = self.corpus.users.ids[users - self.corpus.users.first]
-            yield tf.constant(ids.tolist()), self._ids(self.history.last(users)), tf.constant(times, tf.int64)
+            yield users, tf.constant(ids.tolist()), self._ids(self.history.last(users)), tf.constant(times, tf.int64)
 
     def _ids(self, rows: np.ndarray) -> tf.Tensor:
         """Item rows -> their ids, "" for PAD."""
@@ -85,27 +75,23 @@ class Task:
 
     def ranked(self, ask: Any) -> np.ndarray:
         """[U, K] catalogue rows that a bundle's function returns, -1 behind."""
-        parts = [ask(users, history, history, times)["item_id"].numpy() for users, history, times in self.requests()]
-        ids: Any = np.concatenate(parts).astype(bytes)[:, :K]
-        rows = self.corpus.items.encode(np.char.decode(ids, "utf-8").astype(object).ravel(), PAD)
-        rows = np.where(rows == PAD, -1, rows - FIRST_ITEM).reshape(ids.shape)
+        parts = [ask(ids, past, past, times)["item_id"].numpy() for _, ids, past, times in self.requests()]
+        items: Any = np.concatenate(parts).astype(bytes)[:, :K]
+        rows = self.corpus.items.encode(np.char.decode(items, "utf-8").astype(object).ravel(), PAD)
+        rows = np.where(rows == PAD, -1, rows - FIRST_ITEM).reshape(items.shape)
         return np.pad(rows, [(0, 0), (0, K - rows.shape[1])], constant_values=-1)
 
     def predicted_ratings(self, pair: Recommender) -> np.ndarray:
         """The ranking bundle's predictions of all held-out ratings, in the order of `held`."""
         parts = []
-        for begin, (users, history, times) in zip(range(0, len(self.users), BATCH), self.requests(), strict=True):
-            asked = self.users[begin : begin + BATCH]
-            rows = self.held.last(asked)
-            assert pair.module.ranking is not None
-            scores = pair.module.ranking.score_at(users, history, self._ids(rows), times)["score"]
+        for users, ids, past, times in self.requests():
+            rows = self.held.last(users)
+            scores = pair.module.ranking.score_at(ids, past, self._ids(rows), times)["score"]
             parts.append(scores.numpy()[rows != PAD])
         return np.concatenate(parts)
 
 
-def evaluate(
-    config: Config, split: str, with_baselines: bool = False, pair: Recommender | None = None
-) -> dict[str, Any]:
+def evaluate(config: Config, split: str, with_baselines: bool = False, pair: Recommender | None = None) -> Report:
     """The command's JSON document (see the module).
 
     Args:
@@ -114,15 +100,11 @@ def evaluate(
       pair: the bundles to measure; by default the latest of each stage, without ranking where there is none.
     """
     dataset = open_dataset(config.dataset)
-    corpus = load_corpus(dataset, Features({}, {}))
-    task = Task.of(corpus, split)
+    task = Task(load_corpus(dataset, Features({}, {})), split)
     pair = pair or load_latest(config)
-    trained_on = pair.metadata["retrieval"]["dataset"]
-    if trained_on != dataset.id:
-        raise UserError(
-            f"{config.output.savedmodels}/retrieval was trained on another data set than {config.dataset}: train on it "
-            "first, or name another output.savedmodels"
-        )
+    if pair.metadata["retrieval"]["dataset"] != dataset.id:
+        other = f"{config.output.savedmodels}/retrieval was trained on another data set than {config.dataset}"
+        raise UserError(f"{other}: train on it first, or name another output.savedmodels")
     ranked = _baselines(task, with_baselines)
     named = list(ranked)
     ranked["retrieval"] = task.ranked(pair.module.retrieval.retrieve_exactly)
@@ -131,19 +113,19 @@ def evaluate(
         ranked["recommender"] = task.ranked(pair.module.recommend_from)
     values = {name: metrics.per_user(rows, task.relevant) for name, rows in ranked.items()}
     best = max(named, key=lambda name: values[name]["ndcg@10"].mean())
-    report: dict[str, Any] = {"dataset": str(config.dataset), "split": split, "users": len(task.users)}
+    report: Report = {"dataset": str(config.dataset), "split": split, "users": len(task.users)}
     report["best_baseline"] = best
     report["systems"] = {name: _summary(task, rows, values[name], config.seed) for name, rows in ranked.items()}
-    for name, summary in report["systems"].items():
-        difference = metrics.paired_bootstrap(values[name]["ndcg@10"], values[best]["ndcg@10"], config.seed)
-        summary["ndcg@10_vs_best_baseline"] = difference
+    for name, of in values.items():
+        difference = metrics.paired_bootstrap(of["ndcg@10"], values[best]["ndcg@10"], config.seed)
+        report["systems"][name]["ndcg@10_vs_best_baseline"] = difference
     report["segments"] = {name: _where(values, mask, config.seed) for name, mask in task.segments().items()}
     if pair.predicts_ratings:
         report["ratings"] = _rating_errors(task, pair)
     return report
 
 
-def compare(config: Config, candidate: Bundles, current: Bundles | None = None) -> dict[str, Any]:
+def compare(config: Config, candidate: registry.Pair, current: registry.Pair | None = None) -> Report:
     """A pair beside the one in production, on the test data that belong to the candidate.
 
     Returns:
@@ -156,14 +138,15 @@ def compare(config: Config, candidate: Bundles, current: Bundles | None = None) 
     """
     pair = Recommender.load(*candidate)
     dataset = data_of(pair, config)
-    task = Task.of(load_corpus(dataset, Features({}, {})), "test")
+    task = Task(load_corpus(dataset, Features({}, {})), "test")
     retrieval = pair.module.retrieval
-    exact, found = (task.ranked(ask) for ask in (retrieval.retrieve_exactly, retrieval.retrieve))
-    of_index = metrics.summarise({"index_recall": _overlap(found, exact, task.relevant.shape[1])}, config.seed)
+    found, exact = (task.ranked(ask) for ask in (retrieval.retrieve, retrieval.retrieve_exactly))
+    shares = [np.isin(best[best >= 0], row).mean() for row, best in zip(found, exact, strict=True) if best[0] >= 0]
+    of_index = metrics.summarise({"index_recall": np.array(shares)}, config.seed)
     pairs = {"candidate": pair} | ({"production": Recommender.load(*current)} if current else {})
     by_ratings = all(each.predicts_ratings for each in pairs.values())
     values = {name: _quality(task, each, by_ratings) for name, each in pairs.items()}
-    report: dict[str, Any] = {"data": str(dataset.path), "users": len(task.users), **of_index}
+    report: Report = {"data": str(dataset.path), "users": len(task.users), **of_index}
     report["index_recall_target"] = pair.metadata["retrieval"]["config"]["index"]["recall_target"]
     report["metric"] = "squared error" if by_ratings else "ndcg@10"
     report |= {name: float(each.mean()) for name, each in values.items()}
@@ -190,32 +173,21 @@ def _quality(task: Task, pair: Recommender, by_ratings: bool) -> np.ndarray:
     if by_ratings:
         assert task.held.ratings is not None
         return (task.predicted_ratings(pair) - task.held.ratings) ** 2
-    ask = pair.module.retrieval.retrieve if pair.module.ranking is None else pair.module.recommend_from
-    return metrics.per_user(task.ranked(ask), task.relevant)["ndcg@10"]
+    return metrics.per_user(task.ranked(pair.module.recommend_from), task.relevant)["ndcg@10"]
 
 
-def _overlap(found: np.ndarray, exact: np.ndarray, items: int) -> np.ndarray:
-    """[U], the share of the item rows `exact` [U, K] (-1 behind) that are in `found`, of the users who have any."""
-    some = exact[:, 0] >= 0
-    users, places = np.nonzero(exact[some] >= 0)
-    wanted = sp.csr_matrix((np.ones(len(users)), (users, exact[some][users, places])), (some.sum(), items))
-    return metrics.per_user(found[some], wanted)[f"recall@{K}"]
-
-
-def _summary(task: Task, rows: np.ndarray, values: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
+def _summary(task: Task, rows: np.ndarray, values: dict[str, np.ndarray], seed: int) -> Report:
     """What the report says of one system."""
     popularity, top = task.corpus.popularity[FIRST_ITEM:], rows[:, :10]
     coverage = {f"coverage@{k}": metrics.coverage(rows, k, task.relevant.shape[1]) for k in metrics.KS}
     return metrics.summarise(values, seed) | coverage | {"popularity@10": float(popularity[top[top >= 0]].mean())}
 
 
-def _where(values: dict[str, dict[str, np.ndarray]], mask: np.ndarray, seed: int) -> dict[str, Any]:
+def _where(values: dict[str, dict[str, np.ndarray]], mask: np.ndarray, seed: int) -> Report:
     """Where quality is won or lost among the users of `mask` [U]: each system, the index, the ranker."""
     shown = ("ndcg@10", "recall@10", "recall@100")
-    part: dict[str, Any] = {"users": int(mask.sum())}
-    part["systems"] = {
-        name: {metric: float(of[metric][mask].mean()) for metric in shown} for name, of in values.items()
-    }
+    part: Report = {"users": int(mask.sum())}
+    part["systems"] = {name: {at: float(of[at][mask].mean()) for at in shown} for name, of in values.items()}
     ndcg = {name: of["ndcg@10"][mask] for name, of in values.items()}
     part["index_cost"] = metrics.paired_bootstrap(ndcg["retrieval"], ndcg["retrieval_ann"], seed)
     if "recommender" in ndcg:
@@ -230,10 +202,8 @@ def _rating_errors(task: Task, pair: Recommender) -> dict[str, dict[str, float]]
     """RMSE of the ranker and of rating baselines on the held-out ratings."""
     corpus, held, ratings = task.corpus, task.held, task.held.ratings
     assert ratings is not None
-    predicted = {
-        name: baseline.predict(held.users, held.items)
-        for name, baseline in baselines.rating_baselines(corpus.train, corpus.val, corpus.items.rows).items()
-    }
+    fitted = baselines.rating_baselines(corpus.train, corpus.val, corpus.items.rows)
+    predicted = {name: baseline.predict(held.users, held.items) for name, baseline in fitted.items()}
     predicted["recommender"] = task.predicted_ratings(pair)
     return {name: {"rmse": metrics.rmse(values, ratings)} for name, values in predicted.items()}
 
@@ -246,14 +216,12 @@ def _baselines(task: Task, all_of_them: bool) -> dict[str, np.ndarray]:
         popularity = baselines.Popularity()
         popularity.fit(train)
         return {"popularity": baselines.rank(popularity, task.seen, task.seen, K)}
-    val = Task.of(corpus, "val")
+    val = Task(corpus, "val")
     found = {}
-    for make, grid in baselines.GRIDS.items():
-        if make.needs_timestamps and not corpus.ordered:
-            continue
+    for make in baselines.GRIDS:
         try:
-            _, best = baselines.tune(make, grid, train, val.seen, val.relevant, timestamps=corpus.train.times)
-        except UserError as error:  # a catalogue too large for it
+            _, best = baselines.tune(make, train, val.seen, val.relevant, corpus.train.times)
+        except UserError as error:  # a catalogue too large for it, or no timestamps
             print(f"{make.name} is left out: {error}", file=sys.stderr)
             continue
         found[make.name] = baselines.rank(best, task.seen, task.seen, K)
@@ -265,7 +233,7 @@ def load_latest(config: Config) -> Recommender:
     return Recommender.load(*registry.find_pair(Path(config.output.savedmodels)))
 
 
-def show_systems(report: dict[str, Any]) -> None:
+def show_systems(report: Report) -> None:
     """Prints the systems as tables on stderr: all users, then where quality is won or lost."""
     say = partial(print, file=sys.stderr)
     say(f"\n{report['dataset']}, {report['split']}, {report['users']:,} users")
@@ -291,15 +259,12 @@ def show_recommendations(config: Config, users: int = 3, k: int = 5) -> None:
     """Prints, for the first users of the data set, the end of their history and what they are recommended."""
     pair = load_latest(config)
     ids = open_dataset(config.dataset).interactions("test")["user_id"].drop_duplicates().head(users).tolist()
+    titles = pair.items.get("title", pair.items.index.to_series())
     answer = pair.answer(ids, [None] * len(ids), [[]] * len(ids))
     for user, stored, rows, scores in zip(ids, pair.histories(ids), answer["rows"], answer["scores"], strict=True):
-        print(f"\nuser {user}, after {', '.join(_title(pair, item) for item in stored[-3:])}", file=sys.stderr)
+        print(f"\nuser {user}, after {', '.join(titles[stored[-3:]].astype(str))}", file=sys.stderr)
         for item, score in zip(pair.items.index[rows[:k]], scores[:k], strict=True):
-            print(f"  {score:8.3f}  {_title(pair, item)}", file=sys.stderr)
-
-
-def _title(pair: Recommender, item: str) -> str:
-    return str(pair.items.loc[item].get("title", item)) if item in pair.items.index else item
+            print(f"  {score:8.3f}  {titles[item]}", file=sys.stderr)
 
 
 def main() -> None:

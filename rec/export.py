@@ -49,18 +49,14 @@ def export_retrieval(trained: TrainedRetrieval, config: Config) -> Path:
     users = np.flatnonzero(corpus.train.lengths).astype(np.int32)
     users = np.random.default_rng(config.seed).permutation(users)[:TUNING_USERS]
     queries = model.query_compiled(users, history.last(users, model.config.window)).numpy()
-    index, report = build_index(
-        model.candidates().numpy(), queries, kind=wanted.kind, recall_target=wanted.recall_target, k=wanted.k,
-        seed=config.seed,
-    )  # fmt: skip
+    candidates, kind, k, target = model.candidates().numpy(), wanted.kind, wanted.k, wanted.recall_target
+    index, report = build_index(candidates, queries, kind=kind, recall_target=target, k=k, seed=config.seed)
     if "fallback" in report:
-        print(f"index: exact instead of {wanted.kind}: {report['fallback']}", file=sys.stderr)
+        print(f"index: exact instead of {kind}: {report['fallback']}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as assets:
-        module = RetrievalModule(model, index, Lookup(corpus, history, wanted.max_seen, Path(assets)), wanted.k)
-        return _save(
-            "retrieval", module, config, **_of_corpus(corpus), architecture=model.config.arch, run=trained.run,
-            **_of_training(trained.fitted), index=report, built_from={},
-        )  # fmt: skip
+        module = RetrievalModule(model, index, Lookup(corpus, history, wanted.max_seen, Path(assets)), k)
+        about = _about(corpus, model, trained.fitted, trained.run)
+        return _save("retrieval", module, config, **about, index=report, built_from={})
 
 
 def export_ranking(
@@ -72,10 +68,9 @@ def export_ranking(
     counts = Counts(corpus.train, corpus.items.rows)
     with tempfile.TemporaryDirectory() as assets:
         lookup = Lookup(corpus, corpus.history("test"), config.index.max_seen, Path(assets))
-        return _save(
-            "ranking", RankingModule(model, retrieval.model, counts, lookup), config, **_of_corpus(corpus),
-            architecture=model.config.arch, run=run, **_of_training(fitted), built_from=_identities(source),
-        )  # fmt: skip
+        module = RankingModule(model, retrieval.model, counts, lookup)
+        about = _about(corpus, model, fitted, run)
+        return _save("ranking", module, config, **about, built_from=_identities(source))
 
 
 def export_recommender(retrieval: Path, ranking: Path, config: Config) -> Path:
@@ -84,22 +79,18 @@ def export_recommender(retrieval: Path, ranking: Path, config: Config) -> Path:
     registry.check_pair(first, second, ranking)
     items, count = pd.read_parquet(retrieval / "items.parquet"), second["config"]["ranking"]["candidates"]
     module = RecommenderModule(load_bundle(retrieval), load_bundle(ranking), count, items["item_id"])
-    return _save(
-        "recommender", module, config, items=items, architecture="recommender",
-        metrics=second["metrics"], run_id=second["run_id"], built_from=_identities(first, second), index=first["index"],
-        dataset=first["dataset"], vocabulary=first["vocabulary"],
-    )  # fmt: skip
+    kept = {key: first[key] for key in ("index", "dataset", "vocabulary")}
+    kept |= {key: second[key] for key in ("metrics", "run_id")}
+    told = {"architecture": "recommender", "built_from": _identities(first, second)}
+    return _save("recommender", module, config, items, **kept, **told)
 
 
-def _of_corpus(corpus: Corpus) -> dict[str, Any]:
-    """What a bundle holds of its corpus: the items to show, and the identity of the rows that its weights belong to."""
+def _about(corpus: Corpus, model: Any, fitted: Fitted, run: dict[str, Any]) -> dict[str, Any]:
+    """What a bundle holds beside its model: the items to show, whose rows its weights are for, how it was trained."""
     items = corpus.item_table.assign(popularity=corpus.popularity[corpus.items.first :])
-    return {"items": items, "dataset": corpus.dataset_id, "vocabulary": corpus.items.digest()}
-
-
-def _of_training(fitted: Fitted) -> dict[str, Any]:
-    """What a bundle holds of the run that trained it."""
-    return {"metrics": fitted.metrics, "run_id": fitted.run_id, "history": fitted.history}
+    data = {"items": items, "dataset": corpus.dataset_id, "vocabulary": corpus.items.digest()}
+    told = {"metrics": fitted.metrics, "run_id": fitted.run_id, "history": fitted.history}
+    return {**data, "architecture": model.config.arch, "run": run, **told}
 
 
 def _identities(*sources: dict[str, Any]) -> dict[str, Any]:
@@ -110,7 +101,7 @@ def _identities(*sources: dict[str, Any]) -> dict[str, Any]:
 def _save(stage: str, module: Any, config: Config, items: pd.DataFrame, **metadata: Any) -> Path:
     """Writes a bundle and publishes it; returns its directory. `metadata` is what differs from stage to stage."""
     stage_dir = Path(config.output.savedmodels) / stage
-    signatures = module.signatures()
+    signatures = {name: getattr(module, name).get_concrete_function() for name in module.SIGNATURES}
     # Without ScaNN the empty list makes TensorFlow prove that the bundle needs no custom operation.
     has_scann = metadata.get("index", {}).get("kind") == "scann"
     options = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"] if has_scann else [])
@@ -180,9 +171,8 @@ def bundle_of(config: Config, run: dict[str, Any]) -> Path:
     for version in reversed(registry.versions(stage_dir)):
         if registry.read_metadata(stage_dir / str(version)).get("run") == run:
             return stage_dir / str(version)
-    raise UserError(
-        f"{stage_dir} holds no bundle of the trained retrieval model: run python -m rec.export --stage retrieval first"
-    )
+    hint = "run python -m rec.export --stage retrieval first"
+    raise UserError(f"{stage_dir} holds no bundle of the trained retrieval model: {hint}")
 
 
 if __name__ == "__main__":

@@ -58,11 +58,9 @@ def per_user(ranked: np.ndarray, relevant: csr_matrix, ks: Sequence[int] = KS) -
     for start in range(0, max(users, 1), USERS_A_SLICE):
         part = slice(start, start + USERS_A_SLICE)
         hits, counts = _hits(ranked[part], relevant[part], start), held_out[part]
-        parts.append(
-            {f"recall@{k}": hits[:, :k].sum(axis=1) / counts for k in ks}
-            | {f"ndcg@{k}": hits[:, :k] @ discounts[:k] / ideal[np.minimum(k, counts) - 1] for k in ks}
-            | {"mrr": np.where(hits.any(axis=1), 1 / (hits.argmax(axis=1) + 1), 0.0)}
-        )
+        recall = {f"recall@{k}": hits[:, :k].sum(axis=1) / counts for k in ks}
+        ndcg = {f"ndcg@{k}": hits[:, :k] @ discounts[:k] / ideal[np.minimum(k, counts) - 1] for k in ks}
+        parts.append({**recall, **ndcg, "mrr": np.where(hits.any(axis=1), 1 / (hits.argmax(axis=1) + 1), 0.0)})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -105,9 +103,8 @@ def summarise(values: dict[str, np.ndarray], seed: int = 0, resamples: int = 100
     Plain floats, ready for JSON. Raises ValueError where there are no users.
     """
     means, intervals = _bootstrap(np.stack(list(values.values()), axis=1), seed, resamples)
-    return dict(zip(values, means, strict=True)) | {
-        f"{name}_ci": ci for name, ci in zip(values, intervals, strict=True)
-    }
+    named = [f"{name}_ci" for name in values]
+    return dict(zip([*values, *named], [*means, *intervals], strict=True))
 
 
 def paired_bootstrap(a: np.ndarray, b: np.ndarray, seed: int = 0, resamples: int = 1000) -> dict:
@@ -136,7 +133,6 @@ def check_no_overlap(seen: csr_matrix, relevant: csr_matrix) -> None:
     """Raises UserError where a user's history [U, N] already holds one of its held-out items [U, N]."""
     overlap = binary(seen).multiply(binary(relevant)).tocoo()
     if overlap.nnz:
-        raise UserError(
-            f"history and ground truth overlap in {overlap.nnz} user-item pairs, the first at user row "
-            f"{overlap.row[0]} and item row {overlap.col[0]}: remove from the later split what an earlier holds"
-        )
+        first = f"the first at user row {overlap.row[0]} and item row {overlap.col[0]}"
+        hint = "remove from the later split what an earlier holds"
+        raise UserError(f"history and ground truth overlap in {overlap.nnz} user-item pairs, {first}: {hint}")

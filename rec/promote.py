@@ -29,9 +29,10 @@ from typing import Any
 
 from rec.config import Config, add_config_arguments, load_config
 from rec.errors import UserError, command_parser, run_command
-from rec.registry import STAGES, LocalStore, Store, Versions, WandbStore, bundles, pick, together
+from rec.registry import STAGES, Entry, LocalStore, Store, Versions, WandbStore, bundles, pick, together
 
 GUARDED = "production"  # the alias before which the gate stands
+PASSED: dict[str, Any] = {"passed": True, "reasons": []}  # where nothing had to be measured
 
 
 def choose(store: Store, stage: str, version: str | None, run_id: str | None, metric: str | None) -> tuple[int, str]:
@@ -52,8 +53,8 @@ def choose(store: Store, stage: str, version: str | None, run_id: str | None, me
         return of_run[-1], f"run {run_id}"
     assert metric is not None
     dataset = found[max(found)]["dataset"]  # metrics of another data set cannot be compared
-    values = {n: of["metrics"].get(metric) for n, of in found.items() if of["dataset"] == dataset}
-    values = {number: value for number, value in values.items() if value is not None}
+    alike = {number: of["metrics"] for number, of in found.items() if of["dataset"] == dataset}
+    values = {number: metrics[metric] for number, metrics in alike.items() if metric in metrics}
     if not values:
         raise UserError(f"{where} has no version with the metric {metric!r}; the latest has "
                         + ", ".join(found[max(found)]["metrics"]))  # fmt: skip
@@ -61,25 +62,13 @@ def choose(store: Store, stage: str, version: str | None, run_id: str | None, me
     return best, f"{metric} {values[best]:.4f}, the best of {len(values)} versions"
 
 
-def unmatched(store: Store, to: Versions) -> str | None:
-    """What is wrong with the pair, if it is one."""
-    if "ranking" not in to:
-        return None
-    expected = store.metadata("ranking")[to["ranking"]]["built_from"]["retrieval"]
-    found = store.metadata("retrieval").get(to.get("retrieval", 0), {}).get("id")
-    if found == expected["id"]:
-        return None
-    return (
-        f"ranking {to['ranking']} was trained for retrieval {expected['version']}, which would not be beside it: "
-        "promote --stage recommender, which moves both"
-    )
-
-
 def gate(store: Store, config: Config, to: Versions, current: Versions) -> dict[str, Any]:
     """Whether `to` may take the place of `current`: {"passed", "reasons", and what was measured}."""
-    mismatch = unmatched(store, to)
-    if mismatch is not None:
-        return {"passed": False, "reasons": [mismatch]}
+    if (ranking := to.get("ranking")) is not None:
+        expected = store.metadata("ranking")[ranking]["built_from"]["retrieval"]
+        if store.metadata("retrieval").get(to.get("retrieval", 0), {}).get("id") != expected["id"]:
+            odd = f"ranking {ranking} was trained for retrieval {expected['version']}, which would not be beside it"
+            return {"passed": False, "reasons": [f"{odd}: promote --stage recommender, which moves both"]}
     from rec.evaluate import compare  # TensorFlow: not before it is needed
 
     try:
@@ -95,37 +84,34 @@ def gate(store: Store, config: Config, to: Versions, current: Versions) -> dict[
         )
     (low, high), target = measured["index_recall_ci"], measured["index_recall_target"]
     if high < target:
-        reasons.append(
-            f"its index finds {measured['index_recall']:.1%} of what exact search finds, 95 % {low:.1%} to {high:.1%}; "
-            f"its target is {target:.1%}"
-        )
+        found = f"{measured['index_recall']:.1%} of what exact search finds, 95 % {low:.1%} to {high:.1%}"
+        reasons.append(f"its index finds {found}; its target is {target:.1%}")
     return {"passed": not reasons, "reasons": reasons, **measured}
 
 
 def promote(
     store: Store, config: Config, stage: str, version: int, why: str, alias: str = GUARDED, force: bool = False
-) -> dict[str, Any]:
+) -> Entry:
     """Moves the alias, where the gate lets it; returns the entry of the history, and the command's JSON.
 
     Raises:
       UserError: a bundle is damaged, or the candidate cannot be measured.
     """
     with store.writing():
-        current = {name: store.aliases(name)[alias] for name in STAGES if alias in store.aliases(name)}
+        current = store.named(alias)
         to = together(store, stage, version, current)
         if to == current:
-            return _entry("unchanged", alias, current, to, why, {"passed": True, "reasons": []})
+            return _entry("unchanged", alias, current, to, why, PASSED)
         for name, number in to.items():
             store.directory(name, number)
-        passed = {"passed": True, "reasons": []}
-        verdict = gate(store, config, to, current) if alias == GUARDED else passed
+        verdict = gate(store, config, to, current) if alias == GUARDED else PASSED
         action = "promoted" if verdict["passed"] else "forced" if force else "refused"
         entry = _entry(action, alias, current, to, why, verdict)
         store.move(alias, current if action == "refused" else to, entry)
     return entry
 
 
-def roll_back(store: Store, why: str, alias: str = GUARDED) -> dict[str, Any]:
+def roll_back(store: Store, why: str, alias: str = GUARDED) -> Entry:
     """Gives the alias back to the versions that had it before the last move that stands; returns the entry.
 
     Raises:
@@ -140,24 +126,21 @@ def roll_back(store: Store, why: str, alias: str = GUARDED) -> dict[str, Any]:
                 stack.append(entry["from"])
         if not stack or not stack[-1]:
             raise UserError(f"{alias}: there are no versions before these to go back to")
-        current = {name: store.aliases(name)[alias] for name in STAGES if alias in store.aliases(name)}
         for name, number in stack[-1].items():
             store.directory(name, number)
-        entry = _entry("rolled back", alias, current, stack[-1], why, {"passed": True, "reasons": []})
+        entry = _entry("rolled back", alias, store.named(alias), stack[-1], why, PASSED)
         store.move(alias, stack[-1], entry)
     return entry
 
 
-def _entry(
-    action: str, alias: str, current: Versions, to: Versions, why: str, verdict: dict[str, Any]
-) -> dict[str, Any]:
+def _entry(action: str, alias: str, current: Versions, to: Versions, why: str, verdict: dict[str, Any]) -> Entry:
     who = f"{getpass.getuser()}@{socket.gethostname()}"
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
     return {"alias": alias, "from": current, "to": to, "action": action, "gate": verdict, "why": why, "who": who,
             "time": time}  # fmt: skip
 
 
-def show_history(entries: list[dict[str, Any]]) -> None:
+def show_history(entries: list[Entry]) -> None:
     """Prints a line a move on stderr, and what the gate had against it."""
 
     def named(versions: Versions) -> str:
@@ -193,15 +176,13 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     config = load_config(args.config, args.overrides)
-    store: Store
     stage = args.stage
+    store: Store = LocalStore(Path(config.output.savedmodels))
     if args.artifact_name:
         project, _, name = args.artifact_name.rpartition("/")
         stage, store = name.removesuffix("_bundle"), WandbStore(project)
         if stage not in STAGES:
             raise UserError(f"--artifact-name {name}: it is {', '.join(f'{each}_bundle' for each in STAGES)}")
-    else:
-        store = LocalStore(Path(config.output.savedmodels))
     if args.history:
         entries = store.history()
         show_history(entries)
@@ -223,9 +204,8 @@ def main() -> None:
     show_history([entry])
     print(json.dumps(entry), flush=True)
     if entry["action"] == "refused":
-        raise UserError(
-            "the gate refuses it (--force promotes it all the same): " + "; ".join(entry["gate"]["reasons"])
-        )
+        reasons = "; ".join(entry["gate"]["reasons"])
+        raise UserError(f"the gate refuses it (--force promotes it all the same): {reasons}")
 
 
 if __name__ == "__main__":

@@ -29,10 +29,26 @@ ROWS = tf.TensorSpec([None], tf.int32)
 LOWEST = float(np.finfo(np.float32).min)  # the bundles' score of an empty place
 
 
-class RecommenderModule(tf.Module):
+class AnswersUsers(tf.Module):
+    """What retrieval and recommender bundles have in common; a subclass has `_asked`, for requests of both kinds."""
+
+    SIGNATURES: tuple[str, ...] = ("serving_default", "from_history")
+
+    @tf.function(input_signature=[IDS])
+    def serving_default(self, user_id: tf.Tensor) -> Tensors:
+        """A known user's recommendations, from the history that the bundle stores."""
+        return self._asked(user_id, tf.fill([tf.size(user_id), 0], ""), tf.zeros_like(user_id, tf.bool))
+
+    @tf.function(input_signature=[IDS, LISTS])
+    def from_history(self, user_id: tf.Tensor, history: tf.Tensor) -> Tensors:
+        """Recommendations from the caller's history; what the bundle stores of a known user is still left out."""
+        return self._asked(user_id, history, tf.ones_like(user_id, tf.bool))
+
+
+class RecommenderModule(AnswersUsers):
     """Two loaded bundles as one model. `ranking` may be None: then retrieval's order is the answer."""
 
-    def __init__(self, retrieval: Any, ranking: Any | None, candidates: int | None, items: Iterable[str]) -> None:
+    def __init__(self, retrieval: Any, ranking: Any, candidates: int | None, items: Iterable[str]) -> None:
         """`candidates`: how many of the retrieved items are ranked, and returned by the signatures; None: all.
 
         `items`: the ids of items.parquet, in its order.
@@ -41,16 +57,6 @@ class RecommenderModule(tf.Module):
         self.retrieval, self.ranking, self._candidates = retrieval, ranking, candidates
         if ranking is not None:  # the ranking bundle's rows; the first is of an empty place, -1
             self._rows = tf.Variable(ranking.rows(tf.constant(["", *items])), trainable=False, name="rows")
-
-    @tf.function(input_signature=[IDS])
-    def serving_default(self, user_id: tf.Tensor) -> Tensors:
-        """A known user's recommendations."""
-        return self._asked(user_id, tf.fill([tf.size(user_id), 0], ""), tf.zeros_like(user_id, tf.bool))
-
-    @tf.function(input_signature=[IDS, LISTS])
-    def from_history(self, user_id: tf.Tensor, history: tf.Tensor) -> Tensors:
-        """Recommendations from the caller's history."""
-        return self._asked(user_id, history, tf.ones_like(user_id, tf.bool))
 
     @tf.function(input_signature=[IDS, LISTS, LISTS, TIMES])
     def recommend_from(self, user_id: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor) -> Tensors:
@@ -106,11 +112,8 @@ class RecommenderModule(tf.Module):
         items = tf.gather(found["item_id"], ordered["ranks"][:, :n] - 1, batch_dims=1)
         return {"item_id": items, "score": ordered["scores"][:, :n]}
 
-    def signatures(self) -> dict[str, Any]:
-        return {name: getattr(self, name).get_concrete_function() for name in ("serving_default", "from_history")}
 
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Recommender:
     """A loaded pair, with what a server needs to know of it."""
 
@@ -133,13 +136,10 @@ class Recommender:
             metadata["ranking"] = verify(Path(ranking), "ranking")
             if not allow_mismatch:
                 check_pair(metadata["retrieval"], metadata["ranking"], ranking)
-        loaded = {"retrieval": load_bundle(retrieval), "ranking": None if ranking is None else load_bundle(ranking)}
-        for stage, path, needed in (("retrieval", retrieval, "answer"), ("ranking", ranking, "rank")):
-            if loaded[stage] is not None and not hasattr(loaded[stage], needed):
-                raise UserError(f"{path} is from an older version of rec: export the bundle again")
+        first, second = load_bundle(retrieval, "answer"), ranking and load_bundle(ranking, "rank")
         count = metadata["ranking"]["config"]["ranking"]["candidates"] if ranking is not None else None
         items, users = read_catalogue(retrieval)
-        return cls(RecommenderModule(**loaded, candidates=count, items=items.index), items, users, metadata)
+        return cls(RecommenderModule(first, second, count, items.index), items, users, metadata)
 
     @cached_property
     def _answer(self) -> Any:
@@ -150,9 +150,6 @@ class Recommender:
     def predicts_ratings(self) -> bool:
         """Whether the ranking bundle's scores are ratings."""
         return "ranking" in self.metadata and self.metadata["ranking"]["config"]["ranking"]["objective"] == "rating"
-
-    def versions(self) -> dict[str, int]:
-        return {stage: metadata["version"] for stage, metadata in self.metadata.items()}
 
     def answer(
         self, user_ids: Sequence[str], histories: Sequence[list[str] | None], excluded: Sequence[list[str]]
@@ -204,18 +201,21 @@ class Recommender:
             release()
 
 
-def load_bundle(path: Path) -> Any:
+def load_bundle(path: Path, needed: str = "serving_default") -> Any:
     """tf.saved_model.load with ScaNN's operations registered.
 
     Raises:
-      UserError: the directory does not hold a SavedModel that can be read.
+      UserError: the directory does not hold a SavedModel that can be read, or one without the function `needed`.
     """
     import scann.scann_ops.py.scann_ops  # noqa: F401  (registers the operations that a ScaNN bundle is made of)
 
     try:
-        return tf.saved_model.load(str(path))
+        module = tf.saved_model.load(str(path))
     except (OSError, ValueError, tf.errors.OpError) as error:
         raise UserError(f"{path}: the SavedModel cannot be loaded: {str(error).splitlines()[0]}") from error
+    if not hasattr(module, needed):
+        raise UserError(f"{path} is from an older version of rec: export the bundle again")
+    return module
 
 
 def pad_lists(lists: Sequence[list[str]]) -> tf.Tensor:

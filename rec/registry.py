@@ -20,10 +20,10 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 
@@ -31,14 +31,15 @@ from rec.errors import UserError
 
 STAGES = ("retrieval", "ranking", "recommender")
 KNOWN_USERS = 1000  # user ids that a bundle tells, of all that it knows
-LABELS = {"stable": "production", "canary": "canary"}  # TF Serving's labels and the aliases that they show
 IN_TF_SERVING = "/models"  # where its images find SAVEDMODELS
 KEPT_STATES = 20  # of the aliases: somebody may just be reading an older one
 PROJECT = "rec"  # of W&B, where WANDB_PROJECT names no other
 CACHE = Path("~/.cache/rec/bundles")  # downloaded artifacts, by digest
 
 Metadata = dict[str, Any]  # a bundle's metadata.json
+Entry = dict[str, Any]  # of the history
 Versions = dict[str, int]  # of a bundle of each stage, where there is one
+Pair = tuple[Path, Path | None]  # the directories of a retrieval and a ranking bundle
 
 
 def versions(stage_dir: Path) -> list[int]:
@@ -70,7 +71,7 @@ def retrieval_of(ranking: Path) -> Path:
     return resolve(ranking.absolute().parent.parent / "retrieval", version)
 
 
-def find_pair(savedmodels: Path, alias: str = "latest") -> tuple[Path, Path | None]:
+def find_pair(savedmodels: Path, alias: str = "latest") -> Pair:
     """The retrieval and the ranking bundle that an alias names; the retrieval bundle alone where there is no other.
 
     `latest` is the latest ranking bundle and the retrieval bundle that it belongs to.
@@ -133,10 +134,8 @@ def check_pair(retrieval: Metadata, ranking: Metadata, where: Path | str) -> Non
     """Raises UserError if the ranking bundle was not trained for this retrieval bundle."""
     expected = ranking["built_from"]["retrieval"]
     if expected != {"version": retrieval["version"], "id": retrieval["id"]}:
-        raise UserError(
-            f"{where} was trained for retrieval version {expected['version']}, not for version "
-            f"{retrieval['version']}: name a matching pair, or pass --allow-mismatch"
-        )
+        trained = f"was trained for retrieval version {expected['version']}, not for version {retrieval['version']}"
+        raise UserError(f"{where} {trained}: name a matching pair, or pass --allow-mismatch")
 
 
 def read_catalogue(retrieval: Path) -> tuple[pd.DataFrame, list[str]]:
@@ -162,7 +161,7 @@ def draft(stage_dir: Path) -> Iterator[Path]:
     """
     stage_dir.mkdir(parents=True, exist_ok=True)
     for stale in stage_dir.glob("draft-*"):
-        if not _is_running(stale):
+        if not Path("/proc", stale.name.split("-")[1]).exists():  # its process has ended
             shutil.rmtree(stale, ignore_errors=True)
     directory = stage_dir / f"draft-{os.getpid()}-{uuid.uuid4().hex}"
     directory.mkdir()  # not by tempfile, which makes it private: TF Serving may run as another user
@@ -177,9 +176,8 @@ def publish(directory: Path, stage_dir: Path, metadata: Metadata) -> int:
 
     Adds to the metadata: version, the sha256 of every file, an id (a hash of those), and a checksum of the metadata.
     """
-    files = {
-        str(path.relative_to(directory)): file_digest(path) for path in sorted(directory.rglob("*")) if path.is_file()
-    }
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    files = {str(path.relative_to(directory)): file_digest(path) for path in paths}
     identity = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
     version = max(versions(stage_dir), default=0) + 1
     while True:
@@ -195,14 +193,6 @@ def publish(directory: Path, stage_dir: Path, metadata: Metadata) -> int:
             version += 1
 
 
-def _is_running(draft: Path) -> bool:
-    try:
-        os.kill(int(draft.name.split("-")[1]), 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)  # it runs, as another user
-    return True
-
-
 def file_digest(path: Path) -> str:
     """The sha256 of a file's bytes."""
     with open(path, "rb") as stream:  # a server reads this module, so it may not ask data_prep to do it
@@ -213,59 +203,14 @@ def file_digest(path: Path) -> str:
 # Who is called what
 
 
-class Store(Protocol):
-    """Where bundles and their aliases are kept."""
-
-    def metadata(self, stage: str) -> dict[int, Metadata]:
-        """What the versions of a stage say of themselves, by version, ascending."""
-
-    def aliases(self, stage: str) -> dict[str, int]: ...
-
-    def directory(self, stage: str, version: int) -> Path:
-        """A version's files, verified. Raises UserError if one is missing or has changed."""
-
-    def writing(self) -> AbstractContextManager[None]:
-        """Holds off other writers, where the place allows it."""
-
-    def move(self, alias: str, to: Versions, entry: dict[str, Any]) -> None:
-        """Gives the alias to just these versions, takes it from all others, and adds the entry to the history."""
-
-    def history(self) -> list[dict[str, Any]]:
-        """All entries, the oldest first."""
-
-
-def same(store: Store, stage: str, wanted: dict[str, Any]) -> int | None:
-    """The version with the id of `wanted`, a {"version", "id"}: at W&B it has another number; None if it is gone."""
-    found = [number for number, metadata in store.metadata(stage).items() if metadata["id"] == wanted["id"]]
-    return wanted["version"] if wanted["version"] in found else max(found, default=None)
-
-
-def together(store: Store, stage: str, version: int, current: Versions) -> Versions:
-    """The versions that have the alias once `version` of `stage` has it, which `current` have now."""
-    if stage != "recommender":
-        return {name: number for name, number in current.items() if name != "recommender"} | {stage: version}
-    to = {}
-    for part, wanted in store.metadata(stage)[version]["built_from"].items():
-        found = same(store, part, wanted)
-        if found is None:
-            raise UserError(f"recommender {version} was built from {part} {wanted['version']}, which is gone")
-        to[part] = found
-    return {**to, stage: version}
-
-
-def bundles(store: Store, of: Versions) -> tuple[Path, Path | None]:
-    """The directories of a retrieval and a ranking version, verified."""
-    ranking = store.directory("ranking", of["ranking"]) if "ranking" in of else None
-    return store.directory("retrieval", of["retrieval"]), ranking
-
-
 class LocalStore:
-    """A directory SAVEDMODELS."""
+    """A directory SAVEDMODELS. What is described here is what `WandbStore` does too."""
 
     def __init__(self, savedmodels: Path) -> None:
         self._root, self._states = savedmodels, savedmodels / ".promotions"
 
     def metadata(self, stage: str) -> dict[int, Metadata]:
+        """What the versions of a stage say of themselves, by version, ascending."""
         stage_dir = self._root / stage
         return {version: read_metadata(stage_dir / str(version), stage) for version in versions(stage_dir)}
 
@@ -277,6 +222,7 @@ class LocalStore:
         return {stage: named[alias] for stage, named in self._all_aliases().items() if alias in named}
 
     def directory(self, stage: str, version: int) -> Path:
+        """A version's files, verified. Raises UserError if one is missing or has changed."""
         path = self._root / stage / str(version)
         verify(path, stage)
         return path
@@ -293,7 +239,8 @@ class LocalStore:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def move(self, alias: str, to: Versions, entry: dict[str, Any]) -> None:
+    def move(self, alias: str, to: Versions, entry: Entry) -> None:
+        """Gives the alias to just these versions, takes it from all others, and adds the entry to the history."""
         aliases, history = self._all_aliases(), self.history()
         links = {self._root / stage / "aliases.json": f"../.promotions/current/{stage}.json" for stage in STAGES}
         links |= {self._root / name: f".promotions/current/{name}" for name in ("history.jsonl", "models.config")}
@@ -308,7 +255,8 @@ class LocalStore:
                 named[alias] = to[stage]
         self._become(aliases, [*history, entry])
 
-    def history(self) -> list[dict[str, Any]]:
+    def history(self) -> list[Entry]:
+        """All entries, the oldest first."""
         path = self._root / "history.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -348,10 +296,10 @@ def _models_config(aliases: dict[str, dict[str, int]]) -> str:
     """TF Serving's ModelServerConfig as text: of each stage the versions with a label, and their labels."""
     blocks = []
     for stage, named in aliases.items():
-        stable = named.get(LABELS["stable"], named.get(LABELS["canary"]))
+        stable = named.get("production", named.get("canary"))
         if stable is None:
             continue
-        labels = {"stable": stable, "canary": named.get(LABELS["canary"], stable)}
+        labels = {"stable": stable, "canary": named.get("canary", stable)}
         chosen = " ".join(f"versions: {version}" for version in sorted(set(labels.values())))
         told = "\n".join(f'    version_labels {{ key: "{label}" value: {n} }}' for label, n in labels.items())
         blocks.append(
@@ -378,6 +326,9 @@ class WandbStore:
     def aliases(self, stage: str) -> dict[str, int]:
         return {alias: version for version, found in self._artifacts(stage).items() for alias in found.aliases}
 
+    def named(self, alias: str) -> Versions:
+        return {stage: named[alias] for stage in STAGES if alias in (named := self.aliases(stage))}
+
     def directory(self, stage: str, version: int) -> Path:
         artifact = self._artifacts(stage)[version]
         place = CACHE.expanduser() / artifact.digest
@@ -393,10 +344,9 @@ class WandbStore:
                 os.rename(beside, place)
         return place
 
-    def writing(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    writing = nullcontext  # nothing holds off other writers here
 
-    def move(self, alias: str, to: Versions, entry: dict[str, Any]) -> None:
+    def move(self, alias: str, to: Versions, entry: Entry) -> None:
         artifacts = {stage: self._artifacts(stage) for stage in STAGES}
         with self._asking(self._project):
             stage, version = max(entry["to"].items(), key=lambda each: STAGES.index(each[0]))
@@ -405,14 +355,12 @@ class WandbStore:
             told.save()
             for stage, found in artifacts.items():
                 for version, artifact in found.items():
-                    if to.get(stage) == version and alias not in artifact.aliases:
-                        artifact.aliases.append(alias)
-                        artifact.save()
-                    elif to.get(stage) != version and alias in artifact.aliases:
-                        artifact.aliases.remove(alias)
+                    is_named, has_alias = to.get(stage) == version, alias in artifact.aliases
+                    if is_named != has_alias:
+                        (artifact.aliases.append if is_named else artifact.aliases.remove)(alias)
                         artifact.save()
 
-    def history(self) -> list[dict[str, Any]]:
+    def history(self) -> list[Entry]:
         told = [each.get("promotions", []) for stage in STAGES for each in self.metadata(stage).values()]
         return sorted(sum(told, []), key=lambda entry: entry["time"])
 
@@ -450,3 +398,33 @@ class WandbStore:
             raise
         except Exception as error:  # its client raises its own errors, those of requests, and ValueError
             raise UserError(f"W&B, {what}: {' '.join(str(error).split())}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Versions that belong together
+
+Store = LocalStore | WandbStore
+
+
+def built_from(store: Store, stage: str, version: int) -> Versions:
+    """The versions that a version was built from, by W&B's numbers there. Raises UserError if one is gone."""
+    found = {}
+    for part, wanted in store.metadata(stage)[version]["built_from"].items():
+        same = [number for number, metadata in store.metadata(part).items() if metadata["id"] == wanted["id"]]
+        if not same:
+            raise UserError(f"{stage} {version} was built from {part} {wanted['version']}, which is gone")
+        found[part] = wanted["version"] if wanted["version"] in same else max(same)
+    return found
+
+
+def together(store: Store, stage: str, version: int, current: Versions) -> Versions:
+    """The versions that have the alias once `version` of `stage` has it, which `current` have now."""
+    if stage == "recommender":
+        return built_from(store, stage, version) | {stage: version}
+    return {name: number for name, number in current.items() if name != "recommender"} | {stage: version}
+
+
+def bundles(store: Store, of: Versions) -> Pair:
+    """The directories of a retrieval and a ranking version, verified."""
+    ranking = store.directory("ranking", of["ranking"]) if "ranking" in of else None
+    return store.directory("retrieval", of["retrieval"]), ranking

@@ -37,23 +37,19 @@ from rec.errors import UserError, command_parser, run_command
 from rec.serving.answer import Backend
 from rec.serving.app import create_app
 from rec.serving.gate import Tokens
-from rec.serving.service import Pair, Service
+from rec.serving.service import Service
 
 STARTUP_FAILURE = 3  # uvicorn's exit code of a worker that need not be started again
 
 
-def find_pair(args: argparse.Namespace) -> tuple[Path, Path | None]:
+def find_pair(args: argparse.Namespace) -> registry.Pair:
     """The bundles that the command line means now; a ranking bundle brings the retrieval bundle it was trained for."""
     retrieval, ranking = _named(args.retrieval_bundle), _named(args.ranking_bundle)
     if args.ranking_wandb:
         store, version = registry.WandbStore.find(args.ranking_wandb, "ranking")
         ranking = store.directory("ranking", version)
         if not args.retrieval_wandb and retrieval is None:
-            wanted = registry.read_metadata(ranking, "ranking")["built_from"]["retrieval"]
-            paired = registry.same(store, "retrieval", wanted)
-            if paired is None:
-                raise UserError(f"{args.ranking_wandb}: its retrieval bundle is not at W&B: name --retrieval-bundle")
-            retrieval = store.directory("retrieval", paired)
+            retrieval = store.directory("retrieval", registry.built_from(store, "ranking", version)["retrieval"])
     if args.retrieval_wandb:
         store, version = registry.WandbStore.find(args.retrieval_wandb, "retrieval")
         retrieval = store.directory("retrieval", version)
@@ -106,7 +102,7 @@ def parse() -> argparse.Namespace:
 def build(args: argparse.Namespace) -> tuple[Service, ASGIApp]:
     """The service, without models yet, and the application in front of it."""
 
-    def load(pair: Pair) -> Backend:
+    def load(pair: registry.Pair) -> Backend:
         print(f"loading {' and '.join(str(path) for path in pair if path)}", file=sys.stderr)
         if args.tf_serving:
             from rec.serving.tf_serving import connect
@@ -166,7 +162,7 @@ def main() -> None:
     def loaded(loading: Future[None]) -> None:
         server.should_exit = loading.exception() is not None
         if not server.should_exit:
-            names = " and ".join(f"{stage} version {n}" for stage, n in service.ready.backend.versions().items())
+            names = " and ".join(f"{stage} version {n}" for stage, n in service.ready.versions.items())
             print(f"serving {names}\nready", file=sys.stderr)
 
     with ThreadPoolExecutor(1) as pool:

@@ -11,7 +11,7 @@ asked and nothing imported. W&B's failures never stop training: they are warned 
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,7 @@ class Tracker:
         if not self._config.use_wandb:
             return
         if not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") != "offline":
-            message = "use_wandb is set, but neither WANDB_API_KEY nor WANDB_MODE=offline: not tracking"
-            print(f"warning: {message}", file=sys.stderr)
+            print("warning: use_wandb without tracking: neither WANDB_API_KEY nor WANDB_MODE=offline", file=sys.stderr)
             return
         with self._forgiving():
             import wandb
@@ -84,7 +83,7 @@ class Tracker:
                 if not self._run.offline:
                     logged.wait(timeout=PATIENCE)  # nothing else tells of an upload that failed
 
-    def finish(self) -> None:
+    def close(self) -> None:
         if self._events is not None:
             self._events.close()
         with self._forgiving():
@@ -100,11 +99,6 @@ class Tracker:
             self._run = None
 
 
-@contextmanager
-def track(config: Config, stage: str) -> Iterator[Tracker]:
+def track(config: Config, stage: str) -> closing[Tracker]:
     """A tracker for one stage's training, finished when the block ends."""
-    tracker = Tracker(config, stage)
-    try:
-        yield tracker
-    finally:
-        tracker.finish()
+    return closing(Tracker(config, stage))

@@ -161,17 +161,19 @@ def test_rank_is_the_same_in_slices_of_users(monkeypatch: pytest.MonkeyPatch) ->
     np.testing.assert_array_equal(rank(baseline, train, train, k=5), whole)
 
 
-def test_tune_takes_the_best_on_validation_and_returns_it_fitted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_takes_the_best_on_validation_and_returns_it_fitted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     train = csr([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]])
     times = np.array([0, 0, 0, 1, 90]) * SECONDS_A_DAY
     history, relevant = csr([[0, 0, 0, 0]]), csr([[0, 0, 0, 1]])  # the last item is the only recent one
-    grid = [{"days": days} for days in (1000, 5, 7)]
-    value, best = tune(RecentPopularity, grid, train, history, relevant, metric="ndcg@2", timestamps=times)
+    monkeypatch.setitem(GRIDS, RecentPopularity, [{"days": days} for days in (1000, 5, 7)])
+    value, best = tune(RecentPopularity, train, history, relevant, times)
     assert (value, best) == (1.0, RecentPopularity(days=5))
     assert best.scores(history)[0].argmax() == 3
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert "RecentPopularity(days=1000): val/ndcg@2 0.0000" in printed.err
+    assert "RecentPopularity(days=1000): val/ndcg@10 0.4307" in printed.err
 
 
 def test_the_first_of_each_grid_fits() -> None:
@@ -186,4 +188,4 @@ def test_recency_is_left_out_where_there_are_no_timestamps() -> None:
     users = [[3, 4, 5], [4, 5, 6], [5, 6, 3]]
     for ordered, extra in ((True, {"recent_popularity"}), (False, set())):
         data = corpus(users, val=[[6], [7], [8]], test=[[7], [8], [4]], ordered=ordered)
-        assert set(_baselines(Task.of(data, "test"), True)) == {"popularity", "ials", "ease"} | extra
+        assert set(_baselines(Task(data, "test"), True)) == {"popularity", "ials", "ease"} | extra

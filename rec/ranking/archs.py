@@ -46,9 +46,8 @@ class Dlrm(tf.keras.layers.Layer):
 
     def __init__(self, config: Ranking, dim: int) -> None:
         super().__init__(name="dlrm")
-        self._bottom = tf.keras.Sequential(
-            [tf.keras.layers.Dense(dim, activation="relu"), tf.keras.layers.Dense(dim)], name="bottom"
-        )
+        layers = [tf.keras.layers.Dense(dim, activation="relu"), tf.keras.layers.Dense(dim)]
+        self._bottom = tf.keras.Sequential(layers, name="bottom")
         self._interact = tfrs.layers.feature_interaction.DotInteraction()
         self._top = _mlp(config, config.hidden, "top")
 

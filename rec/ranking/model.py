@@ -64,12 +64,10 @@ class RankingModel(tfrs.Model):
         self.config = config
         self._is_rating = config.objective == "rating"
         self.window = max(window, RATED_WINDOW) if self._is_rating else window
-        self.items = Encoder(
-            corpus.items, corpus.item_columns, corpus.item_table, dim, UNKNOWN, id_dropout=0.02, name="items"
-        )
-        self.users = Encoder(
-            corpus.users, corpus.user_columns, corpus.user_table, dim, UNKNOWN_USER, id_dropout=0.1, name="users"
-        )
+        items = corpus.items, corpus.item_columns, corpus.item_table
+        users = corpus.users, corpus.user_columns, corpus.user_table
+        self.items = Encoder(*items, dim, UNKNOWN, id_dropout=0.02, name="items")
+        self.users = Encoder(*users, dim, UNKNOWN_USER, id_dropout=0.1, name="users")
         self._dim = dim
         self._arch = ARCHS[config.arch](config, dim)
         self._out = tf.keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros", name="out")
@@ -89,14 +87,9 @@ class RankingModel(tfrs.Model):
         self.score_compiled = tf.function(self.score, reduce_retracing=True)
 
     def score(
-        self,
-        user: tf.Tensor,
-        history: tf.Tensor,
-        items: tf.Tensor,
-        scores: tf.Tensor,
-        counts: tf.Tensor,
+        self, user: tf.Tensor, history: tf.Tensor, items: tf.Tensor, scores: tf.Tensor, counts: tf.Tensor,
         training: bool = False,
-    ) -> tf.Tensor:
+    ) -> tf.Tensor:  # fmt: skip
         """The candidates' scores: logits, or ratings.
 
         Args:
@@ -134,9 +127,8 @@ class RankingModel(tfrs.Model):
 
     def _factorised(self, user: tf.Tensor, items: tf.Tensor, taste: tf.Tensor, candidate: tf.Tensor) -> tf.Tensor:
         """Biases and the product of the user's taste [B, d] with candidates [B, N, d] (Koren 2008, SVD++): [B, N]."""
-        biases = []
-        for layer, rows, unknown in ((self._user_bias, user[:, None], UNKNOWN_USER), (self._item_bias, items, UNKNOWN)):
-            biases.append(layer(tf.where(rows < layer.input_dim, rows, unknown))[..., 0])
+        parts = (self._user_bias, user[:, None], UNKNOWN_USER), (self._item_bias, items, UNKNOWN)
+        biases = [layer(tf.where(rows < layer.input_dim, rows, unknown))[..., 0] for layer, rows, unknown in parts]
         return biases[0] + biases[1] + tf.einsum("bd,bnd->bn", taste, candidate)
 
     def compute_loss(self, batch: dict[str, tf.Tensor], training: bool = False) -> tf.Tensor:
@@ -174,14 +166,9 @@ def _retrieved(scores: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def score_candidates(
-    model: RankingModel,
-    counts: Counts,
-    user: tf.Tensor,
-    history: tf.Tensor,
-    items: tf.Tensor,
-    retrieved: tf.Tensor,
+    model: RankingModel, counts: Counts, user: tf.Tensor, history: tf.Tensor, items: tf.Tensor, retrieved: tf.Tensor,
     time: tf.Tensor | None = None,
-) -> tf.Tensor:
+) -> tf.Tensor:  # fmt: skip
     """The ranker's scores of candidates.
 
     Args:

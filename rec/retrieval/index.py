@@ -144,10 +144,8 @@ def build_index(
     for name, matrix in (("candidate", embeddings), ("query", queries)):
         bad = np.flatnonzero(~np.isfinite(np.einsum("nd,nd->n", matrix, matrix)))
         if len(bad):
-            raise UserError(
-                f"{len(bad)} of {len(matrix)} {name} embeddings are not finite, the first in row {bad[0]}: the "
-                "model has diverged, train it again with a lower learning rate"
-            )
+            found = f"{len(bad)} of {len(matrix)} {name} embeddings are not finite, the first in row {bad[0]}"
+            raise UserError(f"{found}: the model has diverged, train it again with a lower learning rate")
     exact, metadata = ExactIndex(embeddings), {"kind": "exact", f"recall@{k}": 1.0}
     if kind == "exact":
         return exact, metadata

@@ -33,30 +33,23 @@ Arrays = dict[str, np.ndarray]
 
 class Backend(Protocol):
     """What computes: rec.recommender.Recommender, which describes these methods, or TF Serving. All are called in one
-    thread. `answer_within` and `cosines` may give None: it cannot be done here. `UnavailableError` becomes a 503."""
+    thread. `answer_within` may give None: it cannot be done here. `UnavailableError` becomes a 503."""
 
-    @property
-    def items(self) -> pd.DataFrame: ...
-    @property
-    def users(self) -> list[str]: ...
-    @property
-    def metadata(self) -> dict[str, dict[str, Any]]: ...
-    def versions(self) -> dict[str, int]: ...
+    items: pd.DataFrame
+    users: list[str]
+    metadata: dict[str, dict[str, Any]]
+
     def answer(self, user_ids: Sequence[str], histories: Sequence[Any], excluded: Sequence[list[str]]) -> Arrays: ...
     def answer_within(self, user_id: str, history: list[str] | None, rows: np.ndarray) -> Arrays | None: ...
     def similar(self, item_ids: list[str]) -> tuple[np.ndarray, np.ndarray]: ...
     def histories(self, user_ids: list[str]) -> list[list[str]]: ...
-    def cosines(self, items: list[str], others: list[str]) -> np.ndarray | None: ...
+    def cosines(self, items: list[str], others: list[str]) -> np.ndarray: ...
     def close(self) -> None: ...
 
 
 def as_json(value: Any) -> Any:
-    """The value with null for numbers that JSON has not."""
-    if isinstance(value, dict):
-        return {key: as_json(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [as_json(each) for each in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+    """The value with None for numbers that JSON has not: NaN and the infinities."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def to_json(value: Any) -> str:
@@ -83,7 +76,7 @@ class Catalogue:
         return [self.row_of[item] for item in items if item in self.row_of]
 
     def item(self, row: int) -> dict[str, Any]:
-        return {name: as_json(self._table[name][row].as_py()) for name in self.columns}
+        return as_json({name: self._table[name][row].as_py() for name in self.columns})
 
     def show(self, row: int, score: float | None = None, explain: str = "") -> str:
         """The item as JSON."""
@@ -151,10 +144,15 @@ class Engine:
         requests = [RecommendRequest(user_id=user, explain=True), RecommendRequest(history=[first], exclude=[first])]
         for answer in map(json.loads, engine.recommend(requests)):
             if len(engine.catalogue.ids) > 1 and not any(item["score"] is not None for item in answer["items"]):
-                raise UserError(f"the bundles {backend.versions()} answer without a single score")
+                raise UserError(f"the bundles {engine.versions} answer without a single score")
         backend.answer_within("", [first], np.arange(1))
         engine.similar([(first, 1)])
         return engine
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Of each stage."""
+        return {stage: metadata["version"] for stage, metadata in self.backend.metadata.items()}
 
     @property
     def max_k(self) -> int:
@@ -177,7 +175,7 @@ class Engine:
         called = time.perf_counter()
         STAGE_SECONDS.labels("model").observe(called - start)
         COLD.inc(int(found["cold"].sum()))
-        model, answers = to_json(self.backend.versions()), []
+        model, answers = to_json(self.versions), []
         width = max(self.max_k if request.filter else request.k for request in requests)
         for request, places, cold in zip(requests, places_of(found, width), found["cold"].tolist(), strict=True):
             if request.filter or len(places) < request.k:
@@ -185,16 +183,14 @@ class Engine:
             more, reasons = self._explained(request, places[: request.k], cold) if request.explain else ("", [])
             show = zip(places[: request.k], reasons or [""] * request.k, strict=False)
             shown = ",".join([self.catalogue.show(place.row, place.score, reason) for place, reason in show])
-            answers.append(
-                f'{{"user_id":{to_json(request.user_id)},"items":[{shown}],'
-                f'"cold_start":{"true" if cold else "false"},"model":{model}{more}}}'
-            )
+            rest = f'"cold_start":{"true" if cold else "false"},"model":{model}{more}'
+            answers.append(f'{{"user_id":{to_json(request.user_id)},"items":[{shown}],{rest}}}')
         STAGE_SECONDS.labels("answer").observe(time.perf_counter() - called)
         return answers
 
     def similar(self, wanted: Sequence[tuple[str, int]]) -> list[str]:
         """The answers (schemas.Similar): the k items nearest to each known item."""
-        model, answers = to_json(self.backend.versions()), []
+        model, answers = to_json(self.versions), []
         rows, scores = self.backend.similar([item for item, _ in wanted])
         for (item, k), *found in zip(wanted, rows.tolist(), scores.tolist(), strict=True):
             shown = [self.catalogue.show(row, score) for row, score in zip(*found, strict=True) if row >= 0][:k]
@@ -233,17 +229,17 @@ class Engine:
         """The history, and of each item where it comes from (schemas.Item), both as JSON to add."""
         catalogue = self.catalogue
         history = catalogue.rows(self._stored(request) if request.history is None else request.history)
-        near, latest = None, history[-COMPARED:]
+        near, latest = np.full((len(places), 1), LOWEST), history[-COMPARED:]
         if latest and places:
             ids = [catalogue.ids[place.row] for place in places]
             near = self.backend.cosines(ids, [catalogue.ids[row] for row in latest])
         reasons = []
         for at, place in enumerate(places):
-            best = -1 if near is None else int(near[at].argmax())
             nearest: dict[str, Any] | None = None
-            if near is not None and near[at, best] > LOWEST:
+            best = int(near[at].argmax())
+            if near[at, best] > LOWEST:
                 item = catalogue.item(latest[best])
-                nearest = {name: item[name] for name in item if name in ("item_id", "title")}
+                nearest = {name: item[name] for name in ("item_id", "title") if name in item}
                 nearest["similarity"] = float(near[at, best])
             ranked = place.score if "ranking" in self.backend.metadata and not cold else None
             scores = {"retrieval_score": score_or_none(place.retrieved), "ranking_score": score_or_none(ranked)}

@@ -58,15 +58,13 @@ def create_app(
         gate.flush()
 
     app = FastAPI(
-        title="rec", version=rec.__version__, summary="Recommendations", redirect_slashes=False, lifespan=lifespan
-    )
+        title="rec", version=rec.__version__, summary="Recommendations", redirect_slashes=False, lifespan=lifespan,
+        exception_handlers={HTTPException: _refused, UserError: _refused, RequestValidationError: _invalid,
+                            Exception: _failed},
+    )  # fmt: skip
     app.state.service = service
     app.include_router(v1)
     app.include_router(around)
-    app.add_exception_handler(HTTPException, _refused)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(UserError, _invalid)
-    app.add_exception_handler(Exception, _failed)
     gate = Gate(Fast(app, service), tokens, access_log)
     return CORSMiddleware(gate, origins, allow_methods=["*"], allow_headers=["*"]) if origins else gate
 
@@ -89,9 +87,7 @@ class Fast:
         scope["address"] = "/v1/users/{user_id:path}/recommendations"
         try:
             answer = await recommend(RecommendRequest(user_id=user[1], k=int(k[1] or 10)), self._service)
-        except UserError as error:
-            answer = await _invalid(None, error)
-        except HTTPException as error:
+        except (UserError, HTTPException) as error:
             answer = await _refused(None, error)
         except Exception as error:
             await (await _failed(None, error))(scope, receive, send)
@@ -100,8 +96,7 @@ class Fast:
 
 
 async def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
+    return request.app.state.service
 
 
 class Json(Response):
@@ -188,10 +183,10 @@ async def models(service: Serving) -> Response:
 async def reload(service: Serving) -> Response:
     """Loads what the server's references now mean, such as a new latest version (admin token)."""
     try:
-        await service.reload()
+        await asyncio.to_thread(service.load)  # the models' thread goes on answering
     except UserError as error:
         raise HTTPException(409, f"the models stay as they are: {error}") from error
-    return JSONResponse({"model": service.ready.backend.versions()})
+    return JSONResponse({"model": service.ready.versions})
 
 
 @around.get("/healthz")
@@ -203,7 +198,7 @@ async def healthz() -> Response:
 @around.get("/readyz")
 async def readyz(service: Serving) -> Response:
     """The models are loaded and warm."""
-    return JSONResponse({"status": "ready", "model": service.ready.backend.versions()})
+    return JSONResponse({"status": "ready", "model": service.ready.versions})
 
 
 @around.get("/metrics", response_class=PlainTextResponse)
@@ -228,13 +223,13 @@ SENTENCES = {  # in place of the framework's two words
 
 
 async def _refused(_: Request | None, error: Any) -> JSONResponse:
+    if isinstance(error, UserError):
+        return JSONResponse({"detail": str(error)}, 422)
     return JSONResponse({"detail": SENTENCES.get(error.detail, error.detail)}, error.status_code, error.headers)
 
 
-async def _invalid(_: Request | None, error: Any) -> JSONResponse:
+async def _invalid(_: Request, error: Any) -> JSONResponse:
     """The first thing that is wrong with a request. What is quoted from it is cut short, and escaped by repr."""
-    if isinstance(error, UserError):
-        return JSONResponse({"detail": str(error)}, 422)
     first = error.errors()[0]
     kind, message, place = first["type"], first["msg"], first["loc"][1:4]  # without the type of a union
     if kind == "json_invalid":

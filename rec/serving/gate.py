@@ -14,7 +14,6 @@ import hmac
 import json
 import os
 import re
-import sys
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -43,10 +42,9 @@ class Tokens:
     @classmethod
     def from_environment(cls, required: bool) -> "Tokens":
         values = {**dotenv_values(".env", interpolate=False), **os.environ}
-        api, fallback, admin = (
-            tuple(token.strip() for token in (values.get(name) or "").split(",") if token.strip())
-            for name in ("REC_API_TOKENS", "API_TOKENS", "REC_ADMIN_TOKENS")
-        )
+        names = ("REC_API_TOKENS", "API_TOKENS", "REC_ADMIN_TOKENS")
+        lists = [(values.get(name) or "").split(",") for name in names]
+        api, fallback, admin = (tuple(token.strip() for token in each if token.strip()) for each in lists)
         return cls(api or fallback, admin, required)
 
     def refusal(self, path: str, authorization: bytes) -> JSONResponse | None:
@@ -121,9 +119,8 @@ class Gate:
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
-        exchange = Exchange(
-            scope, receive, send, given if REQUEST_ID.fullmatch(given) else os.urandom(8).hex().encode()
-        )
+        request_id = given if REQUEST_ID.fullmatch(given) else os.urandom(8).hex().encode()
+        exchange = Exchange(scope, receive, send, request_id)
         self._open.add(exchange)
         try:
             app = self._tokens.refusal(scope["path"], headers.get(b"authorization", b"")) or self.app
@@ -147,7 +144,6 @@ class Gate:
             self.flush()
 
     def flush(self) -> None:
+        """Writes the log of what was answered since the last time."""
         lines, self._lines = self._lines, []
-        if lines:
-            sys.stdout.write("".join(lines))
-            sys.stdout.flush()
+        print(*lines, sep="", end="", flush=True)

@@ -16,19 +16,18 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from starlette.exceptions import HTTPException
 
 from rec.errors import UserError
+from rec.registry import Pair
 from rec.serving.answer import Backend, Engine
 from rec.serving.metrics import BATCH_SIZE, QUEUE, RELOADS, STAGE_SECONDS, VERSION
 from rec.serving.schemas import UnavailableError
 
 MAX_WAITING = 512  # a quarter of a second of work
 LARGEST = 64  # requests of one call: larger ones cost as much a request, and the first of them waits longer
-Pair = tuple[Path, Path | None]  # the directories of a retrieval and a ranking bundle
 
 
 class Job(NamedTuple):
@@ -143,7 +142,7 @@ class Service:
             old, self.engine, self._pair = self.engine, engine, pair  # the step
             self.failed = self._refused = None
             RELOADS.labels("done").inc()
-            for stage, version in engine.backend.versions().items():
+            for stage, version in engine.versions.items():
                 VERSION.labels(stage).set(version)
             if old is not None:
                 self._jobs.put(Job(old, "close", engine, None, time.perf_counter()))  # behind all that still need it
@@ -151,19 +150,15 @@ class Service:
         finally:
             self._reloading.release()
 
-    async def reload(self) -> None:
-        """As `load`, in a thread of its own: the models' thread goes on answering."""
-        await asyncio.get_running_loop().run_in_executor(None, self.load)
-
     async def follow(self, seconds: float) -> None:
         """For ever: loads what the references mean, when that has changed. What failed is not tried a second time."""
         while True:
             await asyncio.sleep(seconds)
             try:
-                pair = await asyncio.get_running_loop().run_in_executor(None, self._find)
+                pair = await asyncio.to_thread(self._find)
                 if self.engine is not None and pair not in (self._pair, self._refused):
-                    await self.reload()
-                    print(f"serving {self.ready.backend.versions()}", file=sys.stderr)
+                    await asyncio.to_thread(self.load)
+                    print(f"serving {self.ready.versions}", file=sys.stderr)
             except UserError as error:
                 print(f"the models stay as they are: {error}", file=sys.stderr)
 

@@ -40,9 +40,6 @@ class TfServing:
     metadata: dict[str, dict[str, Any]]
     _failed: dict[str, float] = field(default_factory=dict)  # when a replica failed last
 
-    def versions(self) -> dict[str, int]:
-        return {stage: metadata["version"] for stage, metadata in self.metadata.items()}
-
     def answer(
         self, user_ids: Sequence[str], histories: Sequence[list[str] | None], excluded: Sequence[list[str]]
     ) -> dict[str, np.ndarray]:

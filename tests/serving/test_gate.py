@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
+from rec.registry import Pair
 from rec.serving.app import create_app
 from rec.serving.gate import RELOAD, Tokens
-from rec.serving.service import Pair, Service
+from rec.serving.service import Service
 
 CLOSED, NO_MODELS = (401, 403), 503
 

@@ -144,7 +144,7 @@ def test_the_stand_in_tells_a_models_status_and_refuses_with_an_error(replica: s
 def test_a_fleet_answers_as_the_process_itself(fleet: TfServing, local: Recommender) -> None:
     assert equal(fleet.answer(*BATCH), local.answer(*BATCH))
     assert fleet.answer(*BATCH)["cold"].tolist() == [False, True, False, False, True, False]
-    assert fleet.versions() == local.versions() == {"retrieval": 1, "ranking": 1}
+    assert {stage: metadata["version"] for stage, metadata in fleet.metadata.items()} == {"retrieval": 1, "ranking": 1}
     assert fleet.users == local.users and fleet.items.equals(local.items) and fleet.metadata == local.metadata
 
 
