@@ -42,7 +42,7 @@ from rec.pipeline import Corpus, Sequences, load_corpus, window_batches
 from rec.ranking.archs import ARCHS
 from rec.ranking.candidates import CandidateLists, all_queries, first_queries, hold_out, list_batches, mine, rated_lists
 from rec.ranking.model import OBJECTIVES, RankingModel, score_lists
-from rec.retrieval.model import RetrievalModel, calibrate
+from rec.retrieval.model import RetrievalModel, calibrate, users_at_once
 from rec.retrieval.towers import ENCODERS
 from rec.tracking import Tracker, track
 from rec.workers import workers
@@ -53,7 +53,7 @@ FACTORIZED_KS = (10, 100)
 # on validation alone is often luck, and worse than retrieval on test.
 JUDGED = 5
 GAIN = "val/ndcg@10_gain_low"
-VALIDATION_USERS = 10_000  # more would take longer to validate than to train
+VALIDATION_USERS = 10_000  # more would take longer to validate than to train; also, of one metric, interactions
 MOST_LISTS = 50_000  # that a ranker is trained on
 RATINGS_A_LIST = 16  # a batch of ratings is so many times a batch of lists,
 RATING_PACE = 3  # and its learning rate so many times as high
@@ -129,14 +129,16 @@ def _means(values: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def _factorized_top_k(model: RetrievalModel, corpus: Corpus) -> dict[str, float]:
-    """TFRS's own metric on every validation interaction: hits among all candidates, seen ones included."""
+    """TFRS's own metric: hits among all candidates, seen ones included, for VALIDATION_USERS interactions at most."""
     held = corpus.val
     candidates = model.candidates()
     search = tfrs.layers.factorized_top_k.BruteForce(k=max(FACTORIZED_KS))
     search.index(candidates, tf.strings.as_string(tf.range(FIRST_ITEM, FIRST_ITEM + model.n_items)))
     metric = tfrs.metrics.FactorizedTopK(candidates=search, ks=FACTORIZED_KS)
-    for at in np.array_split(np.arange(len(held.items)), max(1, len(held.items) // 1024)):
-        users = held.users[at]
+    drawn = np.sort(np.random.default_rng(0).permutation(len(held.items))[:VALIDATION_USERS])
+    owners, step = held.users, users_at_once(model.n_items)
+    for at in np.array_split(drawn, np.arange(step, len(drawn), step)):
+        users = owners[at]
         queries = model.query_compiled(users, corpus.train.last(users, model.config.window))
         positive = tf.gather(candidates, held.items[at] - FIRST_ITEM)
         metric.update_state(queries, positive, tf.strings.as_string(held.items[at])[:, None])
