@@ -220,12 +220,18 @@ def best_prior(corpus: Corpus, train: Sequences) -> np.ndarray:
     users = np.flatnonzero(corpus.val.lengths)
     cold = users[train.lengths[users] == 0]
     users = (cold if len(cold) >= 30 else users)[:CALIBRATION_USERS]
-    priors = [recent_popularity(train, share, corpus.items.rows) for share in _shares(train)]
+    relevant, seen = corpus.val.matrix(users, corpus.items.rows), train.matrix(users, corpus.items.rows).astype(bool)
+    depth = 100 + int(train.lengths[users].max(initial=0))  # of one order for all, from which each leaves out the seen
 
-    def scores(part: np.ndarray) -> Iterator[np.ndarray]:
-        return (np.broadcast_to(prior[FIRST_ITEM:], (len(part), len(corpus.items.ids))) for prior in priors)
+    def ndcg(prior: np.ndarray) -> float:
+        order = FIRST_ITEM + np.argsort(-prior[FIRST_ITEM:], kind="stable")[:depth]
+        is_seen = seen[:, order].toarray()
+        at = np.argsort(is_seen, 1, kind="stable")[:, :100]
+        ranked = np.where(np.take_along_axis(is_seen, at, 1), -1, order[at])
+        k = ranked.shape[1]  # 100, or a smaller catalogue
+        return float(per_user(ranked, relevant, ks=(k,))[f"ndcg@{k}"].sum())
 
-    return priors[int(np.argmax(_ndcg(corpus, train, users, scores).sum(1)))] if len(users) else priors[0]
+    return max((recent_popularity(train, share, corpus.items.rows) for share in _shares(train)), key=ndcg)
 
 
 def calibrate(model: RetrievalModel, corpus: Corpus) -> dict[str, float]:
