@@ -16,6 +16,8 @@ import atexit
 import glob
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -77,18 +79,31 @@ class Spark(Engine):
             self.session.read.parquet("file://" + re.sub(r"([][{}*?\\])", r"\\\1", path)).createOrReplaceTempView(table)
 
     def rows(self, select: str) -> list[tuple]:
-        return list(map(tuple, self.session.sql(select).collect()))
+        with _in_a_sentence():
+            return list(map(tuple, self.session.sql(select).collect()))
 
     def replace(self, select: str) -> int:
-        frame = self.session.sql(select).persist()
-        count = frame.count()  # computes it, while what it is made from is still kept
-        frame.createOrReplaceTempView("interactions")
-        return count
+        with _in_a_sentence():
+            frame = self.session.sql(select).persist()
+            count = frame.count()  # computes it, while what it is made from is still kept
+            frame.createOrReplaceTempView("interactions")
+            return count
 
     def reader(self, select: str, size: int) -> pa.RecordBatchReader:
         path = f"{self.scratch}/sorted"
-        self.session.sql(select).write.parquet(f"file://{path}", mode="overwrite")  # files named in order of the rows
+        with _in_a_sentence():
+            self.session.sql(select).write.parquet(f"file://{path}", mode="overwrite")  # named in order of the rows
         return self.con.read_parquet(f"{glob.escape(path)}/*.parquet", hive_partitioning=False).to_arrow_reader(size)
+
+
+@contextmanager
+def _in_a_sentence() -> Iterator[None]:
+    """Raises UserError for what goes wrong in a job of Spark's, such as a full disk: the last cause that Java names."""
+    try:
+        yield
+    except Exception as error:
+        causes = re.findall(r"^(?:: |Caused by: )(.*)", str(error), re.M) or str(error).splitlines()[:1]
+        raise UserError(f"Spark failed: {causes[-1]}") from None
 
 
 ENGINES = {"duckdb": Engine, "spark": Spark}

@@ -6,10 +6,12 @@ import shutil
 import sys
 from pathlib import Path
 
+import duckdb
 import pytest
 
 from rec.data_prep import dummy, movielens, tabular
 from rec.data_prep.dataset import open_dataset
+from rec.data_prep.engine import Spark
 from rec.errors import UserError
 from tests.conftest import run
 
@@ -107,3 +109,13 @@ def test_without_java_one_sentence_says_what_to_install(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines()[1:] == [done.stderr.splitlines()[-1]]
     assert "error: Spark did not start (`pip install -r requirements-spark.txt`, Java 17): " in done.stderr
+
+
+@needs_java
+@pytest.mark.filterwarnings("ignore:PySpark does not yet fully support pandas")
+def test_what_fails_in_a_job_is_one_sentence(tmp_path: Path) -> None:
+    with duckdb.connect() as con:
+        con.execute("create table interactions as select 'u' as user_id, 'i' as item_id, 0 as source_row")
+        engine = Spark(con, tmp_path)
+    with pytest.raises(UserError, match="^Spark failed: [^\n]*no room is left[^\n]*$"):
+        engine.rows("select raise_error('no room is left') from interactions")
