@@ -8,8 +8,10 @@
 - Every system ranks the full catalogue without what the user has interacted with in earlier splits.
 - The bundles answer from the histories given here, so that --split val hides the validation items from them.
 
-Tables go to stderr; the last line of stdout is JSON: {"dataset", "split", "users", "systems": {name: {"ndcg@10": x,
-"ndcg@10_ci": [low, high], ...}}}.
+Where users times items are more than 20 billion, so many users are drawn at random as keep to that; both are told.
+
+Tables go to stderr; the last line of stdout is JSON: {"dataset", "split", "users", "out_of_users", "systems": {name:
+{"ndcg@10": x, "ndcg@10_ci": [low, high], ...}}}.
 """
 
 import json
@@ -33,6 +35,8 @@ from rec.recommender import Recommender
 
 K = max(metrics.KS)
 BATCH = 256  # users a call
+MOST_SCORES = 2 * 10**10  # users times items, a minute or two a system; of more users, so many are drawn at random,
+FEWEST_USERS = 1_000  # but not fewer than these
 Report = dict[str, Any]  # plain values, for JSON
 SHOWN = ("ndcg@10", "recall@10", "recall@100", "mrr", "coverage@10", "popularity@10")
 
@@ -43,10 +47,14 @@ class Task:
     def __init__(self, corpus: Corpus, split: str) -> None:
         """Raises UserError where the split is empty, or holds what is in a user's history."""
         self.corpus, self.history = corpus, corpus.history(split)
-        self.held = corpus.val if split == "val" else corpus.test
-        self.users = np.flatnonzero(self.held.lengths).astype(np.int32)  # [U] user rows with held-out items
-        if not len(self.users):
+        held = corpus.val if split == "val" else corpus.test
+        users = np.flatnonzero(held.lengths).astype(np.int32)
+        if not len(users):
             raise UserError(f"the {split} split holds no interactions: there is nothing to measure")
+        most = max(FEWEST_USERS, MOST_SCORES // len(corpus.items.ids))
+        self.users = np.sort(np.random.default_rng(0).permutation(users)[:most])  # [U] user rows with held-out items
+        self.out_of = len(users)
+        self.held = held if len(users) <= most else held.select(np.isin(held.users, self.users))
         matrices = (part.matrix(self.users, corpus.items.rows) for part in (self.held, self.history))
         self.relevant, self.seen = (matrix[:, FIRST_ITEM:] for matrix in matrices)  # [U, catalogue] each
         metrics.check_no_overlap(self.seen, self.relevant)
@@ -114,7 +122,7 @@ def evaluate(config: Config, split: str, with_baselines: bool = False, pair: Rec
     values = {name: metrics.per_user(rows, task.relevant) for name, rows in ranked.items()}
     best = max(named, key=lambda name: values[name]["ndcg@10"].mean())
     report: Report = {"dataset": str(config.dataset), "split": split, "users": len(task.users)}
-    report["best_baseline"] = best
+    report |= {"out_of_users": task.out_of, "best_baseline": best}
     report["systems"] = {name: _summary(task, rows, values[name], config.seed) for name, rows in ranked.items()}
     for name, of in values.items():
         difference = metrics.paired_bootstrap(of["ndcg@10"], values[best]["ndcg@10"], config.seed)
@@ -236,7 +244,8 @@ def load_latest(config: Config) -> Recommender:
 def show_systems(report: Report) -> None:
     """Prints the systems as tables on stderr: all users, then where quality is won or lost."""
     say = partial(print, file=sys.stderr)
-    say(f"\n{report['dataset']}, {report['split']}, {report['users']:,} users")
+    drawn = f", drawn from {report['out_of_users']:,}" if report["users"] < report["out_of_users"] else ""
+    say(f"\n{report['dataset']}, {report['split']}, {report['users']:,} users{drawn}")
     against = f"{'less ' + report['best_baseline']:>22}"
     say(f"{'':20}" + "".join(f"{name:>14}" for name in SHOWN) + f"{'95 % of ndcg@10':>18}{against}")
     for name, values in report["systems"].items():

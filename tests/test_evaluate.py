@@ -1,0 +1,24 @@
+"""Who is evaluated."""
+
+import numpy as np
+import pytest
+
+from rec import evaluate
+from rec.features import FIRST_ITEM
+from tests.small import corpus
+
+
+def test_of_more_users_than_there_is_time_for_some_are_drawn_and_only_they_count(monkeypatch: pytest.MonkeyPatch):
+    rows = np.arange(40) % 6 + FIRST_ITEM
+    data = corpus([[int(row)] for row in rows], test=[[int((row - FIRST_ITEM + 1) % 6) + FIRST_ITEM] for row in rows])
+    whole = evaluate.Task(data, "test")
+    assert (len(whole.users), whole.out_of, len(whole.held.items)) == (40, 40, 40)
+    monkeypatch.setattr(evaluate, "FEWEST_USERS", 2)
+    monkeypatch.setattr(evaluate, "MOST_SCORES", 6 * 15)  # of 6 items
+    drawn, again = (evaluate.Task(data, "test") for _ in range(2))
+    assert (len(drawn.users), drawn.out_of) == (15, 40)
+    assert drawn.users.tolist() == again.users.tolist() != list(range(1, 16))
+    assert np.flatnonzero(drawn.held.lengths).tolist() == drawn.users.tolist()
+    chosen = np.isin(whole.users, drawn.users)
+    for part, of_all in ((drawn.relevant, whole.relevant), (drawn.seen, whole.seen)):
+        np.testing.assert_array_equal(part.toarray(), of_all[chosen].toarray())
