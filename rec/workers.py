@@ -9,6 +9,7 @@
 A process alone takes the same way, with TensorFlow's default strategy.
 """
 
+import json
 import os
 import socket
 import sys
@@ -32,23 +33,34 @@ def workers(kind: str) -> tf.distribute.Strategy:
     """All that train together: this process, or those that TF_CONFIG names, by the strategy `kind`.
 
     A worker or parameter server of `ps` never returns from here: it serves until the chief is gone, and exits.
-    Raises UserError where `ps` is not given a cluster with a chief, workers and servers.
+    Raises UserError for a TF_CONFIG that is malformed, or for `ps` names no chief, workers and servers.
     """
+    if kind == "mirrored" and "TF_CONFIG" not in os.environ:
+        return tf.distribute.get_strategy()
+    jobs, job, index = _cluster()
     if kind == "mirrored":
-        is_alone = "TF_CONFIG" not in os.environ
-        return tf.distribute.get_strategy() if is_alone else tf.distribute.MultiWorkerMirroredStrategy()
-    cluster = tf.distribute.cluster_resolver.TFConfigClusterResolver(rpc_layer="grpc")
-    jobs = cluster.cluster_spec().as_dict()
-    if not all(jobs.get(job) for job in ("chief", "worker", "ps")):
-        raise UserError("strategy: ps needs TF_CONFIG, with a cluster that names chief, worker and ps addresses")
-    if cluster.task_type != "chief":
-        role = {"job_name": cluster.task_type, "task_index": cluster.task_id}
-        server = tf.distribute.Server(cluster.cluster_spec(), protocol="grpc", **role)
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    if not all(jobs.get(each) for each in ("chief", "worker", "ps")):
+        raise UserError(f"strategy: ps needs a TF_CONFIG that names chief, worker and ps, not just {', '.join(jobs)}")
+    if job != "chief":
+        _server = tf.distribute.Server(jobs, job_name=job, task_index=index, protocol="grpc")  # as long as it is held
         _wait_for_end(*jobs["chief"])
-        del server
         sys.exit(0)
+    cluster = tf.distribute.cluster_resolver.TFConfigClusterResolver(rpc_layer="grpc")
     by_size = tf.distribute.experimental.partitioners.MinSizePartitioner(MIN_PART, len(jobs["ps"]))
     return tf.distribute.ParameterServerStrategy(cluster, by_size)
+
+
+def _cluster() -> tuple[dict[str, list[str]], str, int]:
+    """TF_CONFIG's addresses by job; this process's job, and its index among them."""
+    form = '{"cluster": {JOB: [ADDRESS, ..], ..}, "task": {"type": JOB, "index": N}}'
+    try:
+        told = json.loads(os.environ["TF_CONFIG"])
+        job, index = told["task"]["type"], told["task"]["index"]
+        told["cluster"][job][index].rindex(":")  # a host and a port
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"TF_CONFIG: expected {form}, with an address HOST:PORT for that task") from None
+    return told["cluster"], job, index
 
 
 def _wait_for_end(address: str) -> None:

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from rec.errors import UserError
 from rec.recommender import load_bundle
+from rec.workers import workers
 from tests.conftest import ROOT, Trained, environment
 
 # Without random masks, which every worker draws for itself, the result is the same to the last digits.
@@ -106,3 +108,24 @@ def test_parameter_servers_hold_the_tables_in_parts_and_a_worker_may_be_lost(tmp
     assert set(signatures) == set(load_bundle(trained.savedmodels / "retrieval" / "1").signatures)
     found = signatures["serving_default"](user_id=tf.constant(["u1", "nobody"]))
     assert found["item_id"].shape[0] == 2 and np.isfinite(found["score"]).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "sentence"),
+    [
+        ("ps", None, "TF_CONFIG: expected"),
+        ("mirrored", "{", "TF_CONFIG: expected"),
+        ("mirrored", '{"cluster": {"worker": ["a:1"]}}', "TF_CONFIG: expected"),
+        ("ps", '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}', "TF_CONFIG: expected"),
+        ("ps", '{"cluster": {"chief": ["a"]}, "task": {"type": "chief", "index": 0}}', "TF_CONFIG: expected"),
+        ("ps", '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 0}}', "not just worker"),
+    ],
+)
+def test_what_is_wrong_with_a_cluster_is_told(
+    kind: str, told: str | None, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    if told is not None:
+        monkeypatch.setenv("TF_CONFIG", told)
+    with pytest.raises(UserError, match=sentence):
+        workers.__wrapped__(kind)  # without its cache, which other tests may have filled
