@@ -16,6 +16,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 from implicit.cpu.als import AlternatingLeastSquares
 from scipy.linalg import inv
 from scipy.sparse import csr_matrix
@@ -131,20 +132,14 @@ def top_k(scores: np.ndarray, seen: csr_matrix, k: int) -> np.ndarray:
     `scores` is [B, N], -inf is never recommended, NaN raises ValueError; `seen` [B, N] is not zero at what must not be
     recommended; k > 0 may be above N. Returns int64 [B, k] item rows, -1 where nothing is left.
     """
-    users, items = scores.shape
+    items = scores.shape[1]
     left = scores.astype(np.result_type(scores, np.float32))
     if np.isnan(left).any():
         raise ValueError(f"the scores of user row {np.isnan(left).any(axis=1).argmax()} contain NaN")
     left[seen.nonzero()] = -np.inf
-    width = min(k, items)
-    cut = np.partition(left, items - width, axis=1)[:, items - width, None]
-    above, at = left > cut, left == cut  # of those at the cut, the first rows get what room there is
-    room = width - above.sum(axis=1, keepdims=True)
-    rows = np.nonzero(above | at & (at.cumsum(axis=1, dtype=np.int32) <= room))[1].reshape(users, width)
-    best = np.take_along_axis(left, rows, axis=1)
-    rows[np.isneginf(best)] = -1
-    ranked = np.take_along_axis(rows, np.argsort(-best, axis=1, kind="stable"), axis=1)
-    return np.pad(ranked, ((0, 0), (0, k - width)), constant_values=-1)
+    best, rows = (part.numpy() for part in tf.math.top_k(left, min(k, items)))
+    ranked = np.where(np.isneginf(best), -1, rows.astype(np.int64))
+    return np.pad(ranked, ((0, 0), (0, max(0, k - items))), constant_values=-1)
 
 
 def rank(baseline: Baseline, histories: csr_matrix, seen: csr_matrix, k: int) -> np.ndarray:

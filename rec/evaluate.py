@@ -8,7 +8,7 @@
 - Every system ranks the full catalogue without what the user has interacted with in earlier splits.
 - The bundles answer from the histories given here, so that --split val hides the validation items from them.
 
-Where users times items are more than 20 billion, so many users are drawn at random as keep to that; both are told.
+Where users times items are more than 10 billion, so many users are drawn at random as keep to that; both are told.
 
 Tables go to stderr; the last line of stdout is JSON: {"dataset", "split", "users", "out_of_users", "systems": {name:
 {"ndcg@10": x, "ndcg@10_ci": [low, high], ...}}}.
@@ -35,7 +35,7 @@ from rec.recommender import Recommender
 
 K = max(metrics.KS)
 BATCH = 256  # users a call
-MOST_SCORES = 2 * 10**10  # users times items, a minute or two a system; of more users, so many are drawn at random,
+MOST_SCORES = 10**10  # users times items, a minute or two a system; of more users, so many are drawn at random,
 FEWEST_USERS = 1_000  # but not fewer than these
 Report = dict[str, Any]  # plain values, for JSON
 SHOWN = ("ndcg@10", "recall@10", "recall@100", "mrr", "coverage@10", "popularity@10")
