@@ -292,12 +292,14 @@ def main() -> None:
     parser = command_parser("rec.train", __doc__)
     parser.add_argument("--stage", required=True, choices=("retrieval", "ranking", "all"))
     parser.add_argument("--model-arch", help="the stage's architecture instead of the config's (not with --stage all)")
-    told = "start the ranker's embeddings from this one, not from checkpoints/mining, which has not seen its labels"
     parser.add_argument("--strategy", choices=("mirrored", "ps"), help="of several processes (TF_CONFIG; see above)")
+    told = "start the ranker's embeddings from this one, not from checkpoints/mining, which has not seen its labels"
     parser.add_argument("--init-from-retrieval", type=Path, metavar="CHECKPOINT", help=told)
     add_config_arguments(parser)
     args = parser.parse_args()
-    overrides = [*args.overrides, *([f"strategy={args.strategy}"] if args.strategy else [])]
+    overrides = list(args.overrides)
+    if args.strategy:
+        overrides.append(f"strategy={args.strategy}")
     if args.model_arch:
         if args.stage == "all":
             raise UserError("--model-arch is for one stage; with --stage all, --set retrieval.arch=A or ranking.arch=A")

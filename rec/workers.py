@@ -108,13 +108,14 @@ def _scheduled(model: tf.keras.Model, data: tf.data.Dataset) -> Iterator[tf.Tens
     strategy = model.distribute_strategy
     coordinator = tf.distribute.coordinator.ClusterCoordinator(strategy)
 
-    @tf.function(input_signature=[data.element_spec])
     def train_step(batch: dict[str, tf.Tensor]) -> tf.Tensor:
         return strategy.run(model.train_step, (batch,))["loss"]
 
+    if model.train_function is None:  # where Keras keeps its own; traced once, not in every epoch
+        model.train_function = tf.function(train_step, input_signature=[data.element_spec])
     under_way: deque[Any] = deque()
     for batch in data:
-        under_way.append(coordinator.schedule(train_step, (batch,)))
+        under_way.append(coordinator.schedule(model.train_function, (batch,)))
         if len(under_way) > UNDER_WAY:
             yield under_way.popleft().fetch()
     yield from (loss.fetch() for loss in under_way)

@@ -99,7 +99,7 @@ def test_parameter_servers_hold_the_tables_in_parts_and_a_worker_may_be_lost(tmp
     bundle = Path(json.loads(finish(chief).splitlines()[-1])["bundle"])
     for at, other in enumerate(others):
         assert at == 1 or finish(other) == "", "it has not ended with the chief"
-    parts = [path.name[-len("00000-of-00001") :] for path in (tmp_path / "retrieval").glob("epoch-*.data-*")]
+    parts = list((tmp_path / "retrieval").glob("epoch-*.data-*"))
     assert len(parts) > 2, "the chief's part and only one server's"
     first, *_, last = epochs(tmp_path)
     assert last["loss"] < first["loss"]
