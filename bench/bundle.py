@@ -65,7 +65,9 @@ def run(*arguments: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     add_config_arguments(parser)
@@ -79,17 +81,23 @@ def main() -> None:
     told = ["--config", args.config, *(part for each in args.overrides for part in ("--set", each))]
     with tempfile.TemporaryDirectory(dir=".") as folder:
         start = time.perf_counter()
-        export = run("rec.export", "--stage", "retrieval", *told, "--set", f"output.savedmodels={folder}")
+        export = run(
+            "rec.export", "--stage", "retrieval", *told, "--set", f"output.savedmodels={folder}"
+        )
         report: dict[str, Any] = {"users": len(dataset.users()), "items": len(dataset.items())}
         report |= {"export_seconds": round(time.perf_counter() - start, 1)}
         report |= {"export_peak_mb": peak_mb(resource.RUSAGE_CHILDREN)}
         bundle = Path(export["bundle"])
         files = {
-            str(path.relative_to(bundle)): path.stat().st_size / 2**20 for path in bundle.rglob("*") if path.is_file()
+            str(path.relative_to(bundle)): path.stat().st_size / 2**20
+            for path in bundle.rglob("*")
+            if path.is_file()
         }
         large = {name: round(size, 1) for name, size in sorted(files.items()) if size >= 1}
         report |= {"disk_mb": large | {"all": round(sum(files.values()), 1)}}
-        report |= run("bench.bundle", *told, "--requests", str(args.requests), "--load", str(bundle))
+        report |= run(
+            "bench.bundle", *told, "--requests", str(args.requests), "--load", str(bundle)
+        )
     print(json.dumps(report))
 
 

@@ -40,24 +40,46 @@ def index_recall(axes: Axes, report: dict[str, Any]) -> None:
             axes.plot(recall, milliseconds, ".-", label=name)
         elif values:
             axes.plot([values["recall@100"]], [values["p50_ms"]], "*", markersize=10, label=name)
-    axes.set(xlabel="recall@100", ylabel="median ms a query", yscale="log", title=f"{int(items):,} items, one thread")
+    axes.set(
+        xlabel="recall@100",
+        ylabel="median ms a query",
+        yscale="log",
+        title=f"{int(items):,} items, one thread",
+    )
 
 
 def index_items(axes: Axes, report: dict[str, Any]) -> None:
     found = {items: report[items] for items in sizes(report)}
     for name in found[next(iter(found))]:
-        points = [(int(items), values[name]["p50_ms"]) for items, values in found.items() if values[name]]
+        points = [
+            (int(items), values[name]["p50_ms"]) for items, values in found.items() if values[name]
+        ]
         if points:
             axes.plot(*zip(*points, strict=True), "o-", label=name)
-    axes.set(xlabel="items", ylabel="median ms a query", xscale="log", yscale="log", title="recall@100 of .95, exact 1")
+    axes.set(
+        xlabel="items",
+        ylabel="median ms a query",
+        xscale="log",
+        yscale="log",
+        title="recall@100 of .95, exact 1",
+    )
 
 
 def step(axes: Axes, report: dict[str, Any]) -> None:
     for label, values in (("rec (LazyAdam)", report), ("Keras' Adam", report["keras_adam"])):
         axes.plot(
-            [int(items) for items in sizes(values)], [values[items] for items in sizes(values)], "o-", label=label
+            [int(items) for items in sizes(values)],
+            [values[items] for items in sizes(values)],
+            "o-",
+            label=label,
         )
-    axes.set(xlabel="items", ylabel="median ms a step", xscale="log", ylim=(0, None), title="two_tower training step")
+    axes.set(
+        xlabel="items",
+        ylabel="median ms a step",
+        xscale="log",
+        ylim=(0, None),
+        title="two_tower training step",
+    )
 
 
 def growth(axes: Axes, report: dict[str, Any], what: str, unit: str) -> None:
@@ -73,9 +95,13 @@ def growth(axes: Axes, report: dict[str, Any], what: str, unit: str) -> None:
 def quality(axes: Axes, report: dict[str, Any]) -> None:
     axes.plot(*np.array(report["rec"]["curve"]).T, ".-", label="rec")
     if report["ease"]:
-        axes.axhline(report["ease"]["val/ndcg@10"], linestyle="--", color="grey", label="EASE, tuned")
+        axes.axhline(
+            report["ease"]["val/ndcg@10"], linestyle="--", color="grey", label="EASE, tuned"
+        )
     axes.set(
-        xlabel="seconds of training", ylabel="NDCG@10 on validation", title=f"{report['interactions']:,} interactions"
+        xlabel="seconds of training",
+        ylabel="NDCG@10 on validation",
+        title=f"{report['interactions']:,} interactions",
     )
 
 
@@ -91,10 +117,14 @@ def draw(file: Path, plot: Any, *data: Any) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("index", "step", "growth", "quality"):
         parser.add_argument(f"--{name}", type=Path, metavar="JSON")
-    parser.add_argument("--output", type=Path, default=Path("docs"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs"), metavar="DIR", help="default: %(default)s"
+    )
     args = parser.parse_args()
     reports: dict[str, dict[str, Any]] = {}
     for name in ("index", "step", "growth", "quality"):
@@ -102,20 +132,28 @@ def main() -> None:
             try:
                 reports[name] = json.loads(file.read_text().splitlines()[-1])
             except (IndexError, json.JSONDecodeError):
-                raise UserError(f"{file}: its last line is not JSON, as bench.{name} prints it") from None
+                raise UserError(
+                    f"{file}: its last line is not JSON, as bench.{name} prints it"
+                ) from None
     if not reports:
         raise UserError("name what to draw: --index, --step, --growth or --quality")
     args.output.mkdir(parents=True, exist_ok=True)
     charts: dict[str, int] = {}
     if "index" in reports:
-        charts["index_recall.png"] = draw(args.output / "index_recall.png", index_recall, reports["index"])
+        charts["index_recall.png"] = draw(
+            args.output / "index_recall.png", index_recall, reports["index"]
+        )
         if len(sizes(reports["index"])) > 1:
-            charts["index_items.png"] = draw(args.output / "index_items.png", index_items, reports["index"])
+            charts["index_items.png"] = draw(
+                args.output / "index_items.png", index_items, reports["index"]
+            )
     if "step" in reports:
         charts["step.png"] = draw(args.output / "step.png", step, reports["step"])
     for name, unit in (("training", "interactions"), ("evaluation", "users")):
         if "growth" in reports and len(sizes(reports["growth"][name])) > 1:
-            charts[f"{name}.png"] = draw(args.output / f"{name}.png", growth, reports["growth"], name, unit)
+            charts[f"{name}.png"] = draw(
+                args.output / f"{name}.png", growth, reports["growth"], name, unit
+            )
     if "quality" in reports:
         charts["quality.png"] = draw(args.output / "quality.png", quality, reports["quality"])
     print(json.dumps({"charts": charts}))

@@ -45,7 +45,14 @@ def dummy(users: int, items: int, per_user: int, seed: int) -> Corpus:
     """rec's dummy data of this size."""
     size = ["--users", str(users), "--items", str(items), "--interactions-per-user", str(per_user)]
     with tempfile.TemporaryDirectory() as folder:
-        command = ["rec.data_prep.dummy", "--output-dir", f"{folder}/data", *size, "--seed", str(seed)]
+        command = [
+            "rec.data_prep.dummy",
+            "--output-dir",
+            f"{folder}/data",
+            *size,
+            "--seed",
+            str(seed),
+        ]
         print(f"python -m {' '.join(command)}", file=sys.stderr, flush=True)
         quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         subprocess.run([sys.executable, "-m", *command], check=True, **quiet)
@@ -67,7 +74,9 @@ def evaluation_seconds(model: RetrievalModel, corpus: Corpus, users: int) -> flo
     """Seconds to measure the model on the first so many users of val."""
     start = time.perf_counter()
     queries = tuple(part[:users] for part in first_queries(corpus.val))
-    lists = mine(model, corpus.train, corpus.val, (queries[0], queries[1]), max(metrics.KS), whole=True)
+    lists = mine(
+        model, corpus.train, corpus.val, (queries[0], queries[1]), max(metrics.KS), whole=True
+    )
     relevant = corpus.val.matrix(queries[0], corpus.items.rows)
     metrics.summarise(metrics.per_user(np.where(lists.items == PAD, -1, lists.items), relevant))
     return time.perf_counter() - start
@@ -81,8 +90,12 @@ def exponent(seconds: dict[int, float]) -> float | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--interactions", type=int, nargs="*", default=[100_000, 1_000_000, 10_000_000])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--interactions", type=int, nargs="*", default=[100_000, 1_000_000, 10_000_000]
+    )
     parser.add_argument("--users", type=int, nargs="*", default=[1_000, 10_000, 100_000])
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
@@ -93,18 +106,30 @@ def main() -> None:
         corpus = dummy(max(10, round(wanted / PER_USER)), ITEMS, PER_USER, args.seed)
         size = len(corpus.train.items)
         training[size] = epoch_seconds(corpus, args.seed)
-        print(f"training: {size:,} interactions {training[size]:.2f} s", file=sys.stderr, flush=True)
+        print(
+            f"training: {size:,} interactions {training[size]:.2f} s", file=sys.stderr, flush=True
+        )
     if args.users:
         corpus = dummy(max(args.users), MANY_ITEMS, FEW_PER_USER, args.seed)
-        model = RetrievalModel(settled(Retrieval(arch="two_tower"), corpus.ordered, len(corpus.train.items)), corpus)
+        model = RetrievalModel(
+            settled(Retrieval(arch="two_tower"), corpus.ordered, len(corpus.train.items)), corpus
+        )
         evaluation_seconds(model, corpus, 300)  # traces the graph
         for users in sorted(args.users):
             evaluation[users] = evaluation_seconds(model, corpus, users)
-            print(f"evaluation: {users:,} users {evaluation[users]:.2f} s", file=sys.stderr, flush=True)
+            print(
+                f"evaluation: {users:,} users {evaluation[users]:.2f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     report: dict[str, Any] = {}
     for name, seconds in (("training", training), ("evaluation", evaluation)):
-        report[name] = {str(size): round(value, 2) for size, value in seconds.items()} | {"exponent": exponent(seconds)}
-    print(json.dumps(report | {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}))
+        report[name] = {str(size): round(value, 2) for size, value in seconds.items()} | {
+            "exponent": exponent(seconds)
+        }
+    print(
+        json.dumps(report | {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024})
+    )
 
 
 if __name__ == "__main__":

@@ -32,8 +32,14 @@ TOP = 10
 
 
 def training(config: Config) -> None:
-    lines = (Path(config.output.checkpoints) / "retrieval" / "metrics.jsonl").read_text().splitlines()
-    epochs = [line for line in map(json.loads, lines) if "loss" in line and "train/examples_per_second" in line]
+    lines = (
+        (Path(config.output.checkpoints) / "retrieval" / "metrics.jsonl").read_text().splitlines()
+    )
+    epochs = [
+        line
+        for line in map(json.loads, lines)
+        if "loss" in line and "train/examples_per_second" in line
+    ]
     _, (left, right) = plt.subplots(1, 2, figsize=(8, 2.6))
     at = [line["epoch"] for line in epochs]
     left.plot(at, [line["loss"] for line in epochs], ".-")
@@ -45,7 +51,9 @@ def training(config: Config) -> None:
 
 
 def catalogue(config: Config) -> None:
-    trained = load_retrieval(Path(config.output.checkpoints) / "retrieval", open_dataset(config.dataset))
+    trained = load_retrieval(
+        Path(config.output.checkpoints) / "retrieval", open_dataset(config.dataset)
+    )
     vectors = trained.model.candidates().numpy()[:, :-1]  # without the bias
     centred = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     centred -= centred.mean(axis=0)
@@ -66,18 +74,31 @@ def popularity(config: Config) -> None:
     task, pair = Task(corpus, "test"), load_latest(config)
     met = corpus.popularity[FIRST_ITEM:]
     groups = {"what test users went on to": met[task.relevant.indices]}
-    for name, ask in (("retrieval", pair.module.retrieval.retrieve), ("recommender", pair.module.recommend_from)):
+    for name, ask in (
+        ("retrieval", pair.module.retrieval.retrieve),
+        ("recommender", pair.module.recommend_from),
+    ):
         rows = task.ranked(ask)[:, :TOP]
         groups[f"first {TOP} of {name}"] = met[rows[rows >= 0]]
-    groups[f"first {TOP} by popularity"] = np.tile(np.sort(met)[::-1][:TOP], 2)  # but for what they have seen
+    groups[f"first {TOP} by popularity"] = np.tile(
+        np.sort(met)[::-1][:TOP], 2
+    )  # but for what they have seen
     _, axes = plt.subplots(figsize=(7, 2.6))
-    axes.boxplot(list(groups.values()), tick_labels=list(groups), orientation="horizontal", whis=(5, 95), sym="")
+    axes.boxplot(
+        list(groups.values()),
+        tick_labels=list(groups),
+        orientation="horizontal",
+        whis=(5, 95),
+        sym="",
+    )
     axes.set(xlabel="training interactions of an item (5, 25, 50, 75 and 95 %)", xscale="log")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.guide_pictures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.guide_pictures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=Path, default=Path("docs"))
     add_config_arguments(parser)

@@ -123,8 +123,12 @@ def rec_index(items: np.ndarray, tuning: np.ndarray, kind: str, target: float, s
     print(f"  {report}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         bundle = _Bundle(index)
-        options = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"] if report["kind"] == "scann" else [])
-        tf.saved_model.save(bundle, folder, signatures={"serving_default": bundle.search}, options=options)
+        options = tf.saved_model.SaveOptions(
+            namespace_whitelist=["Scann"] if report["kind"] == "scann" else []
+        )
+        tf.saved_model.save(
+            bundle, folder, signatures={"serving_default": bundle.search}, options=options
+        )
         loaded = tf.saved_model.load(folder)
     call = loaded.signatures["serving_default"]
 
@@ -135,9 +139,17 @@ def rec_index(items: np.ndarray, tuning: np.ndarray, kind: str, target: float, s
     if report["kind"] != "scann":
         return System(search)
     searched, leaves = report["leaves_to_search"], report["leaves"]
-    settings = sorted({min(leaves, max(1, round(searched * factor))) for factor in (0.1, 0.25, 0.5, 1.0, 2.0)})
+    settings = sorted(
+        {min(leaves, max(1, round(searched * factor))) for factor in (0.1, 0.25, 0.5, 1.0, 2.0)}
+    )
     reorder = report["reorder"]
-    return System(search, lambda n: loaded.index.settings.assign([n, reorder]), tuple(settings), searched, report)
+    return System(
+        search,
+        lambda n: loaded.index.settings.assign([n, reorder]),
+        tuple(settings),
+        searched,
+        report,
+    )
 
 
 def bare_scann(items: np.ndarray, of_rec: System) -> System:
@@ -148,7 +160,11 @@ def bare_scann(items: np.ndarray, of_rec: System) -> System:
         raise UserError("rec fell back to exact search: there are no settings for ScaNN")
     builder = scann.scann_ops_pybind.builder(items, K, "dot_product")
     builder = builder.tree(report["leaves"], report["leaves_to_search"])
-    searcher = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(report["reorder"]).build()
+    searcher = (
+        builder.score_ah(2, anisotropic_quantization_threshold=0.2)
+        .reorder(report["reorder"])
+        .build()
+    )
     system = System(lambda query: np.zeros(0), None, of_rec.settings, of_rec.setting)
 
     def search(query: np.ndarray) -> np.ndarray:
@@ -182,7 +198,9 @@ def hnswlib_graph(items: np.ndarray, neighbours: int, ef_build: int) -> System:
     index = hnswlib.Index("l2", DIM + 1)
     index.init_index(len(items), M=neighbours, ef_construction=ef_build, random_seed=0)
     index.add_items(equally_long(items), num_threads=os.cpu_count())
-    return System(lambda query: index.knn_query(longer(query), K, num_threads=1)[0][0], index.set_ef, EFS)
+    return System(
+        lambda query: index.knn_query(longer(query), K, num_threads=1)[0][0], index.set_ef, EFS
+    )
 
 
 def chroma_collection(items: np.ndarray, neighbours: int, ef_build: int, folder: str) -> System:
@@ -190,7 +208,12 @@ def chroma_collection(items: np.ndarray, neighbours: int, ef_build: int, folder:
     from chromadb.api.client import SharedSystemClient
     from chromadb.config import Settings
 
-    graph = {"space": "l2", "max_neighbors": neighbours, "ef_construction": ef_build, "ef_search": K}
+    graph = {
+        "space": "l2",
+        "max_neighbors": neighbours,
+        "ef_construction": ef_build,
+        "ef_search": K,
+    }
     name = f"items-{len(items)}"
 
     def client() -> Any:
@@ -198,7 +221,9 @@ def chroma_collection(items: np.ndarray, neighbours: int, ef_build: int, folder:
         return chromadb.PersistentClient(folder, Settings(anonymized_telemetry=False))
 
     opened = client()
-    collection = opened.create_collection(name, configuration={"hnsw": graph}, embedding_function=None)
+    collection = opened.create_collection(
+        name, configuration={"hnsw": graph}, embedding_function=None
+    )
     step = opened.get_max_batch_size()
     rows = equally_long(items)
     for start in range(0, len(items), step):
@@ -224,7 +249,10 @@ def chroma_collection(items: np.ndarray, neighbours: int, ef_build: int, folder:
 
 
 def recall(system: System, queries: np.ndarray, truth: np.ndarray) -> float:
-    found = [len(np.intersect1d(system.search(query[None]), best)) for query, best in zip(queries, truth, strict=True)]
+    found = [
+        len(np.intersect1d(system.search(query[None]), best))
+        for query, best in zip(queries, truth, strict=True)
+    ]
     return float(np.mean(found)) / K
 
 
@@ -239,7 +267,9 @@ def tune(system: System, queries: np.ndarray, truth: np.ndarray, target: float) 
             return
 
 
-def timed(systems: dict[str, System], queries: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def timed(
+    systems: dict[str, System], queries: np.ndarray, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
     """Milliseconds of each query [Q] of each system."""
     taken: dict[str, list[float]] = {name: [] for name in systems}
     for system in systems.values():
@@ -256,21 +286,27 @@ def timed(systems: dict[str, System], queries: np.ndarray, rng: np.random.Genera
     return {name: np.array(values) for name, values in taken.items()}
 
 
-def curve(system: System, queries: np.ndarray, truth: np.ndarray, rng: np.random.Generator) -> list[list[float]]:
+def curve(
+    system: System, queries: np.ndarray, truth: np.ndarray, rng: np.random.Generator
+) -> list[list[float]]:
     """[recall, median milliseconds] of other settings, ending with the tuned one in place."""
     points, tuned = [], system.setting
     for setting in system.settings:
         if system.configure is not None and setting <= 4 * (tuned or 0):
             system.configure(setting)
             times = timed({"": system}, queries, rng)[""]
-            points.append([round(recall(system, queries, truth), 4), round(float(np.median(times)), 4)])
+            points.append(
+                [round(recall(system, queries, truth), 4), round(float(np.median(times)), 4)]
+            )
     if system.configure is not None and tuned is not None:
         system.configure(tuned)
     return points
 
 
 def rss_mb() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2**20
+    return (
+        int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2**20
+    )
 
 
 def measure(items: int, names: list[str], args: argparse.Namespace, folder: str) -> dict[str, Any]:
@@ -294,16 +330,31 @@ def measure(items: int, names: list[str], args: argparse.Namespace, folder: str)
         try:
             built[name] = makers[name]()
         except ModuleNotFoundError as error:
-            print(f"{name} is left out: {error}; pip install -r requirements-bench.txt", file=sys.stderr)
+            print(
+                f"{name} is left out: {error}; pip install -r requirements-bench.txt",
+                file=sys.stderr,
+            )
             continue
         seconds = round(time.perf_counter() - start, 1)
         tune(built[name], queries[:QUERIES:2], truth[:QUERIES:2], args.target)
-        report[name] = {"setting": built[name].setting, "build_seconds": seconds, "grown_mb": rss_mb() - before}
+        report[name] = {
+            "setting": built[name].setting,
+            "build_seconds": seconds,
+            "grown_mb": rss_mb() - before,
+        }
         alone = timed({name: built[name]}, queries[QUERIES:][:200], rng)[name]
-        print(f"{items:,} {name}: {report[name]}, alone {np.median(alone):.3f} ms", file=sys.stderr, flush=True)
+        print(
+            f"{items:,} {name}: {report[name]}, alone {np.median(alone):.3f} ms",
+            file=sys.stderr,
+            flush=True,
+        )
     for name, taken in timed(built, queries[QUERIES:], rng).items():
-        report[name] |= {"recall@100": round(recall(built[name], queries[QUERIES:], truth[QUERIES:]), 4)}
-        report[name] |= {f"p{part}_ms": round(float(np.percentile(taken, part)), 3) for part in (50, 10)}
+        report[name] |= {
+            "recall@100": round(recall(built[name], queries[QUERIES:], truth[QUERIES:]), 4)
+        }
+        report[name] |= {
+            f"p{part}_ms": round(float(np.percentile(taken, part)), 3) for part in (50, 10)
+        }
         if args.curve:
             report[name]["curve"] = curve(built[name], queries[QUERIES::5], truth[QUERIES::5], rng)
         print(f"{items:,} {name}: {report[name]}", file=sys.stderr, flush=True)
@@ -314,14 +365,33 @@ SYSTEMS = ("rec", "exact", "scann", "faiss_hnsw", "hnswlib", "chroma")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--items", type=int, nargs="+", default=[100_000, 1_000_000])
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS, metavar="SYSTEM", help="default: all")
-    parser.add_argument("--target", type=float, default=0.95, help="recall@100; default: %(default)s")
-    parser.add_argument("--norms", type=float, default=0.2, help="sigma of the vectors' log lengths")
-    parser.add_argument("--neighbours", type=int, default=16, help="of a node of the graphs; default: %(default)s")
-    parser.add_argument("--ef-build", type=int, default=100, help="of building the graphs; default: %(default)s")
-    parser.add_argument("--curve", action="store_true", help="also measure other settings of each system")
+    parser.add_argument(
+        "--systems",
+        nargs="+",
+        choices=SYSTEMS,
+        default=SYSTEMS,
+        metavar="SYSTEM",
+        help="default: all",
+    )
+    parser.add_argument(
+        "--target", type=float, default=0.95, help="recall@100; default: %(default)s"
+    )
+    parser.add_argument(
+        "--norms", type=float, default=0.2, help="sigma of the vectors' log lengths"
+    )
+    parser.add_argument(
+        "--neighbours", type=int, default=16, help="of a node of the graphs; default: %(default)s"
+    )
+    parser.add_argument(
+        "--ef-build", type=int, default=100, help="of building the graphs; default: %(default)s"
+    )
+    parser.add_argument(
+        "--curve", action="store_true", help="also measure other settings of each system"
+    )
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
     names = [name for name in SYSTEMS if name in args.systems]

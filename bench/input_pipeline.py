@@ -24,8 +24,12 @@ import tensorflow as tf  # isort: skip  (rec goes first: it switches to Keras 2)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compares the input pipeline with the step.", epilog=__doc__)
-    parser.add_argument("--dataset", default="data/ml-100k", metavar="DIR", help="default: %(default)s")
+    parser = argparse.ArgumentParser(
+        description="Compares the input pipeline with the step.", epilog=__doc__
+    )
+    parser.add_argument(
+        "--dataset", default="data/ml-100k", metavar="DIR", help="default: %(default)s"
+    )
     parser.add_argument("--arch", default="two_tower", help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -47,9 +51,18 @@ def main() -> None:
             seconds.append(time.perf_counter() - start)
         return len(corpus.train.items) / min(seconds)
 
-    result = {"pipeline": rate(lambda: list(epoch)), "step": rate(lambda: [step(batch) for batch in batches])}
-    print(json.dumps({**{name: round(value) for name, value in result.items()},
-                      "ratio": round(result["pipeline"] / result["step"], 1)}))  # fmt: skip
+    result = {
+        "pipeline": rate(lambda: list(epoch)),
+        "step": rate(lambda: [step(batch) for batch in batches]),
+    }
+    print(
+        json.dumps(
+            {
+                **{name: round(value) for name, value in result.items()},
+                "ratio": round(result["pipeline"] / result["step"], 1),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

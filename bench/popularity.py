@@ -39,7 +39,9 @@ def read(path: Path, shape: tuple[int, int]) -> csr_matrix:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.popularity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.popularity",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--train", type=Path, required=True, help="u1.base")
     parser.add_argument("--test", type=Path, required=True, help="u1.test")
@@ -57,7 +59,8 @@ def main() -> None:
         found[k] = {"precision": round(ours[0], 2), "published_precision": precision}
         found[k] |= {"recall": round(ours[1], 2), "published_recall": share}
         print(
-            f"k {k:3}: precision {ours[0]:.2f} ({precision:.2f}), recall {ours[1]:.2f} ({share:.2f})", file=sys.stderr
+            f"k {k:3}: precision {ours[0]:.2f} ({precision:.2f}), recall {ours[1]:.2f} ({share:.2f})",
+            file=sys.stderr,
         )
     print(json.dumps(found))
 

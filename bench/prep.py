@@ -43,7 +43,18 @@ from rec.errors import UserError, run_command
 
 ROWS, USERS, RATED, MOVIES = 25_000_095, 162_541, 59_047, 62_423  # MovieLens 25M's own counts
 FEWEST = 20  # ratings of a user
-GENRES = ["Action", "Adventure", "Animation", "Children", "Comedy", "Crime", "Drama", "Fantasy", "Horror", "Romance"]
+GENRES = [
+    "Action",
+    "Adventure",
+    "Animation",
+    "Children",
+    "Comedy",
+    "Crime",
+    "Drama",
+    "Fantasy",
+    "Horror",
+    "Romance",
+]
 FROM, TO = 789_652_004, 1_574_327_703  # its first and last second
 YEAR = r"\s*\((\d{4})\)\s*$"
 
@@ -60,7 +71,9 @@ def make_csv(folder: Path, rows: int, seed: int) -> int:
     lengths = np.minimum(lengths, rated // 3)
     user = np.repeat(np.arange(1, users + 1), lengths)
     rank = 150 * ((rated + 150) / 150) ** rng.random(len(user)) - 150  # density 1 / (rank + 150)
-    names = np.sort(rng.choice(np.arange(1, 3 * movies), movies, replace=False))  # MovieLens' ids have gaps
+    names = np.sort(
+        rng.choice(np.arange(1, 3 * movies), movies, replace=False)
+    )  # MovieLens' ids have gaps
     by_rank = rng.permutation(names)
     pairs = np.unique(user * (4 * movies) + by_rank[np.minimum(rank.astype(np.int64), rated - 1)])
     del user, rank
@@ -73,12 +86,19 @@ def make_csv(folder: Path, rows: int, seed: int) -> int:
     when = (begin[user] + span[user] * rng.random(len(user))).astype(np.int64)
     rating = np.clip(np.rint(2 * rng.normal(3.5, 1.05, len(user))) / 2, 0.5, 5.0)
     table = pa.table({"userId": user, "movieId": movie, "rating": rating, "timestamp": when})
-    pyarrow.csv.write_csv(table, folder / "ratings.csv", pyarrow.csv.WriteOptions(quoting_style="none"))
+    pyarrow.csv.write_csv(
+        table, folder / "ratings.csv", pyarrow.csv.WriteOptions(quoting_style="none")
+    )
     titles = [
-        f"Film number {name} ({year})" for name, year in zip(names, rng.integers(1920, 2020, movies), strict=True)
+        f"Film number {name} ({year})"
+        for name, year in zip(names, rng.integers(1920, 2020, movies), strict=True)
     ]
-    genres = ["|".join(rng.choice(GENRES, rng.integers(1, 4), replace=False)) for _ in range(movies)]
-    pyarrow.csv.write_csv(pa.table({"movieId": names, "title": titles, "genres": genres}), folder / "movies.csv")
+    genres = [
+        "|".join(rng.choice(GENRES, rng.integers(1, 4), replace=False)) for _ in range(movies)
+    ]
+    pyarrow.csv.write_csv(
+        pa.table({"movieId": names, "title": titles, "genres": genres}), folder / "movies.csv"
+    )
     return len(user)
 
 
@@ -89,8 +109,12 @@ def with_pandas(source: Path, target: Path) -> dict[str, int]:
     strings = {"userId": "str", "movieId": "str", "rating": "float32", "timestamp": "int64"}
     ratings = pd.read_csv(source / "ratings.csv", dtype=strings)
     ratings = ratings.rename(columns={"userId": "user_id", "movieId": "item_id"})
-    ratings = ratings.sort_values("timestamp", kind="stable").drop_duplicates(["user_id", "item_id"])
-    movies = pd.read_csv(source / "movies.csv", dtype={"movieId": "str"}).rename(columns={"movieId": "item_id"})
+    ratings = ratings.sort_values("timestamp", kind="stable").drop_duplicates(
+        ["user_id", "item_id"]
+    )
+    movies = pd.read_csv(source / "movies.csv", dtype={"movieId": "str"}).rename(
+        columns={"movieId": "item_id"}
+    )
     movies["year"] = movies["title"].str.extract(YEAR, expand=False).astype("Int64")
     movies["title"] = movies["title"].str.replace(YEAR, "", regex=True)
     movies["genres"] = movies["genres"].str.split("|")
@@ -104,7 +128,9 @@ def with_pandas(source: Path, target: Path) -> dict[str, int]:
         rows.to_parquet(target / f"{name}.parquet", index=False, row_group_size=2**17)
         counts[name] = len(rows)
     movies.sort_values("item_id").to_parquet(target / "items.parquet", index=False)
-    ratings[["user_id"]].drop_duplicates().sort_values("user_id").to_parquet(target / "users.parquet", index=False)
+    ratings[["user_id"]].drop_duplicates().sort_values("user_id").to_parquet(
+        target / "users.parquet", index=False
+    )
     for file in target.iterdir():
         with open(file, "rb") as stream:
             hashlib.file_digest(stream, "sha256")
@@ -125,8 +151,10 @@ def load(dataset: str, where: str) -> dict[str, Any]:
     corpus = load_corpus(open_dataset(dataset), Features())
     loaded, load_peak, cpu = time.perf_counter(), peak_mb(), time.process_time() - cpu
     config = settled(Retrieval(), corpus.ordered, len(corpus.train.items))
-    targets = sum(int(np.count_nonzero(batch["tokens"][:, 1:])) for batch in
-                  window_batches(corpus, config, corpus.train, 0, 0).as_numpy_iterator())  # fmt: skip
+    targets = sum(
+        int(np.count_nonzero(batch["tokens"][:, 1:]))
+        for batch in window_batches(corpus, config, corpus.train, 0, 0).as_numpy_iterator()
+    )
     seconds = time.perf_counter() - loaded
     assert targets == len(corpus.train.items), "every training interaction is a target once"
     return {
@@ -160,9 +188,13 @@ def child(*command: str) -> tuple[dict[str, Any], dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=ROWS, help="default: %(default)s")
-    parser.add_argument("--directory", type=Path, help="where the temporary files go; default: the system's place")
+    parser.add_argument(
+        "--directory", type=Path, help="where the temporary files go; default: the system's place"
+    )
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--pandas", nargs=2, type=Path, help=argparse.SUPPRESS)
@@ -184,7 +216,16 @@ def main() -> None:
         rows = child("bench.prep", "--make", str(source), *size)[0]["rows"]
         megabytes = (source / "ratings.csv").stat().st_size / 1e6
         print(f"{rows:,} ratings, {megabytes:.0f} MB of CSV", file=sys.stderr, flush=True)
-        prepare = ["--name", "25m", "--source", str(source), "--split", "temporal", "--output-dir", str(dataset)]
+        prepare = [
+            "--name",
+            "25m",
+            "--source",
+            str(source),
+            "--split",
+            "temporal",
+            "--output-dir",
+            str(dataset),
+        ]
         written, took = child("rec.data_prep.movielens", *prepare)
         report = {"rows": rows, "csv_mb": round(megabytes), **took}
         print(json.dumps(report), file=sys.stderr, flush=True)

@@ -47,7 +47,12 @@ K = 10
 class Load:
     """Many clients over HTTP/1.1 in one loop without a framework: 15 microseconds a request."""
 
-    def __init__(self, port: int, request: Callable[[int], bytes], check: Callable[[int, bytes], None] | None = None):
+    def __init__(
+        self,
+        port: int,
+        request: Callable[[int], bytes],
+        check: Callable[[int, bytes], None] | None = None,
+    ):
         """`request` gives the bytes of request number n, `check` sees each answer's status and body."""
         self.port, self.request, self.check = port, request, check
         self.seconds: list[float] = []
@@ -82,7 +87,13 @@ class Load:
             "p99_ms": round(float(p99), 2),
         }
 
-    def _send(self, client: socket.socket, number: int, started: dict[int, float], received: dict[int, bytes]) -> None:
+    def _send(
+        self,
+        client: socket.socket,
+        number: int,
+        started: dict[int, float],
+        received: dict[int, bytes],
+    ) -> None:
         received[number], started[number] = b"", time.perf_counter()
         client.sendall(self.request(self.sent))
         self.sent += 1
@@ -92,7 +103,9 @@ class Load:
         if not answer:
             raise UserError("the server closed a connection")
         head, end, body = answer.partition(b"\r\n\r\n")
-        if not end or len(body) < int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]):
+        if not end or len(body) < int(
+            head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
+        ):
             return False
         status = int(head[9:12])
         self.statuses[status] += 1
@@ -139,7 +152,10 @@ def thread_pool() -> FastAPI:
     def recommend(user_id: str, k: Annotated[int, Query(ge=1, le=100)] = K) -> list[dict[str, Any]]:
         answer = pair.answer([user_id], [None], [[]])
         ids, scores = pair.items.index[answer["rows"][0, :k]], answer["scores"][0, :k].tolist()
-        return [{"item_id": i, "score": score, "title": titles[i]} for i, score in zip(ids, scores, strict=True)]
+        return [
+            {"item_id": i, "score": score, "title": titles[i]}
+            for i, score in zip(ids, scores, strict=True)
+        ]
 
     return app
 
@@ -186,15 +202,21 @@ class Server:
             self.port = free.getsockname()[1]
         environment = {**os.environ, "BENCH_SAVEDMODELS": str(savedmodels), "REC_API_TOKENS": ""}
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  the access log goes to a file, as it would
-        self.process = subprocess.Popen([sys.executable, "-m", *command, "--port", str(self.port)], env=environment,
-                                        stdout=self._log, stderr=subprocess.PIPE)  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *command, "--port", str(self.port)],
+            env=environment,
+            stdout=self._log,
+            stderr=subprocess.PIPE,
+        )
 
     def __enter__(self) -> "Server":
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 with socket.create_connection(("127.0.0.1", self.port)) as probe:
-                    probe.sendall(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                    probe.sendall(
+                        b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+                    )
                     if probe.recv(12)[9:] != b"503":
                         return self
             except OSError:
@@ -215,8 +237,10 @@ class Server:
 def make_model(root: Path) -> Path:
     """Data of the wanted size and a model, hardly trained: its answers cost what good ones do."""
     config = root / "config.yaml"
-    config.write_text(f"{{dataset: {root}/data, retrieval: {{epochs: 1}}, ranking: {{epochs: 1}}, "
-                      f"output: {{checkpoints: {root}/checkpoints, savedmodels: {root}/savedmodels}}}}\n")  # fmt: skip
+    config.write_text(
+        f"{{dataset: {root}/data, retrieval: {{epochs: 1}}, ranking: {{epochs: 1}}, "
+        f"output: {{checkpoints: {root}/checkpoints, savedmodels: {root}/savedmodels}}}}\n"
+    )
     size = ["--users", str(USERS), "--items", str(ITEMS), "--interactions-per-user", "20"]
     for command in (
         ["rec.data_prep.dummy", "--output-dir", f"{root}/data", *size],
@@ -228,11 +252,19 @@ def make_model(root: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--savedmodels", type=Path, help="a directory of bundles; without it, one is made")
-    parser.add_argument("--requests", type=int, default=0, help="then ask for so many more, watching the memory")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--savedmodels", type=Path, help="a directory of bundles; without it, one is made"
+    )
+    parser.add_argument(
+        "--requests", type=int, default=0, help="then ask for so many more, watching the memory"
+    )
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--only", choices=("trivial", "thread_pool", "rec", "model"), help="measure one of them")
+    parser.add_argument(
+        "--only", choices=("trivial", "thread_pool", "rec", "model"), help="measure one of them"
+    )
     parser.add_argument("--serve", choices=("trivial", "thread_pool"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only == "model":
@@ -250,9 +282,12 @@ def main() -> None:
         systems: dict[str, tuple[list[str], str, tuple[int, ...]]] = {
             "trivial": (["bench.serving", "--serve", "trivial"], "/users/{}", (1, 32)),
             "thread_pool": (["bench.serving", "--serve", "thread_pool"], "/users/{}", (1, 32)),
-            "rec": (["rec.serve", "--ranking-bundle", f"{savedmodels}/ranking/latest"],
-                    "/v1/users/{}/recommendations", (1, 8, 32, 256)),
-        }  # fmt: skip
+            "rec": (
+                ["rec.serve", "--ranking-bundle", f"{savedmodels}/ranking/latest"],
+                "/v1/users/{}/recommendations",
+                (1, 8, 32, 256),
+            ),
+        }
         for name, (command, path, clients) in systems.items():
             if args.only not in (None, name):
                 continue
@@ -263,7 +298,9 @@ def main() -> None:
                     load.run(count, PAUSE)
                     found = load.run(count, SECONDS)
                     refused = {"refused": load.statuses[503]} if name == "rec" else {}
-                    errors += sum(load.statuses.values()) - load.statuses[200] - refused.get("refused", 0)
+                    errors += (
+                        sum(load.statuses.values()) - load.statuses[200] - refused.get("refused", 0)
+                    )
                     report[name][str(count)] = found | refused
                     print(f"{name:12} {count:4} clients  {found}", file=sys.stderr)
                 report[name]["rss_mb"] = server.megabytes()

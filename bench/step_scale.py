@@ -53,17 +53,27 @@ def synthetic_corpus(items: int, users: int, length: int, seed: int) -> Corpus:
     nothing = Sequences(np.zeros_like(offsets), np.zeros(0, np.int32), np.zeros(0, np.int64), None)
     ids = [np.arange(count).astype(str).astype(object) for count in (users, items)]
     return Corpus(
-        "synthetic", True, "leave_one_out",
-        Vocabulary(ids[0], FIRST_USER, users), Vocabulary(ids[1], FIRST_ITEM, items),
-        pd.DataFrame({"user_id": ids[0]}), pd.DataFrame({"item_id": ids[1]}), (), (),
-        Sequences(offsets, rows.astype(np.int32).ravel(), times, None), nothing, nothing,
-    )  # fmt: skip
+        "synthetic",
+        True,
+        "leave_one_out",
+        Vocabulary(ids[0], FIRST_USER, users),
+        Vocabulary(ids[1], FIRST_ITEM, items),
+        pd.DataFrame({"user_id": ids[0]}),
+        pd.DataFrame({"item_id": ids[1]}),
+        (),
+        (),
+        Sequences(offsets, rows.astype(np.int32).ravel(), times, None),
+        nothing,
+        nothing,
+    )
 
 
 class Subject:
     """A model of one size with its optimiser, ready to step."""
 
-    def __init__(self, items: int, steps: int, optimizer: Callable[[float], Any], seed: int) -> None:
+    def __init__(
+        self, items: int, steps: int, optimizer: Callable[[float], Any], seed: int
+    ) -> None:
         config = settled(Retrieval(arch="two_tower"), ordered=True, interactions=10**6)
         users = config.batch_size * (steps + WARM_UP + 1)
         corpus = synthetic_corpus(items, users, config.window, seed)
@@ -85,17 +95,25 @@ class Subject:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="ITEMS")
     parser.add_argument("--steps", type=int, default=200, help="of each size; default: %(default)s")
-    parser.add_argument("--adam-steps", type=int, default=20, help="of each size with Keras' Adam; 0 = none")
+    parser.add_argument(
+        "--adam-steps", type=int, default=20, help="of each size with Keras' Adam; 0 = none"
+    )
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
     if args.steps < TURN or min(args.sizes) < 2_049:
-        raise UserError(f"--steps: {TURN} or more; --sizes: 2,049 or more, as fewer items are no sampled negatives")
+        raise UserError(
+            f"--steps: {TURN} or more; --sizes: 2,049 or more, as fewer items are no sampled negatives"
+        )
     rng = np.random.default_rng(args.seed)
 
-    def measured(sizes: list[int], steps: int, optimizer: Callable[[float], Any], name: str) -> dict[int, np.ndarray]:
+    def measured(
+        sizes: list[int], steps: int, optimizer: Callable[[float], Any], name: str
+    ) -> dict[int, np.ndarray]:
         subjects = {}
         for items in sizes:
             print(f"{name}: {items:,} items are being set up", file=sys.stderr, flush=True)
@@ -103,9 +121,16 @@ def main() -> None:
         for _ in range(steps // TURN):
             for items in rng.permutation(sizes).tolist():
                 subjects[items].turn(TURN)
-        found = {items: np.percentile(subject.milliseconds, [25, 50, 75]) for items, subject in subjects.items()}
+        found = {
+            items: np.percentile(subject.milliseconds, [25, 50, 75])
+            for items, subject in subjects.items()
+        }
         for items, (low, middle, high) in found.items():
-            print(f"{name}: {items:>9,} items {middle:7.1f} ms ({low:.1f} to {high:.1f})", file=sys.stderr, flush=True)
+            print(
+                f"{name}: {items:>9,} items {middle:7.1f} ms ({low:.1f} to {high:.1f})",
+                file=sys.stderr,
+                flush=True,
+            )
         return found
 
     sizes = sorted(set(args.sizes))
@@ -114,10 +139,16 @@ def main() -> None:
         small = [items for items in sizes if items <= ADAM_ITEMS]
         adam = measured(small, max(TURN, args.adam_steps), tf.keras.optimizers.Adam, "keras_adam")
     lazy = measured(sizes, args.steps, LazyAdam, "rec")
-    report: dict[str, Any] = {str(items): round(float(values[1]), 2) for items, values in lazy.items()}
+    report: dict[str, Any] = {
+        str(items): round(float(values[1]), 2) for items, values in lazy.items()
+    }
     report["ratio"] = round(float(lazy[sizes[-1]][1] / lazy[sizes[0]][1]), 3)
-    report["quartiles"] = {str(items): values[[0, 2]].round(2).tolist() for items, values in lazy.items()}
-    report["keras_adam"] = {str(items): round(float(values[1]), 2) for items, values in adam.items()}
+    report["quartiles"] = {
+        str(items): values[[0, 2]].round(2).tolist() for items, values in lazy.items()
+    }
+    report["keras_adam"] = {
+        str(items): round(float(values[1]), 2) for items, values in adam.items()
+    }
     report["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(json.dumps(report))
 

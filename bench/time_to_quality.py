@@ -79,9 +79,13 @@ def read_curve(checkpoint: Path, interactions: int) -> list[tuple[float, float]]
     curve: list[tuple[float, float]] = []
     for line in (checkpoint / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
-        if "train/examples_per_second" in values:  # the others are of steps, and of the final calibration
+        if (
+            "train/examples_per_second" in values
+        ):  # the others are of steps, and of the final calibration
             before = curve[-1][0] if curve else 0.0
-            curve.append((before + interactions / values["train/examples_per_second"], values[METRIC]))
+            curve.append(
+                (before + interactions / values["train/examples_per_second"], values[METRIC])
+            )
     if not curve:
         raise UserError(f"{checkpoint}/metrics.jsonl holds no epoch")
     return curve
@@ -93,9 +97,15 @@ def first(curve: list[tuple[float, float]], least: float) -> float | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="data/ml-100k", metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--checkpoint", type=Path, help="read this finished run instead of training")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset", default="data/ml-100k", metavar="DIR", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, help="read this finished run instead of training"
+    )
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C")
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
@@ -104,7 +114,11 @@ def main() -> None:
     baseline = ease(corpus)
     print(f"ease: {baseline}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as name:
-        checkpoint, took = (args.checkpoint, {}) if args.checkpoint else train(args.dataset, args.overrides, Path(name))
+        checkpoint, took = (
+            (args.checkpoint, {})
+            if args.checkpoint
+            else train(args.dataset, args.overrides, Path(name))
+        )
         curve = read_curve(checkpoint, interactions)
     best = max(value for _, value in curve)
     rec = {
@@ -118,7 +132,13 @@ def main() -> None:
         "curve": [[round(seconds, 1), round(value, 4)] for seconds, value in curve],
     }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    report = {"dataset": args.dataset, "interactions": interactions, "ease": baseline, "rec": rec, "peak_mb": peak}
+    report = {
+        "dataset": args.dataset,
+        "interactions": interactions,
+        "ease": baseline,
+        "rec": rec,
+        "peak_mb": peak,
+    }
     print(json.dumps(report))
 
 

@@ -69,7 +69,9 @@ class Trained:
 class TutorialModel(tfrs.Model):
     """The tutorial's MovielensModel."""
 
-    def __init__(self, user_ids: np.ndarray, item_ids: np.ndarray, metrics_in_training: bool) -> None:
+    def __init__(
+        self, user_ids: np.ndarray, item_ids: np.ndarray, metrics_in_training: bool
+    ) -> None:
         super().__init__()
         self.user_model, self.item_model = _tower(user_ids), _tower(item_ids)
         self.metrics_in_training = metrics_in_training
@@ -106,7 +108,9 @@ class _Epochs(tf.keras.callbacks.Callback):
         print(f"  epoch {len(self.seconds)}: {self.seconds[-1]:.1f} s", file=sys.stderr)
 
 
-def train_tutorial(dataset: Dataset, batch_size: int, metrics_in_training: bool, epochs: int, seed: int) -> Trained:
+def train_tutorial(
+    dataset: Dataset, batch_size: int, metrics_in_training: bool, epochs: int, seed: int
+) -> Trained:
     """Trains the tutorial's model for `epochs`, of which the first 3 are timed, all but the first."""
     tf.keras.utils.set_random_seed(seed)
     user_ids = dataset.users()["user_id"].to_numpy(str)
@@ -141,9 +145,16 @@ def train_bpr(dataset: Dataset, seed: int) -> dict[str, Any]:
 def train_rec(dataset: Dataset, epochs: int, batch_size: int, seed: int) -> dict[str, Any]:
     """Trains rec's two_tower on ids; returns the JSON of the epoch with the best NDCG@10 on val."""
     config = Retrieval(
-        arch="two_tower", embedding_dim=DIMENSION, window=50, learning_rate=0.01, dropout=0.0, user_id=True,
-        batch_size=batch_size, in_batch_negatives=64, uniform_negatives=64,
-    )  # fmt: skip
+        arch="two_tower",
+        embedding_dim=DIMENSION,
+        window=50,
+        learning_rate=0.01,
+        dropout=0.0,
+        user_id=True,
+        batch_size=batch_size,
+        in_batch_negatives=64,
+        uniform_negatives=64,
+    )
     corpus = load_corpus(dataset, Features({}, {}))
     tf.keras.utils.set_random_seed(seed)
     model = RetrievalModel(config, corpus)
@@ -166,25 +177,41 @@ def _rec_ndcg_at_10(model: RetrievalModel, corpus: Corpus, split: str) -> float:
     held = corpus.val if split == "val" else corpus.test
     lists = mine(model, corpus.history(split), held, first_queries(held), 10, whole=True)
     relevant = held.matrix(lists.user, corpus.items.rows)
-    return float(per_user(np.where(lists.items == PAD, -1, lists.items), relevant, ks=(10,))["ndcg@10"].mean())
+    return float(
+        per_user(np.where(lists.items == PAD, -1, lists.items), relevant, ks=(10,))[
+            "ndcg@10"
+        ].mean()
+    )
 
 
 def ground_truth(dataset: Dataset, split: str) -> tuple[csr_matrix, csr_matrix]:
     """What each user has in `split`, and in the splits before it: both [users, items], rows as in the tables."""
-    user_index, item_index = pd.Index(dataset.users()["user_id"]), pd.Index(dataset.items()["item_id"])
+    user_index, item_index = (
+        pd.Index(dataset.users()["user_id"]),
+        pd.Index(dataset.items()["item_id"]),
+    )
 
     def matrix(*names: str) -> csr_matrix:
         frame = pd.concat([dataset.interactions(name) for name in names])
-        rows, columns = user_index.get_indexer(frame["user_id"]), item_index.get_indexer(frame["item_id"])
-        return csr_matrix((np.ones(len(frame)), (rows, columns)), shape=(len(user_index), len(item_index)))
+        rows, columns = (
+            user_index.get_indexer(frame["user_id"]),
+            item_index.get_indexer(frame["item_id"]),
+        )
+        return csr_matrix(
+            (np.ones(len(frame)), (rows, columns)), shape=(len(user_index), len(item_index))
+        )
 
     relevant = matrix(split)
     if not relevant.nnz:
-        raise UserError(f"{dataset.path}: {split} is empty, so there is nothing to measure quality on")
+        raise UserError(
+            f"{dataset.path}: {split} is empty, so there is nothing to measure quality on"
+        )
     return relevant, matrix("train") if split == "val" else matrix("train", "val")
 
 
-def ndcg_at_10(users: np.ndarray, items: np.ndarray, relevant: csr_matrix, seen: csr_matrix) -> float:
+def ndcg_at_10(
+    users: np.ndarray, items: np.ndarray, relevant: csr_matrix, seen: csr_matrix
+) -> float:
     """NDCG@10 of `users @ items.T` over the users with relevant items; what they have seen is excluded."""
     rows = np.flatnonzero(np.diff(relevant.indptr))
     slices = [rows[start : start + 4096] for start in range(0, len(rows), 4096)]
@@ -206,20 +233,37 @@ def report(dataset: Dataset, trained: Trained) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measures training throughput.", epilog=__doc__.splitlines()[2])
-    parser.add_argument("--dataset", default="data/ml-100k", metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--tutorial-epochs", type=int, default=TUTORIAL_EPOCHS, metavar="N", help="at least 3")
-    parser.add_argument("--epochs", type=int, default=20, metavar="N", help="of rec; default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="of rec; default: %(default)s")
+    parser = argparse.ArgumentParser(
+        description="Measures training throughput.", epilog=__doc__.splitlines()[2]
+    )
+    parser.add_argument(
+        "--dataset", default="data/ml-100k", metavar="DIR", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--tutorial-epochs", type=int, default=TUTORIAL_EPOCHS, metavar="N", help="at least 3"
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=20, metavar="N", help="of rec; default: %(default)s"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=128, metavar="N", help="of rec; default: %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=42)
     names = ("tutorial_as_written", "tutorial_best", "implicit_bpr", "rec")
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names)
+    )
     args = parser.parse_args()
     if args.tutorial_epochs < TUTORIAL_EPOCHS:
-        raise UserError(f"--tutorial-epochs: must be {TUTORIAL_EPOCHS} or more, not {args.tutorial_epochs}")
+        raise UserError(
+            f"--tutorial-epochs: must be {TUTORIAL_EPOCHS} or more, not {args.tutorial_epochs}"
+        )
     dataset = open_dataset(args.dataset)
     results: dict[str, dict[str, Any]] = {}
-    for name, batch_size, metrics in (("tutorial_as_written", 8192, True), ("tutorial_best", 1024, False)):
+    for name, batch_size, metrics in (
+        ("tutorial_as_written", 8192, True),
+        ("tutorial_best", 1024, False),
+    ):
         if name not in args.only:
             continue
         print(name, file=sys.stderr)

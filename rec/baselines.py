@@ -66,11 +66,15 @@ class RecentPopularity(Popularity):
 
     def fit(self, train: csr_matrix, timestamps: np.ndarray | None = None) -> None:
         if timestamps is None or len(timestamps) != len(train.indices):
-            raise UserError("recent popularity needs the timestamps of the training interactions, one for each")
+            raise UserError(
+                "recent popularity needs the timestamps of the training interactions, one for each"
+            )
         super().fit(train)
         recent = timestamps > timestamps.max() - self.days * SECONDS_A_DAY
         counts = np.bincount(train.indices, weights=train.data * recent, minlength=train.shape[1])
-        self.item_scores = counts + self.item_scores / (self.item_scores.sum() + 1)  # the second term stays below 1
+        self.item_scores = counts + self.item_scores / (
+            self.item_scores.sum() + 1
+        )  # the second term stays below 1
 
 
 @dataclass
@@ -91,7 +95,9 @@ class IALS(Popularity):
     def fit(self, train: csr_matrix, timestamps: np.ndarray | None = None) -> None:
         super().fit(train)
         weights = (self.factors, self.regularization, self.alpha)
-        with threadpool_limits(1, "blas"):  # the library's own threads split the users; BLAS threads slow it down
+        with threadpool_limits(
+            1, "blas"
+        ):  # the library's own threads split the users; BLAS threads slow it down
             self.model = AlternatingLeastSquares(*weights, iterations=16, random_state=self.seed)
             self.model.fit(binary(train), show_progress=False)
 
@@ -118,7 +124,9 @@ class EASE(Popularity):
         X = binary(train)
         gram = (X.T @ X).toarray(order="F")
         gram[np.diag_indices(items)] += self.regularization
-        self.weights = inv(gram, overwrite_a=True, check_finite=False).T  # symmetric; now in the order of its rows
+        self.weights = inv(
+            gram, overwrite_a=True, check_finite=False
+        ).T  # symmetric; now in the order of its rows
         self.weights /= -np.diag(self.weights)
         np.fill_diagonal(self.weights, 0)
 
@@ -135,7 +143,9 @@ def top_k(scores: np.ndarray, seen: csr_matrix, k: int) -> np.ndarray:
     items = scores.shape[1]
     left = scores.astype(np.result_type(scores, np.float32))
     if np.isnan(left).any():
-        raise ValueError(f"the scores of user row {np.isnan(left).any(axis=1).argmax()} contain NaN")
+        raise ValueError(
+            f"the scores of user row {np.isnan(left).any(axis=1).argmax()} contain NaN"
+        )
     left[seen.nonzero()] = -np.inf
     best, rows = (part.numpy() for part in tf.math.top_k(left, min(k, items)))
     ranked = np.where(np.isneginf(best), -1, rows.astype(np.int64))
@@ -146,7 +156,9 @@ def rank(baseline: Baseline, histories: csr_matrix, seen: csr_matrix, k: int) ->
     """`top_k` [U, k] of the baseline's scores for histories [U, N], a slice of users at a time."""
     step = max(1, SCORES_A_SLICE // histories.shape[1])
     parts = [slice(start, start + step) for start in range(0, max(histories.shape[0], 1), step)]
-    return np.concatenate([top_k(baseline.scores(histories[part]), seen[part], k) for part in parts])
+    return np.concatenate(
+        [top_k(baseline.scores(histories[part]), seen[part], k) for part in parts]
+    )
 
 
 def _grid(**values: Sequence[float]) -> list[dict[str, Any]]:
@@ -165,7 +177,11 @@ GRIDS: dict[type[Baseline], list[dict[str, Any]]] = {
 
 
 def tune(
-    make: type[Baseline], train: csr_matrix, histories: csr_matrix, relevant: csr_matrix, timestamps: np.ndarray | None
+    make: type[Baseline],
+    train: csr_matrix,
+    histories: csr_matrix,
+    relevant: csr_matrix,
+    timestamps: np.ndarray | None,
 ) -> tuple[float, Baseline]:
     """The highest mean NDCG@10 over validation users, and the baseline of its grid that has it, fitted.
 
@@ -176,8 +192,13 @@ def tune(
     def fitted(parameters: dict[str, Any]) -> tuple[float, Baseline]:
         started, baseline = time.perf_counter(), make(**parameters)
         baseline.fit(train, timestamps)
-        value = float(per_user(rank(baseline, histories, histories, 10), relevant, (10,))["ndcg@10"].mean())
-        print(f"{baseline}: val/ndcg@10 {value:.4f}, {time.perf_counter() - started:.1f} s", file=sys.stderr)
+        value = float(
+            per_user(rank(baseline, histories, histories, 10), relevant, (10,))["ndcg@10"].mean()
+        )
+        print(
+            f"{baseline}: val/ndcg@10 {value:.4f}, {time.perf_counter() - started:.1f} s",
+            file=sys.stderr,
+        )
         return value, baseline
 
     return max(map(fitted, GRIDS[make]), key=lambda each: each[0])  # the first of equals
@@ -193,15 +214,23 @@ class RatingBiases:
 
     regularization: float = 5.0
 
-    def fit(self, user: np.ndarray, item: np.ndarray, rating: np.ndarray, users: int, items: int) -> None:
+    def fit(
+        self, user: np.ndarray, item: np.ndarray, rating: np.ndarray, users: int, items: int
+    ) -> None:
         """Learns from ratings [n] of user and item rows [n]."""
-        self.mean, self.of_user, self.of_item = float(rating.mean()), np.zeros(users), np.zeros(items)
+        self.mean, self.of_user, self.of_item = (
+            float(rating.mean()),
+            np.zeros(users),
+            np.zeros(items),
+        )
         for _ in range(10):  # by turns: each is the ridge solution given the other
             self.of_item = self._solved(item, rating - self.mean - self.of_user[user], items)
             self.of_user = self._solved(user, rating - self.mean - self.of_item[item], users)
 
     def _solved(self, rows: np.ndarray, rest: np.ndarray, n: int) -> np.ndarray:
-        return np.bincount(rows, weights=rest, minlength=n) / (np.bincount(rows, minlength=n) + self.regularization)
+        return np.bincount(rows, weights=rest, minlength=n) / (
+            np.bincount(rows, minlength=n) + self.regularization
+        )
 
     def predict(self, user: np.ndarray, item: np.ndarray) -> np.ndarray:
         """[n] user and item rows -> [n] ratings."""
@@ -216,9 +245,13 @@ class MatrixFactorization(RatingBiases):
     weight: float = 0.1  # of the squared factors, for each rating of a row
     seed: int = 0
 
-    def fit(self, user: np.ndarray, item: np.ndarray, rating: np.ndarray, users: int, items: int) -> None:
+    def fit(
+        self, user: np.ndarray, item: np.ndarray, rating: np.ndarray, users: int, items: int
+    ) -> None:
         super().fit(user, item, rating, users, items)
-        rest = csr_matrix((rating - super().predict(user, item), (user, item)), shape=(users, items))
+        rest = csr_matrix(
+            (rating - super().predict(user, item), (user, item)), shape=(users, items)
+        )
         self.P = np.zeros((users, self.factors))
         self.Q = np.random.default_rng(self.seed).normal(0, 0.1, (items, self.factors))
         for _ in range(10):

@@ -36,14 +36,18 @@ class Lookup(tf.Module):
         self._users = _table(corpus.users, assets / "users.txt")
         self._items = _table(corpus.items, assets / "items.txt")
         ids = np.concatenate([np.full(FIRST_ITEM, "", object), corpus.items.ids])
-        self._item_ids = tf.Variable(tf.constant(ids.tolist(), tf.string), trainable=False, name="item_ids")
+        self._item_ids = tf.Variable(
+            tf.constant(ids.tolist(), tf.string), trainable=False, name="item_ids"
+        )
         lengths = np.minimum(history.lengths, max_seen)
         kept = np.arange(len(history.items)) >= (history.offsets[1:] - lengths)[history.users]
         stored = history.select(kept)
         self.users = len(stored.lengths)
         self._offsets = tf.Variable(stored.offsets, trainable=False, name="history_offsets")
         # One item more than there is, so that gathering for a user without a history stays in bounds.
-        self._history = tf.Variable(np.append(stored.items, PAD).astype(np.int32), trainable=False, name="history")
+        self._history = tf.Variable(
+            np.append(stored.items, PAD).astype(np.int32), trainable=False, name="history"
+        )
 
     def user_rows(self, user_id: tf.Tensor) -> tf.Tensor:
         """[B] string -> [B] int32; "" and unknown ids are UNKNOWN_USER."""
@@ -101,18 +105,31 @@ class RetrievalModule(AnswersUsers):
 
     SIGNATURES = ("serving_default", "from_history", "similar_items", "answer", "history")
 
-    def __init__(self, model: RetrievalModel, index: ExactIndex | ScannIndex, lookup: Lookup, k: int) -> None:
+    def __init__(
+        self, model: RetrievalModel, index: ExactIndex | ScannIndex, lookup: Lookup, k: int
+    ) -> None:
         super().__init__(name="retrieval")
         self.index, self.lookup, self.k = index, lookup, k
         self.model = _Untracked(model)
         self.weights = _frozen(model.variables, model.encoders)
-        self.known = None if model.config.query_time else tf.Variable(self._known(), trainable=False, name="known")
+        self.known = (
+            None
+            if model.config.query_time
+            else tf.Variable(self._known(), trainable=False, name="known")
+        )
 
     def _known(self) -> tf.Tensor:
         """[user rows, d + 1]: the queries of all users with their stored histories, which a request then looks up."""
         users = np.arange(self.lookup.users, dtype=np.int32)
-        parts = tqdm(np.array_split(users, 1 + len(users) // USERS_AT_ONCE), "all users", unit="batch", leave=False)
-        return tf.concat([self.model.get.query_compiled(part, self.lookup.stored(part)) for part in parts], 0)
+        parts = tqdm(
+            np.array_split(users, 1 + len(users) // USERS_AT_ONCE),
+            "all users",
+            unit="batch",
+            leave=False,
+        )
+        return tf.concat(
+            [self.model.get.query_compiled(part, self.lookup.stored(part)) for part in parts], 0
+        )
 
     def _asked(self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor) -> Tensors:
         found = self.answer(user_id, history, is_given, tf.fill([tf.size(user_id), 0], ""))
@@ -132,14 +149,20 @@ class RetrievalModule(AnswersUsers):
         return self._named(*self._top(scores, found))
 
     @tf.function(input_signature=[IDS, LISTS, LISTS, TIMES])
-    def retrieve(self, user_id: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor) -> Tensors:
+    def retrieve(
+        self, user_id: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor
+    ) -> Tensors:
         """Like from_history, at a given time, without exactly `seen` [B, S]: what an evaluation needs. As `answer`."""
         user, rows = self.lookup.user_rows(user_id), self.lookup.item_rows(history)
         query = self.model.get.query(user, rows, time)
-        return self._described(*self._best(query, user, rows, self.lookup.item_rows(seen)), user, rows)
+        return self._described(
+            *self._best(query, user, rows, self.lookup.item_rows(seen)), user, rows
+        )
 
     @tf.function(input_signature=[IDS, LISTS, LISTS, TIMES])
-    def retrieve_exactly(self, user_id: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor) -> Tensors:
+    def retrieve_exactly(
+        self, user_id: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor
+    ) -> Tensors:
         """Like `retrieve`, by brute force over the whole catalogue: what the index approximates."""
         user, rows = self.lookup.user_rows(user_id), self.lookup.item_rows(history)
         scores = self.model.get.score_catalogue(user, rows, self.model.get.candidates(), time)
@@ -151,7 +174,9 @@ class RetrievalModule(AnswersUsers):
         return self.lookup.item_ids(self.lookup.stored(self.lookup.user_rows(user_id)))
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, LISTS])
-    def answer(self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, exclude: tf.Tensor) -> Tensors:
+    def answer(
+        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, exclude: tf.Tensor
+    ) -> Tensors:
         """What a server asks, for requests of every kind in one batch.
 
         Args:
@@ -168,24 +193,38 @@ class RetrievalModule(AnswersUsers):
         return self._described(*self._best(query, user, history, seen), user, history)
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, ROWS])
-    def answer_within(self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, within: tf.Tensor) -> Tensors:
+    def answer_within(
+        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, within: tf.Tensor
+    ) -> Tensors:
         """Like `answer`, with the best of just these items (places in items.parquet), each of them scored."""
         user = self.lookup.user_rows(user_id)
         history = self.lookup.history(user, self.lookup.item_rows(history), is_given)
         within = tf.pad(within + FIRST_ITEM, [[0, self.k]], constant_values=PAD)
         within = tf.broadcast_to(within, [tf.shape(user)[0], tf.shape(within)[0]])
-        return self._described(*self._top(self.model.get.score(user, history, within), within), user, history)
+        return self._described(
+            *self._top(self.model.get.score(user, history, within), within), user, history
+        )
 
-    def _described(self, scores: tf.Tensor, rows: tf.Tensor, user: tf.Tensor, history: tf.Tensor) -> Tensors:
+    def _described(
+        self, scores: tf.Tensor, rows: tf.Tensor, user: tf.Tensor, history: tf.Tensor
+    ) -> Tensors:
         places = tf.where(rows == PAD, -1, rows - FIRST_ITEM)
-        return {**self._named(scores, rows), "row": places, "cold": self.model.get.is_cold(user, history)}
+        return {
+            **self._named(scores, rows),
+            "row": places,
+            "cold": self.model.get.is_cold(user, history),
+        }
 
     @tf.function(input_signature=[IDS, IDS])
     def cosines(self, item_id: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
         """[N] and [H] items -> [N, H] cosines of their vectors, LOWEST where an item is unknown."""
         rows, others = self.lookup.item_rows(item_id), self.lookup.item_rows(other)
-        a, b = (tf.math.l2_normalize(self.model.get.candidate_tower.items(x), 1) for x in (rows, others))
-        return tf.where((rows == PAD)[:, None] | (others == PAD), LOWEST, tf.matmul(a, b, transpose_b=True))
+        a, b = (
+            tf.math.l2_normalize(self.model.get.candidate_tower.items(x), 1) for x in (rows, others)
+        )
+        return tf.where(
+            (rows == PAD)[:, None] | (others == PAD), LOWEST, tf.matmul(a, b, transpose_b=True)
+        )
 
     def _query(self, user: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor) -> tf.Tensor:
         """[B, d + 1]: computed where the history [B, H] is given, looked up where it is the stored one."""
@@ -194,12 +233,16 @@ class RetrievalModule(AnswersUsers):
         known, asked = tf.gather(self.known, user), tf.where(is_given)
 
         def told() -> tf.Tensor:
-            query = self.model.get.query(*(tf.gather(each, asked[:, 0]) for each in (user, history)))
+            query = self.model.get.query(
+                *(tf.gather(each, asked[:, 0]) for each in (user, history))
+            )
             return tf.tensor_scatter_nd_update(known, asked, query)
 
         return tf.cond(tf.reduce_any(is_given), told, lambda: known)
 
-    def _best(self, query: tf.Tensor, user: tf.Tensor, history: tf.Tensor, seen: tf.Tensor) -> Found:
+    def _best(
+        self, query: tf.Tensor, user: tf.Tensor, history: tf.Tensor, seen: tf.Tensor
+    ) -> Found:
         """query [B, d + 1]; user [B], history [B, H], seen [B, S] as rows -> scores and rows of the k best, [B, k]."""
         widest = tf.reduce_max(tf.reduce_sum(tf.cast(seen != PAD, tf.int32), 1))
         scores, found = self._search(query, self.k + widest)
@@ -235,7 +278,9 @@ class RankingModule(tf.Module):
 
     SIGNATURES = ("serving_default", "from_history", "answer")
 
-    def __init__(self, model: RankingModel, retrieval: RetrievalModel, counts: Counts, lookup: Lookup) -> None:
+    def __init__(
+        self, model: RankingModel, retrieval: RetrievalModel, counts: Counts, lookup: Lookup
+    ) -> None:
         super().__init__(name="ranking")
         self.counts, self.lookup = counts, lookup
         self.model, self.retrieval = _Untracked(model), _Untracked(retrieval)
@@ -254,19 +299,32 @@ class RankingModule(tf.Module):
         return self._answer(self.lookup.user_rows(user_id), self.lookup.item_rows(history), item_id)
 
     @tf.function(input_signature=[IDS, LISTS, LISTS, TIMES])
-    def score_at(self, user_id: tf.Tensor, history: tf.Tensor, item_id: tf.Tensor, time: tf.Tensor) -> Tensors:
+    def score_at(
+        self, user_id: tf.Tensor, history: tf.Tensor, item_id: tf.Tensor, time: tf.Tensor
+    ) -> Tensors:
         """Like from_history, at a given time: what an evaluation needs."""
-        return self._answer(self.lookup.user_rows(user_id), self.lookup.item_rows(history), item_id, time)
+        return self._answer(
+            self.lookup.user_rows(user_id), self.lookup.item_rows(history), item_id, time
+        )
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, LISTS])
-    def answer(self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, item_id: tf.Tensor) -> Tensors:
+    def answer(
+        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, item_id: tf.Tensor
+    ) -> Tensors:
         """What a server asks: scores from `history` [B, H] where it is given, else from the stored one."""
         user = self.lookup.user_rows(user_id)
-        return self._answer(user, self.lookup.history(user, self.lookup.item_rows(history), is_given), item_id)
+        return self._answer(
+            user, self.lookup.history(user, self.lookup.item_rows(history), is_given), item_id
+        )
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, ROW_LISTS, SCORES])
     def rank(
-        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, rows: tf.Tensor, retrieved: tf.Tensor
+        self,
+        user_id: tf.Tensor,
+        history: tf.Tensor,
+        is_given: tf.Tensor,
+        rows: tf.Tensor,
+        retrieved: tf.Tensor,
     ) -> tf.Tensor:
         """Like `answer`, of candidates by this bundle's rows [B, N], with the retrieval scores that they came with."""
         user = self.lookup.user_rows(user_id)
@@ -278,7 +336,13 @@ class RankingModule(tf.Module):
         """[N] string -> [N] int32, what `rank` calls these items."""
         return self.lookup.item_rows(item_id)
 
-    def _answer(self, user: tf.Tensor, history: tf.Tensor, items: tf.Tensor, time: tf.Tensor | None = None) -> Tensors:
+    def _answer(
+        self, user: tf.Tensor, history: tf.Tensor, items: tf.Tensor, time: tf.Tensor | None = None
+    ) -> Tensors:
         rows = self.lookup.item_rows(items)
         retrieved = self.retrieval.get.score(user, history, rows, time)
-        return {"score": score_candidates(self.model.get, self.counts, user, history, rows, retrieved, time)}
+        return {
+            "score": score_candidates(
+                self.model.get, self.counts, user, history, rows, retrieved, time
+            )
+        }

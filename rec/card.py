@@ -44,7 +44,9 @@ def _plot(report: Report, parts: dict[str, Metadata], place: Path) -> None:
     """Draws what was measured, quality.png, and how training went, STAGE.png."""
     systems = report["systems"]
     values = [of["ndcg@10"] for of in systems.values()]
-    errors = [[abs(of["ndcg@10"] - of["ndcg@10_ci"][side]) for of in systems.values()] for side in (0, 1)]
+    errors = [
+        [abs(of["ndcg@10"] - of["ndcg@10_ci"][side]) for of in systems.values()] for side in (0, 1)
+    ]
     figure = Figure((6, 0.6 * len(systems) + 1), dpi=120, layout="tight")
     axes = figure.subplots()
     axes.barh(list(systems), values, xerr=errors, capsize=3)
@@ -53,7 +55,11 @@ def _plot(report: Report, parts: dict[str, Metadata], place: Path) -> None:
     figure.savefig(place / "quality.png")
     for stage, part in parts.items():
         epochs = part["history"]
-        shown = [name for name in ("loss", "val/ndcg@10", "val/recall@100", "val/rmse") if name in epochs[-1]]
+        shown = [
+            name
+            for name in ("loss", "val/ndcg@10", "val/recall@100", "val/rmse")
+            if name in epochs[-1]
+        ]
         figure = Figure((3 * len(shown), 2.5), dpi=120, layout="tight")
         for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
             points = [(epoch, of[name]) for epoch, of in enumerate(epochs) if name in of]
@@ -62,7 +68,9 @@ def _plot(report: Report, parts: dict[str, Metadata], place: Path) -> None:
         figure.savefig(place / f"{stage}.png")
 
 
-def _page(metadata: Metadata, parts: dict[str, Metadata], manifest: dict[str, Any], report: Report) -> str:
+def _page(
+    metadata: Metadata, parts: dict[str, Metadata], manifest: dict[str, Any], report: Report
+) -> str:
     stage, version, system = metadata["stage"], metadata["version"], list(report["systems"])[-1]
     counts = ", ".join(f"{count:,} {name}" for name, count in manifest["counts"].items())
     made = "\n".join(
@@ -70,20 +78,33 @@ def _page(metadata: Metadata, parts: dict[str, Metadata], manifest: dict[str, An
         f"{(part['git_commit'] or 'unknown')[:10]}\n\n      {part['command']}\n"
         for stage, part in parts.items()
     )
-    slices = {f"{name}, {of['users']:,} users": of["systems"][system] for name, of in report["segments"].items()}
+    slices = {
+        f"{name}, {of['users']:,} users": of["systems"][system]
+        for name, of in report["segments"].items()
+    }
     images = "\n".join(f"![{name}]({name}.png)" for name in ("quality", *parts))
     index = parts["retrieval"]["index"]
     template = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
     return template.format(
-        title=f"{stage.capitalize()} {version}", metadata=metadata, manifest=manifest, counts=counts, report=report,
-        systems=_table(report["systems"], SHOWN), system=system, slices=_table(slices, SHOWN[:3]),
-        index="; ".join(f"{key} {value}" for key, value in index.items()), made=made, images=images,
-    )  # fmt: skip
+        title=f"{stage.capitalize()} {version}",
+        metadata=metadata,
+        manifest=manifest,
+        counts=counts,
+        report=report,
+        systems=_table(report["systems"], SHOWN),
+        system=system,
+        slices=_table(slices, SHOWN[:3]),
+        index="; ".join(f"{key} {value}" for key, value in index.items()),
+        made=made,
+        images=images,
+    )
 
 
 def _table(rows: dict[str, dict[str, Any]], columns: Sequence[str]) -> str:
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(_number(of, at) for at in columns)} |" for name, of in rows.items()]
+    lines += [
+        f"| {name} | {' | '.join(_number(of, at) for at in columns)} |" for name, of in rows.items()
+    ]
     return "\n".join(lines)
 
 

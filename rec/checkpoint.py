@@ -30,7 +30,9 @@ class TrainedRetrieval:
 
 def describe(config: Config, corpus: Corpus, stage: str, **more: Any) -> dict[str, Any]:
     """What identifies a training run: the same description, the same result. JSON-able."""
-    kept = {key: value for key, value in to_dict(config).items() if key in ("seed", "features", stage)}
+    kept = {
+        key: value for key, value in to_dict(config).items() if key in ("seed", "features", stage)
+    }
     return {"stage": stage, "dataset": corpus.dataset_id, **kept, **more}
 
 
@@ -48,13 +50,17 @@ def load_trained_corpus(directory: Path, dataset: Dataset) -> Corpus:
     sides = []
     for side, first in (("user", FIRST_USER), ("item", FIRST_ITEM)):
         ids = (directory / f"{side}s.txt").read_text(encoding="utf-8").split("\n")[:-1]
-        columns = columns_from_json((directory / f"{side}_columns.json").read_text(encoding="utf-8"))
+        columns = columns_from_json(
+            (directory / f"{side}_columns.json").read_text(encoding="utf-8")
+        )
         sides.append((Vocabulary(np.array(ids, object), first, len(ids)), columns))
     (users, user_columns), (items, item_columns) = sides
     return load_corpus(dataset, Features(), users, items, (user_columns, item_columns))
 
 
-def load_retrieval(directory: Path, dataset: Dataset, corpus: Corpus | None = None) -> TrainedRetrieval:
+def load_retrieval(
+    directory: Path, dataset: Dataset, corpus: Corpus | None = None
+) -> TrainedRetrieval:
     """The retrieval model of a finished checkpoint, for `corpus` if it is loaded already. Raises UserError if none."""
     run = _run(directory, "retrieval")
     corpus = corpus or load_trained_corpus(directory, dataset)
@@ -64,7 +70,9 @@ def load_retrieval(directory: Path, dataset: Dataset, corpus: Corpus | None = No
     return TrainedRetrieval(model, corpus, fitted, run)
 
 
-def load_ranking(directory: Path, retrieval: TrainedRetrieval) -> tuple[RankingModel, Fitted, dict[str, Any]]:
+def load_ranking(
+    directory: Path, retrieval: TrainedRetrieval
+) -> tuple[RankingModel, Fitted, dict[str, Any]]:
     """The ranking model of a finished checkpoint, its result and its run.
 
     Raises UserError if there is no finished ranking checkpoint, or if it was trained for another retrieval model.

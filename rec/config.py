@@ -31,7 +31,9 @@ Share = Annotated[float, "above 0 and below 1", lambda x: 0 < x < 1]
 Target = Annotated[float, "above 0 and at most 1", lambda x: 0 < x <= 1]
 NotNegative = Annotated[float, "0 or more and finite", lambda x: 0 <= x < float("inf")]
 Strategy = Annotated[str, "mirrored or ps", lambda name: name in ("mirrored", "ps")]
-Columns = Annotated[str | dict[str, str], "auto, or {column: kind}", lambda x: x == "auto" or type(x) is dict]
+Columns = Annotated[
+    str | dict[str, str], "auto, or {column: kind}", lambda x: x == "auto" or type(x) is dict
+]
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,21 @@ class Retrieval:
     heads: Count = 2  # attention heads of sasrec
     dropout: Rate = 0.2
     window: CountOr0 = 0  # positions a training example, and the longest history that is read; 0 = 50, unordered 1000
-    epochs: CountOr0 = 0  # at most: early stopping on val/ndcg@10; 0 = 12 to 100, for about 1,500 steps
-    patience: Count = 15  # epochs without a better val/ndcg@10 before training stops; the best often come late
-    batch_size: Count = 64  # windows a step, at 50 positions each: more of them where they are shorter
+    epochs: CountOr0 = (
+        0  # at most: early stopping on val/ndcg@10; 0 = 12 to 100, for about 1,500 steps
+    )
+    patience: Count = (
+        15  # epochs without a better val/ndcg@10 before training stops; the best often come late
+    )
+    batch_size: Count = (
+        64  # windows a step, at 50 positions each: more of them where they are shorter
+    )
     learning_rate: Positive = 0.002  # falls to 0 along a cosine
     temperature: Positive = 1.0
     logq: bool = True  # correct sampled logits by log of the sampling probability
-    in_batch_negatives: CountOr0 = 512  # targets of other examples in the batch, shared by all; 0 = none
+    in_batch_negatives: CountOr0 = (
+        512  # targets of other examples in the batch, shared by all; 0 = none
+    )
     # items drawn uniformly, shared by all; a catalogue no larger is taken whole; 0 = 2048, autoencoder 16384
     uniform_negatives: CountOr0 = 0
     # What the user has interacted with in the window is no negative; if false, just the position's own target is none.
@@ -71,13 +81,17 @@ class Ranking:
     # implicit: clicks on mined candidates, one by one; listwise: a softmax over each list; rating: squared error
     objective: str = "implicit"
     candidates: Count = 100  # length of a candidate list
-    holdout: Share = 0.15  # latest share of the training interactions that labels the candidate lists
+    holdout: Share = (
+        0.15  # latest share of the training interactions that labels the candidate lists
+    )
     hidden: Annotated[tuple[Count, ...], "at least one width", bool] = (128, 64)
     dropout: Rate = 0.2
     epochs: Count = 5
     patience: Count = 2
     batch_size: Count = 64  # candidate lists a step; with `rating`, 16 ratings for each
-    l2: NotNegative = 0.03  # with `rating`: penalty on the squared vectors of the users and items of a batch
+    l2: NotNegative = (
+        0.03  # with `rating`: penalty on the squared vectors of the users and items of a batch
+    )
     learning_rate: Positive = 0.001  # falls to 0 along a cosine; with `rating`, 3 times as much
 
 
@@ -85,7 +99,9 @@ class Ranking:
 class Index:
     # scann, or exact (brute force; loads in a stock TF Serving)
     kind: Annotated[str, "one of scann, exact", ("scann", "exact").__contains__] = "scann"
-    recall_target: Target = 0.95  # recall@k against the exact index that ScaNN's settings are searched for
+    recall_target: Target = (
+        0.95  # recall@k against the exact index that ScaNN's settings are searched for
+    )
     k: Count = 100  # candidates that the retrieval bundle returns
     max_seen: CountOr0 = 1000  # items of a known user's history that the bundle stores and excludes
 
@@ -111,16 +127,25 @@ class Config:
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --config and --set: a command calls `load_config(args.config, args.overrides)`."""
-    default, text = "config/dummy/dummy_small.yaml", "override a key, such as --set retrieval.epochs=3"
-    parser.add_argument("--config", default=default, metavar="FILE", help="YAML file (default: %(default)s)")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help=text)
+    default, text = (
+        "config/dummy/dummy_small.yaml",
+        "override a key, such as --set retrieval.epochs=3",
+    )
+    parser.add_argument(
+        "--config", default=default, metavar="FILE", help="YAML file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="A.B=C", help=text
+    )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file, and over it `overrides`, each `a.b=c`. Raises UserError, see above, for whatever is wrong."""
     config, where = Config(dataset=""), str(path)
     try:
-        if (tree := yaml.load(Path(path).read_bytes(), _Loader)) is None:  # a SafeLoader: it builds plain values only
+        if (
+            tree := yaml.load(Path(path).read_bytes(), _Loader)
+        ) is None:  # a SafeLoader: it builds plain values only
             raise ValueError("the file is empty; it needs at least `dataset: data/NAME`")
         config = _update(config, tree, "")
         for override in overrides:
@@ -134,13 +159,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             config = _update(config, tree, "")
         where = " --set ".join([str(path), *overrides])
         if not config.dataset:
-            raise ValueError("dataset: missing key; add `dataset: data/NAME` or --set dataset=data/NAME")
+            raise ValueError(
+                "dataset: missing key; add `dataset: data/NAME` or --set dataset=data/NAME"
+            )
         if (candidates := config.ranking.candidates) > (k := config.index.k):
-            raise ValueError(f"ranking.candidates: must be at most index.k, which is {k}, not {candidates}")
+            raise ValueError(
+                f"ranking.candidates: must be at most index.k, which is {k}, not {candidates}"
+            )
     except OSError as error:
         raise UserError(f"{where}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # YAML raises the latter for a date such as 2024-13-45
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+    except (
+        yaml.YAMLError,
+        ValueError,
+    ) as error:  # YAML raises the latter for a date such as 2024-13-45
+        mark, problem = (
+            getattr(error, "problem_mark", None),
+            getattr(error, "problem", None) or error,
+        )
         raise UserError(f"{where}: {f'line {mark.line + 1}: ' if mark else ''}{problem}") from None
     return config
 
@@ -156,7 +191,9 @@ def settled(config: Retrieval, ordered: bool, interactions: int) -> Retrieval:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The config as plain dicts, lists and scalars, which JSON can hold."""
-    return asdict(config, dict_factory=lambda pairs: {k: list(v) if type(v) is tuple else v for k, v in pairs})
+    return asdict(
+        config, dict_factory=lambda pairs: {k: list(v) if type(v) is tuple else v for k, v in pairs}
+    )
 
 
 def _update(section: Any, tree: object, prefix: str) -> Any:
@@ -168,14 +205,28 @@ def _update(section: Any, tree: object, prefix: str) -> Any:
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if name not in types:  # the nearest key is one of this section rather than of another one
-            sections = {field.name: field.default for field in fields(Config) if is_dataclass(field.default)}
-            keys = {own.name: f"{other}.{own.name}" for other, kind in sections.items() for own in fields(kind)}
+            sections = {
+                field.name: field.default for field in fields(Config) if is_dataclass(field.default)
+            }
+            keys = {
+                own.name: f"{other}.{own.name}"
+                for other, kind in sections.items()
+                for own in fields(kind)
+            }
             keys |= {own: prefix + own for own in types}
             close = difflib.get_close_matches(str(name), keys, n=1)
-            hint = f"did you mean {keys[close[0]]}?" if close else f"the keys here are {', '.join(types)}"
+            hint = (
+                f"did you mean {keys[close[0]]}?"
+                if close
+                else f"the keys here are {', '.join(types)}"
+            )
             raise ValueError(f"{key}: unknown key; {hint}")
         now = getattr(section, name)
-        changes[name] = _update(now, value, f"{key}.") if is_dataclass(now) else _convert(types[name], value, key)
+        changes[name] = (
+            _update(now, value, f"{key}.")
+            if is_dataclass(now)
+            else _convert(types[name], value, key)
+        )
     return replace(section, **changes)
 
 
@@ -193,17 +244,36 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         if outer is tuple and type(value) is list:
             return tuple(_convert(inner[0], entry, f"{key}[{i}]") for i, entry in enumerate(value))
         if outer is dict and type(value) is dict:
-            return {_convert(inner[0], k, key): _convert(inner[1], v, f"{key}.{k}") for k, v in value.items()}
-        if type(value) is outer or (outer is float and type(value) is int):  # no isinstance: True is an int
+            return {
+                _convert(inner[0], k, key): _convert(inner[1], v, f"{key}.{k}")
+                for k, v in value.items()
+            }
+        if type(value) is outer or (
+            outer is float and type(value) is int
+        ):  # no isinstance: True is an int
             return outer(value)
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
-    expected = " or ".join(names.get(get_origin(choice) or choice, "{key: value}") for choice in choices)
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        tuple: "a list",
+    }
+    expected = " or ".join(
+        names.get(get_origin(choice) or choice, "{key: value}") for choice in choices
+    )
     hint = "; put it in quotes" if kind is str and not isinstance(value, list | dict | None) else ""
     raise ValueError(f"{key}: expected {expected}, got {_show(value)}{hint}")
 
 
 def _show(value: object) -> str:
-    return "nothing" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return (
+        "nothing"
+        if value is None
+        else str(value).lower()
+        if isinstance(value, bool)
+        else repr(value)
+    )
 
 
 class _Loader(yaml.SafeLoader):
@@ -213,7 +283,9 @@ class _Loader(yaml.SafeLoader):
         node, seen = super().compose_mapping_node(anchor), set()
         for key, _ in node.value:
             if str(key.value) in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} occurs twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value} occurs twice", problem_mark=key.start_mark
+                )
             seen.add(str(key.value))
         return node
 

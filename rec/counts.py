@@ -41,18 +41,29 @@ class Counts(tf.Module):
         soon = [items[:-gap] * item_rows + items[gap:] for gap in gaps]
         soon = [pairs[users[gap:] == users[:-gap]] for gap, pairs in zip(gaps, soon, strict=True)]
         pairs, count = np.unique(np.concatenate(soon), return_counts=True)
-        first, second = (np.bincount(rows, count, item_rows) for rows in np.divmod(pairs, item_rows))
+        first, second = (
+            np.bincount(rows, count, item_rows) for rows in np.divmod(pairs, item_rows)
+        )
         kept = np.argsort(-count, kind="stable")[:MOST_PAIRS]
         # A request asks for a thousand pairs: hashed, in half the time that a binary search takes.
-        keys, values = np.append(pairs[kept], -1), np.append(count[kept], 0)  # -1, as a table must not be empty
+        keys, values = (
+            np.append(pairs[kept], -1),
+            np.append(count[kept], 0),
+        )  # -1, as a table must not be empty
         counted = tf.lookup.KeyValueTensorInitializer(keys, values, tf.int64, tf.float32)
         self._pairs = tf.lookup.StaticHashTable(counted, 0.0)
-        self._first = tf.Variable((first / max(count.sum(), 1)).astype(np.float32), trainable=False, name="first")
+        self._first = tf.Variable(
+            (first / max(count.sum(), 1)).astype(np.float32), trainable=False, name="first"
+        )
         self._second = tf.Variable(second.astype(np.float32), trainable=False, name="second")
         end = tf.constant([times.max(initial=0) + 1], tf.int64)
-        self._latest = tf.Variable(self._popularity(tf.range(item_rows)[None], end)[0], trainable=False, name="latest")
+        self._latest = tf.Variable(
+            self._popularity(tf.range(item_rows)[None], end)[0], trainable=False, name="latest"
+        )
 
-    def __call__(self, history: tf.Tensor, items: tf.Tensor, time: tf.Tensor | None = None) -> tf.Tensor:
+    def __call__(
+        self, history: tf.Tensor, items: tf.Tensor, time: tf.Tensor | None = None
+    ) -> tf.Tensor:
         """The numbers of candidates, each the log of a count over the count that chance would give.
 
         Args:
@@ -67,8 +78,15 @@ class Counts(tf.Module):
           0 is what chance would give, or nothing known.
         """
         soon = self._soon_after(history, items)
-        about = [soon[..., 0], tf.reduce_mean(soon[..., :3], 2), tf.reduce_mean(soon, 2), tf.reduce_max(soon, 2)]
-        popularity = tf.gather(self._latest, items) if time is None else self._popularity(items, time)
+        about = [
+            soon[..., 0],
+            tf.reduce_mean(soon[..., :3], 2),
+            tf.reduce_mean(soon, 2),
+            tf.reduce_max(soon, 2),
+        ]
+        popularity = (
+            tf.gather(self._latest, items) if time is None else self._popularity(items, time)
+        )
         return tf.concat([popularity, tf.stack(about, -1)], -1)
 
     def _popularity(self, items: tf.Tensor, time: tf.Tensor) -> tf.Tensor:
@@ -86,7 +104,9 @@ class Counts(tf.Module):
     def _soon_after(self, history: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
         """[B, N, RECENT]: of each candidate, after the last item of the history, the one before, ..."""
         recent = recent_items(history, RECENT)
-        recent = tf.reverse_sequence(recent, tf.reduce_sum(tf.cast(recent != PAD, tf.int32), 1), 1)[:, None]
+        recent = tf.reverse_sequence(recent, tf.reduce_sum(tf.cast(recent != PAD, tf.int32), 1), 1)[
+            :, None
+        ]
         keys = tf.cast(recent, tf.int64) * self._items + tf.cast(items, tf.int64)[..., None]
         count = self._pairs.lookup(keys)
         expected = tf.gather(self._first, recent) * tf.gather(self._second, items)[..., None]

@@ -22,7 +22,10 @@ def run_command(main: Callable[[], None]) -> None:
     """Runs a command's `main`; exits with 1 and `error: <sentence>` on stderr for a user's mistake, 130 on Ctrl-C."""
     try:
         main()
-    except (UserError, OSError) as error:  # no such file, no permission, disk full: the system's own sentence
+    except (
+        UserError,
+        OSError,
+    ) as error:  # no such file, no permission, disk full: the system's own sentence
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

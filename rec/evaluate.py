@@ -35,7 +35,9 @@ from rec.recommender import Recommender
 
 K = max(metrics.KS)
 BATCH = 256  # users a call
-MOST_SCORES = 10**10  # users times items, a minute or two a system; of more users, so many are drawn at random,
+MOST_SCORES = (
+    10**10
+)  # users times items, a minute or two a system; of more users, so many are drawn at random,
 FEWEST_USERS = 1_000  # but not fewer than these
 Report = dict[str, Any]  # plain values, for JSON
 SHOWN = ("ndcg@10", "recall@10", "recall@100", "mrr", "coverage@10", "popularity@10")
@@ -52,11 +54,17 @@ class Task:
         if not len(users):
             raise UserError(f"the {split} split holds no interactions: there is nothing to measure")
         most = max(FEWEST_USERS, MOST_SCORES // len(corpus.items.ids))
-        self.users = np.sort(np.random.default_rng(0).permutation(users)[:most])  # [U] user rows with held-out items
+        self.users = np.sort(
+            np.random.default_rng(0).permutation(users)[:most]
+        )  # [U] user rows with held-out items
         self.out_of = len(users)
         self.held = held if len(users) <= most else held.select(np.isin(held.users, self.users))
-        matrices = (part.matrix(self.users, corpus.items.rows) for part in (self.held, self.history))
-        self.relevant, self.seen = (matrix[:, FIRST_ITEM:] for matrix in matrices)  # [U, catalogue] each
+        matrices = (
+            part.matrix(self.users, corpus.items.rows) for part in (self.held, self.history)
+        )
+        self.relevant, self.seen = (
+            matrix[:, FIRST_ITEM:] for matrix in matrices
+        )  # [U, catalogue] each
         metrics.check_no_overlap(self.seen, self.relevant)
 
     def segments(self) -> dict[str, np.ndarray]:
@@ -69,12 +77,23 @@ class Task:
 
     def requests(self) -> Iterator[tuple[np.ndarray, tf.Tensor, tf.Tensor, tf.Tensor]]:
         """Batches of user rows [B], and, as a bundle takes them, of user_id [B], history [B, S], request time [B]."""
-        for begin in tqdm(range(0, len(self.users), BATCH), desc="evaluating", unit="batch", leave=False):
+        for begin in tqdm(
+            range(0, len(self.users), BATCH), desc="evaluating", unit="batch", leave=False
+        ):
             users = self.users[begin : begin + BATCH]
             # The time of the first held-out interaction; without timestamps, any time does.
-            times = np.zeros(len(users)) if self.held.times is None else self.held.times[self.held.offsets[users]]
+            times = (
+                np.zeros(len(users))
+                if self.held.times is None
+                else self.held.times[self.held.offsets[users]]
+            )
             ids = self.corpus.users.ids[users - self.corpus.users.first]
-            yield users, tf.constant(ids.tolist()), self._ids(self.history.last(users)), tf.constant(times, tf.int64)
+            yield (
+                users,
+                tf.constant(ids.tolist()),
+                self._ids(self.history.last(users)),
+                tf.constant(times, tf.int64),
+            )
 
     def _ids(self, rows: np.ndarray) -> tf.Tensor:
         """Item rows -> their ids, "" for PAD."""
@@ -83,7 +102,10 @@ class Task:
 
     def ranked(self, ask: Any) -> np.ndarray:
         """[U, K] catalogue rows that a bundle's function returns, -1 behind."""
-        parts = [ask(ids, past, past, times)["item_id"].numpy() for _, ids, past, times in self.requests()]
+        parts = [
+            ask(ids, past, past, times)["item_id"].numpy()
+            for _, ids, past, times in self.requests()
+        ]
         items: Any = np.concatenate(parts).astype(bytes)[:, :K]
         rows = self.corpus.items.encode(np.char.decode(items, "utf-8").astype(object).ravel(), PAD)
         rows = np.where(rows == PAD, -1, rows - FIRST_ITEM).reshape(items.shape)
@@ -99,7 +121,9 @@ class Task:
         return np.concatenate(parts)
 
 
-def evaluate(config: Config, split: str, with_baselines: bool = False, pair: Recommender | None = None) -> Report:
+def evaluate(
+    config: Config, split: str, with_baselines: bool = False, pair: Recommender | None = None
+) -> Report:
     """The command's JSON document (see the module).
 
     Args:
@@ -123,17 +147,23 @@ def evaluate(config: Config, split: str, with_baselines: bool = False, pair: Rec
     best = max(named, key=lambda name: values[name]["ndcg@10"].mean())
     report: Report = {"dataset": str(config.dataset), "split": split, "users": len(task.users)}
     report |= {"out_of_users": task.out_of, "best_baseline": best}
-    report["systems"] = {name: _summary(task, rows, values[name], config.seed) for name, rows in ranked.items()}
+    report["systems"] = {
+        name: _summary(task, rows, values[name], config.seed) for name, rows in ranked.items()
+    }
     for name, of in values.items():
         difference = metrics.paired_bootstrap(of["ndcg@10"], values[best]["ndcg@10"], config.seed)
         report["systems"][name]["ndcg@10_vs_best_baseline"] = difference
-    report["segments"] = {name: _where(values, mask, config.seed) for name, mask in task.segments().items()}
+    report["segments"] = {
+        name: _where(values, mask, config.seed) for name, mask in task.segments().items()
+    }
     if pair.predicts_ratings:
         report["ratings"] = _rating_errors(task, pair)
     return report
 
 
-def compare(config: Config, candidate: registry.Pair, current: registry.Pair | None = None) -> Report:
+def compare(
+    config: Config, candidate: registry.Pair, current: registry.Pair | None = None
+) -> Report:
     """A pair beside the one in production, on the test data that belong to the candidate.
 
     Returns:
@@ -149,7 +179,11 @@ def compare(config: Config, candidate: registry.Pair, current: registry.Pair | N
     task = Task(load_corpus(dataset, Features({}, {})), "test")
     retrieval = pair.module.retrieval
     found, exact = (task.ranked(ask) for ask in (retrieval.retrieve, retrieval.retrieve_exactly))
-    shares = [np.isin(best[best >= 0], row).mean() for row, best in zip(found, exact, strict=True) if best[0] >= 0]
+    shares = [
+        np.isin(best[best >= 0], row).mean()
+        for row, best in zip(found, exact, strict=True)
+        if best[0] >= 0
+    ]
     of_index = metrics.summarise({"index_recall": np.array(shares)}, config.seed)
     pairs = {"candidate": pair} | ({"production": Recommender.load(*current)} if current else {})
     by_ratings = all(each.predicts_ratings for each in pairs.values())
@@ -173,7 +207,9 @@ def data_of(pair: Recommender, config: Config) -> Dataset:
         dataset = open_dataset(place)
         if dataset.id == trained_on:
             return dataset
-    raise UserError(f"the data set of the candidate is neither {' nor '.join(places)}: name it by --set dataset=DIR")
+    raise UserError(
+        f"the data set of the candidate is neither {' nor '.join(places)}: name it by --set dataset=DIR"
+    )
 
 
 def _quality(task: Task, pair: Recommender, by_ratings: bool) -> np.ndarray:
@@ -187,21 +223,31 @@ def _quality(task: Task, pair: Recommender, by_ratings: bool) -> np.ndarray:
 def _summary(task: Task, rows: np.ndarray, values: dict[str, np.ndarray], seed: int) -> Report:
     """What the report says of one system."""
     popularity, top = task.corpus.popularity[FIRST_ITEM:], rows[:, :10]
-    coverage = {f"coverage@{k}": metrics.coverage(rows, k, task.relevant.shape[1]) for k in metrics.KS}
-    return metrics.summarise(values, seed) | coverage | {"popularity@10": float(popularity[top[top >= 0]].mean())}
+    coverage = {
+        f"coverage@{k}": metrics.coverage(rows, k, task.relevant.shape[1]) for k in metrics.KS
+    }
+    return (
+        metrics.summarise(values, seed)
+        | coverage
+        | {"popularity@10": float(popularity[top[top >= 0]].mean())}
+    )
 
 
 def _where(values: dict[str, dict[str, np.ndarray]], mask: np.ndarray, seed: int) -> Report:
     """Where quality is won or lost among the users of `mask` [U]: each system, the index, the ranker."""
     shown = ("ndcg@10", "recall@10", "recall@100")
     part: Report = {"users": int(mask.sum())}
-    part["systems"] = {name: {at: float(of[at][mask].mean()) for at in shown} for name, of in values.items()}
+    part["systems"] = {
+        name: {at: float(of[at][mask].mean()) for at in shown} for name, of in values.items()
+    }
     ndcg = {name: of["ndcg@10"][mask] for name, of in values.items()}
     part["index_cost"] = metrics.paired_bootstrap(ndcg["retrieval"], ndcg["retrieval_ann"], seed)
     if "recommender" in ndcg:
         found = values["retrieval_ann"]["recall@100"][mask] > 0  # whom the ranker can help at all
         if found.any():
-            gain = metrics.paired_bootstrap(ndcg["recommender"][found], ndcg["retrieval_ann"][found], seed)
+            gain = metrics.paired_bootstrap(
+                ndcg["recommender"][found], ndcg["retrieval_ann"][found], seed
+            )
             part["ranking_gain"] = gain | {"users": int(found.sum())}
     return part
 
@@ -211,7 +257,9 @@ def _rating_errors(task: Task, pair: Recommender) -> dict[str, dict[str, float]]
     corpus, held, ratings = task.corpus, task.held, task.held.ratings
     assert ratings is not None
     fitted = baselines.rating_baselines(corpus.train, corpus.val, corpus.items.rows)
-    predicted = {name: baseline.predict(held.users, held.items) for name, baseline in fitted.items()}
+    predicted = {
+        name: baseline.predict(held.users, held.items) for name, baseline in fitted.items()
+    }
     predicted["recommender"] = task.predicted_ratings(pair)
     return {name: {"rmse": metrics.rmse(values, ratings)} for name, values in predicted.items()}
 
@@ -244,7 +292,11 @@ def load_latest(config: Config) -> Recommender:
 def show_systems(report: Report) -> None:
     """Prints the systems as tables on stderr: all users, then where quality is won or lost."""
     say = partial(print, file=sys.stderr)
-    drawn = f", drawn from {report['out_of_users']:,}" if report["users"] < report["out_of_users"] else ""
+    drawn = (
+        f", drawn from {report['out_of_users']:,}"
+        if report["users"] < report["out_of_users"]
+        else ""
+    )
     say(f"\n{report['dataset']}, {report['split']}, {report['users']:,} users{drawn}")
     against = f"{'less ' + report['best_baseline']:>22}"
     say(f"{'':20}" + "".join(f"{name:>14}" for name in SHOWN) + f"{'95 % of ndcg@10':>18}{against}")
@@ -255,11 +307,16 @@ def show_systems(report: Report) -> None:
     for segment, part in report["segments"].items():
         say(f"\n{segment}, {part['users']:,} users")
         for name, values in part["systems"].items() if segment != "all" else ():
-            say(f"  {name:18}" + "".join(f"{metric:>12} {value:.4f}" for metric, value in values.items()))
+            say(
+                f"  {name:18}"
+                + "".join(f"{metric:>12} {value:.4f}" for metric, value in values.items())
+            )
         for name in ("index_cost", "ranking_gain"):
             if name in part:
                 low, high = part[name]["ci"]
-                say(f"  {name:18}{part[name]['difference']:+.4f} of ndcg@10, 95 % {low:+.4f} {high:+.4f}")
+                say(
+                    f"  {name:18}{part[name]['difference']:+.4f} of ndcg@10, 95 % {low:+.4f} {high:+.4f}"
+                )
     for name, values in report.get("ratings", {}).items():
         say(f"{name:20}{'rmse':>12} {values['rmse']:.4f}")
 
@@ -267,10 +324,18 @@ def show_systems(report: Report) -> None:
 def show_recommendations(config: Config, users: int = 3, k: int = 5) -> None:
     """Prints, for the first users of the data set, the end of their history and what they are recommended."""
     pair = load_latest(config)
-    ids = open_dataset(config.dataset).interactions("test")["user_id"].drop_duplicates().head(users).tolist()
+    ids = (
+        open_dataset(config.dataset)
+        .interactions("test")["user_id"]
+        .drop_duplicates()
+        .head(users)
+        .tolist()
+    )
     titles = pair.items.get("title", pair.items.index.to_series())
     answer = pair.answer(ids, [None] * len(ids), [[]] * len(ids))
-    for user, stored, rows, scores in zip(ids, pair.histories(ids), answer["rows"], answer["scores"], strict=True):
+    for user, stored, rows, scores in zip(
+        ids, pair.histories(ids), answer["rows"], answer["scores"], strict=True
+    ):
         print(f"\nuser {user}, after {', '.join(titles[stored[-3:]].astype(str))}", file=sys.stderr)
         for item, score in zip(pair.items.index[rows[:k]], scores[:k], strict=True):
             print(f"  {score:8.3f}  {titles[item]}", file=sys.stderr)
@@ -279,7 +344,9 @@ def show_recommendations(config: Config, users: int = 3, k: int = 5) -> None:
 def main() -> None:
     parser = command_parser("rec.evaluate", __doc__)
     parser.add_argument("--split", choices=("val", "test"), default="test")
-    parser.add_argument("--baselines", action="store_true", help="also tune recent popularity, iALS and EASE")
+    parser.add_argument(
+        "--baselines", action="store_true", help="also tune recent popularity, iALS and EASE"
+    )
     add_config_arguments(parser)
     args = parser.parse_args()
     report = evaluate(load_config(args.config, args.overrides), args.split, args.baselines)

@@ -49,18 +49,31 @@ def export_retrieval(trained: TrainedRetrieval, config: Config) -> Path:
     users = np.flatnonzero(corpus.train.lengths).astype(np.int32)
     users = np.random.default_rng(config.seed).permutation(users)[:TUNING_USERS]
     queries = model.query_compiled(users, history.last(users, model.config.window)).numpy()
-    candidates, kind, k, target = model.candidates().numpy(), wanted.kind, wanted.k, wanted.recall_target
-    index, report = build_index(candidates, queries, kind=kind, recall_target=target, k=k, seed=config.seed)
+    candidates, kind, k, target = (
+        model.candidates().numpy(),
+        wanted.kind,
+        wanted.k,
+        wanted.recall_target,
+    )
+    index, report = build_index(
+        candidates, queries, kind=kind, recall_target=target, k=k, seed=config.seed
+    )
     if "fallback" in report:
         print(f"index: exact instead of {kind}: {report['fallback']}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as assets:
-        module = RetrievalModule(model, index, Lookup(corpus, history, wanted.max_seen, Path(assets)), k)
+        module = RetrievalModule(
+            model, index, Lookup(corpus, history, wanted.max_seen, Path(assets)), k
+        )
         about = _about(corpus, model, trained.fitted, trained.run)
         return _save("retrieval", module, config, **about, index=report, built_from={})
 
 
 def export_ranking(
-    model: RankingModel, retrieval: TrainedRetrieval, config: Config, run: dict[str, Any], fitted: Fitted
+    model: RankingModel,
+    retrieval: TrainedRetrieval,
+    config: Config,
+    run: dict[str, Any],
+    fitted: Fitted,
 ) -> Path:
     """Writes the ranking bundle for the newest bundle of `retrieval`, whose towers it takes along, and publishes it."""
     corpus = retrieval.corpus
@@ -77,8 +90,13 @@ def export_recommender(retrieval: Path, ranking: Path, config: Config) -> Path:
     """Composes two published bundles into one and publishes it. Raises UserError if they are not a pair."""
     first, second = registry.verify(retrieval, "retrieval"), registry.verify(ranking, "ranking")
     registry.check_pair(first, second, ranking)
-    items, count = pd.read_parquet(retrieval / "items.parquet"), second["config"]["ranking"]["candidates"]
-    module = RecommenderModule(load_bundle(retrieval), load_bundle(ranking), count, items["item_id"])
+    items, count = (
+        pd.read_parquet(retrieval / "items.parquet"),
+        second["config"]["ranking"]["candidates"],
+    )
+    module = RecommenderModule(
+        load_bundle(retrieval), load_bundle(ranking), count, items["item_id"]
+    )
     kept = {key: first[key] for key in ("index", "dataset", "vocabulary")}
     kept |= {key: second[key] for key in ("metrics", "run_id")}
     told = {"architecture": "recommender", "built_from": _identities(first, second)}
@@ -105,31 +123,53 @@ def _save(stage: str, module: Any, config: Config, items: pd.DataFrame, **metada
     # Without ScaNN the empty list makes TensorFlow prove that the bundle needs no custom operation.
     has_scann = metadata.get("index", {}).get("kind") == "scann"
     options = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"] if has_scann else [])
-    command, created = shlex.join(["python", *sys.orig_argv[1:]]), datetime.now(UTC).isoformat(timespec="seconds")
-    metadata |= {"config": to_dict(config), "git_commit": _git_commit(), "command": command, "created": created}
+    command, created = (
+        shlex.join(["python", *sys.orig_argv[1:]]),
+        datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    metadata |= {
+        "config": to_dict(config),
+        "git_commit": _git_commit(),
+        "command": command,
+        "created": created,
+    }
     metadata["libraries"] = {name: library_version(name) for name in LIBRARIES}
     with registry.draft(stage_dir) as draft:
         tf.saved_model.save(module, str(draft), signatures=signatures, options=options)
         items.to_parquet(draft / "items.parquet", index=False)
         (draft / "assets.extra").mkdir()
-        with tf.io.TFRecordWriter(str(draft / "assets.extra" / "tf_serving_warmup_requests")) as writer:
+        with tf.io.TFRecordWriter(
+            str(draft / "assets.extra" / "tf_serving_warmup_requests")
+        ) as writer:
             for name, function in signatures.items():
                 spec = model_pb2.ModelSpec(name=stage, signature_name=name)
-                writer.write(_warmup(spec, function, items["item_id"][:WARMUP_ITEMS].tolist()).SerializeToString())
+                writer.write(
+                    _warmup(
+                        spec, function, items["item_id"][:WARMUP_ITEMS].tolist()
+                    ).SerializeToString()
+                )
         return stage_dir / str(registry.publish(draft, stage_dir, metadata))
 
 
-def _warmup(spec: model_pb2.ModelSpec, function: Any, items: list[str]) -> prediction_log_pb2.PredictionLog:
+def _warmup(
+    spec: model_pb2.ModelSpec, function: Any, items: list[str]
+) -> prediction_log_pb2.PredictionLog:
     """A request to one signature: a batch of one user, who is anonymous."""
     examples = {
-        ("user_id", 1): [""], ("is_given", 1): [True], ("history", 2): [items], ("exclude", 2): [items],
-        ("item_id", 1): items[:1], ("item_id", 2): [items],
-    }  # fmt: skip
+        ("user_id", 1): [""],
+        ("is_given", 1): [True],
+        ("history", 2): [items],
+        ("exclude", 2): [items],
+        ("item_id", 1): items[:1],
+        ("item_id", 2): [items],
+    }
     request = predict_pb2.PredictRequest(model_spec=spec)
     for tensor in function.structured_input_signature[0]:
         value = tf.make_tensor_proto(examples[tensor.name, tensor.shape.rank], tensor.dtype)
         request.inputs[tensor.name].CopyFrom(value)
-    return prediction_log_pb2.PredictionLog(predict_log=prediction_log_pb2.PredictLog(request=request))
+    return prediction_log_pb2.PredictionLog(
+        predict_log=prediction_log_pb2.PredictLog(request=request)
+    )
 
 
 def _git_commit() -> str | None:
@@ -148,7 +188,16 @@ def main() -> None:
     start = time.perf_counter()
     bundle = export_stage(load_config(args.config, args.overrides), args.stage, args.checkpoint)
     seconds = round(time.perf_counter() - start, 1)
-    print(json.dumps({"stage": args.stage, "bundle": str(bundle), "version": int(bundle.name), "seconds": seconds}))
+    print(
+        json.dumps(
+            {
+                "stage": args.stage,
+                "bundle": str(bundle),
+                "version": int(bundle.name),
+                "seconds": seconds,
+            }
+        )
+    )
 
 
 def export_stage(config: Config, stage: str, checkpoint: Path | None) -> Path:

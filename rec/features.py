@@ -25,12 +25,19 @@ import tensorflow as tf
 from rec.errors import UserError
 from rec.workers import whole
 
-PAD, START, UNKNOWN, FIRST_ITEM = 0, 1, 2, 3  # item rows: padding, start of a sequence, an id not in training
+PAD, START, UNKNOWN, FIRST_ITEM = (
+    0,
+    1,
+    2,
+    3,
+)  # item rows: padding, start of a sequence, an id not in training
 UNKNOWN_USER, FIRST_USER = 0, 1
 MAX_TOKENS = 8  # of a multi-valued or text column; the rest is cut off
 MIN_COUNT = 2  # a token that occurs in one row only says nothing that the id does not
 MAX_VOCABULARY = 50_000  # tokens of one column, the most frequent first
-FROZEN_AT_ONCE = 100_000  # rows, so that millions of them do not need all their tokens' vectors in memory
+FROZEN_AT_ONCE = (
+    100_000  # rows, so that millions of them do not need all their tokens' vectors in memory
+)
 OOV_TOKEN, FIRST_TOKEN = 1, 2  # 0 is "no token"
 
 
@@ -72,7 +79,9 @@ class Column:
 
     name: str
     kind: str
-    tokens: tuple[str, ...] = ()  # of a kind of TOKENIZERS: the vocabulary; token j is encoded as FIRST_TOKEN + j
+    tokens: tuple[
+        str, ...
+    ] = ()  # of a kind of TOKENIZERS: the vocabulary; token j is encoded as FIRST_TOKEN + j
     mean: float = 0.0  # of a kind of NUMBERS: of the training rows
     std: float = 1.0
 
@@ -94,7 +103,10 @@ class Column:
         values = _numbers(table[self.name])
         missing = ~np.isfinite(values)
         scaled = np.where(missing, 0.0, (values - self.mean) / self.std)
-        further = [np.where(missing, 0.0, part) for part in NUMBERS[self.kind](np.where(missing, 0.0, values))]
+        further = [
+            np.where(missing, 0.0, part)
+            for part in NUMBERS[self.kind](np.where(missing, 0.0, values))
+        ]
         return np.stack([np.clip(scaled, -5, 5), ~missing, *further], axis=-1).astype(np.float32)
 
 
@@ -104,7 +116,9 @@ def cyclic(seconds: Any) -> list[Any]:
     for period in (86_400, 604_800):
         part = seconds % period
         angle = 2 * np.pi / period * (tf.cast(part, tf.float32) if tf.is_tensor(part) else part)
-        waves += [tf.sin(angle), tf.cos(angle)] if tf.is_tensor(part) else [np.sin(angle), np.cos(angle)]
+        waves += (
+            [tf.sin(angle), tf.cos(angle)] if tf.is_tensor(part) else [np.sin(angle), np.cos(angle)]
+        )
     return waves
 
 
@@ -128,7 +142,10 @@ TOKENIZERS: dict[str, Callable[[Any], list[str]]] = {
     "text": lambda value: re.findall(r"\w+", str(value).lower()),
 }
 # Kinds that are read as numbers: float64 [n] -> what the model reads of them, [n] each, beside the standardised number.
-NUMBERS: dict[str, Callable[[np.ndarray], list[np.ndarray]]] = {"numeric": lambda _: [], "time": cyclic}
+NUMBERS: dict[str, Callable[[np.ndarray], list[np.ndarray]]] = {
+    "numeric": lambda _: [],
+    "time": cyclic,
+}
 
 
 def infer_kind(values: pd.Series) -> str:
@@ -144,7 +161,11 @@ def infer_kind(values: pd.Series) -> str:
 
 
 def fit_columns(
-    table: pd.DataFrame, id_column: str, declared: str | dict[str, str], trained: np.ndarray, where: str
+    table: pd.DataFrame,
+    id_column: str,
+    declared: str | dict[str, str],
+    trained: np.ndarray,
+    where: str,
 ) -> tuple[Column, ...]:
     """Learns the encodings of the declared columns of `table`.
 
@@ -165,20 +186,34 @@ def fit_columns(
     columns = []
     for name, kind in declared.items():
         if name not in available:
-            raise UserError(f"{where}.{name}: the dataset has no such column; it has {', '.join(available) or 'none'}")
+            raise UserError(
+                f"{where}.{name}: the dataset has no such column; it has {', '.join(available) or 'none'}"
+            )
         if kind not in (kinds := (*TOKENIZERS, *NUMBERS)):
-            raise UserError(f"{where}.{name}: there is no kind {kind!r}; choose one of {', '.join(kinds)}")
+            raise UserError(
+                f"{where}.{name}: there is no kind {kind!r}; choose one of {', '.join(kinds)}"
+            )
         if kind in NUMBERS:
             is_time = pd.api.types.is_datetime64_any_dtype(table[name])
             if not (pd.api.types.is_numeric_dtype(table[name]) or is_time):
-                raise UserError(f"{where}.{name}: {kind} needs numbers, the column holds {table[name].dtype}")
+                raise UserError(
+                    f"{where}.{name}: {kind} needs numbers, the column holds {table[name].dtype}"
+                )
             values = _numbers(seen[name])
             values = values[np.isfinite(values)]
             std = float(values.std()) if len(values) else 0.0
-            columns.append(Column(name, kind, mean=float(values.mean()) if len(values) else 0.0, std=std or 1.0))
+            columns.append(
+                Column(
+                    name, kind, mean=float(values.mean()) if len(values) else 0.0, std=std or 1.0
+                )
+            )
         else:
-            counts = Counter(token for tokens in _token_lists(seen[name], kind) for token in set(tokens))
-            kept = sorted((t for t in counts if counts[t] >= MIN_COUNT), key=lambda t: (-counts[t], t))
+            counts = Counter(
+                token for tokens in _token_lists(seen[name], kind) for token in set(tokens)
+            )
+            kept = sorted(
+                (t for t in counts if counts[t] >= MIN_COUNT), key=lambda t: (-counts[t], t)
+            )
             columns.append(Column(name, kind, tokens=tuple(kept[:MAX_VOCABULARY])))
     return tuple(columns)
 
@@ -188,7 +223,9 @@ def columns_to_json(columns: Iterable[Column]) -> str:
 
 
 def columns_from_json(text: str) -> tuple[Column, ...]:
-    return tuple(Column(**{**column, "tokens": tuple(column["tokens"])}) for column in json.loads(text))
+    return tuple(
+        Column(**{**column, "tokens": tuple(column["tokens"])}) for column in json.loads(text)
+    )
 
 
 class Encoder(tf.keras.layers.Layer):
@@ -221,12 +258,20 @@ class Encoder(tf.keras.layers.Layer):
             self.ids = tf.keras.layers.Embedding(self._trained_rows, dim, uniform, name="ids")
         self._columns = columns
         self._tables = [
-            tf.Variable(_with_special_rows(column.encode(table), vocabulary.first), trainable=False, name=column.name)
+            tf.Variable(
+                _with_special_rows(column.encode(table), vocabulary.first),
+                trainable=False,
+                name=column.name,
+            )
             for column in columns
         ]
-        sizes = {column.name: FIRST_TOKEN + len(column.tokens) for column in columns if column.is_tokens}
+        sizes = {
+            column.name: FIRST_TOKEN + len(column.tokens) for column in columns if column.is_tokens
+        }
         embedding = tf.keras.layers.Embedding
-        self._embeddings = {name: embedding(size, dim, name=f"{name}_tokens") for name, size in sizes.items()}
+        self._embeddings = {
+            name: embedding(size, dim, name=f"{name}_tokens") for name, size in sizes.items()
+        }
         self._project = tf.keras.layers.Dense(dim, kernel_initializer="zeros", name="features")
 
     def call(self, rows: tf.Tensor, training: bool = False) -> tf.Tensor:
@@ -237,10 +282,14 @@ class Encoder(tf.keras.layers.Layer):
             return self._embed_ids(rows, training)
         # A row's features cost more than its id: compute each distinct row once.
         distinct, where = tf.unique(tf.reshape(rows, [-1]))
-        vectors = self._project(tf.concat([self._features(j, distinct) for j in range(len(self._columns))], -1))
+        vectors = self._project(
+            tf.concat([self._features(j, distinct) for j in range(len(self._columns))], -1)
+        )
         if self.ids is not None:
             vectors += self._embed_ids(distinct, training)
-        return tf.reshape(tf.gather(vectors, where), tf.concat([tf.shape(rows), [vectors.shape[-1]]], 0))
+        return tf.reshape(
+            tf.gather(vectors, where), tf.concat([tf.shape(rows), [vectors.shape[-1]]], 0)
+        )
 
     def start_from(self, other: "Encoder") -> None:
         """Takes over the weights of an encoder of the same vocabulary, columns and width."""
@@ -254,9 +303,17 @@ class Encoder(tf.keras.layers.Layer):
         A bundle holds this table in place of the encoder's weights, which takes a sixth off what a lone request costs.
         """
         self._frozen = None
-        parts = np.array_split(np.arange(self._rows, dtype=np.int32), 1 + self._rows // FROZEN_AT_ONCE)
-        table = tf.Variable(tf.concat([self(tf.constant(rows)) for rows in parts], 0), trainable=False, name="vectors")
-        self._frozen = partial(tf.gather, table)  # a function: Keras would take a variable for a weight of the model
+        parts = np.array_split(
+            np.arange(self._rows, dtype=np.int32), 1 + self._rows // FROZEN_AT_ONCE
+        )
+        table = tf.Variable(
+            tf.concat([self(tf.constant(rows)) for rows in parts], 0),
+            trainable=False,
+            name="vectors",
+        )
+        self._frozen = partial(
+            tf.gather, table
+        )  # a function: Keras would take a variable for a weight of the model
         return table
 
     def _embed_ids(self, rows: tf.Tensor, training: bool) -> tf.Tensor:

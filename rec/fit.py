@@ -42,7 +42,9 @@ class LazyAdam(tf.keras.optimizers.Adam):
 
     def apply_gradients(self, grads_and_vars: Any, *args: Any, **kwargs: Any) -> Any:
         """As Keras', without a warning for variables that this configuration of a model does not train."""
-        return super().apply_gradients([pair for pair in grads_and_vars if pair[0] is not None], *args, **kwargs)
+        return super().apply_gradients(
+            [pair for pair in grads_and_vars if pair[0] is not None], *args, **kwargs
+        )
 
     def update_step(self, gradient: tf.Tensor | tf.IndexedSlices, variable: tf.Variable) -> None:
         if not isinstance(gradient, tf.IndexedSlices):
@@ -51,12 +53,17 @@ class LazyAdam(tf.keras.optimizers.Adam):
         at = self._index_dict[self._var_key(variable)]
         beta1, beta2, step = self.beta_1, self.beta_2, tf.cast(self.iterations + 1, variable.dtype)
         rate = self.learning_rate * tf.sqrt(1 - tf.pow(beta2, step)) / (1 - tf.pow(beta1, step))
-        rows, values = gradient.indices, gradient.values  # Keras has summed the gradients of equal rows
+        rows, values = (
+            gradient.indices,
+            gradient.values,
+        )  # Keras has summed the gradients of equal rows
         first = beta1 * tf.gather(self._momentums[at], rows) + (1 - beta1) * values
         second = beta2 * tf.gather(self._velocities[at], rows) + (1 - beta2) * tf.square(values)
         self._momentums[at].scatter_update(tf.IndexedSlices(first, rows))
         self._velocities[at].scatter_update(tf.IndexedSlices(second, rows))
-        variable.scatter_sub(tf.IndexedSlices(rate * first / (tf.sqrt(second) + self.epsilon), rows))
+        variable.scatter_sub(
+            tf.IndexedSlices(rate * first / (tf.sqrt(second) + self.epsilon), rows)
+        )
 
 
 @dataclass
@@ -64,7 +71,9 @@ class Fitted:
     """How far a run has come. When it is finished, the model holds the weights of its best epoch."""
 
     examples: int  # training interactions an epoch
-    history: list[dict[str, float]]  # the metrics after each epoch; number 0 is the model before training
+    history: list[
+        dict[str, float]
+    ]  # the metrics after each epoch; number 0 is the model before training
     epoch: int = 0  # the last complete one
     best_epoch: int = 0
     train_seconds: float = 0.0  # without validation, over all sessions of the run
@@ -117,7 +126,10 @@ def fit(
       tracker: told of all that is logged.
     """
     partial = Path(f"{directory}.partial")
-    strategy, is_chief = model.distribute_strategy, model.distribute_strategy.extended.should_checkpoint
+    strategy, is_chief = (
+        model.distribute_strategy,
+        model.distribute_strategy.extended.should_checkpoint,
+    )
     with strategy.scope():
         optimizer = LazyAdam(learning_rate)
         optimizer.build(model.trainable_variables)
@@ -141,12 +153,16 @@ def fit(
 
     sign = -1.0 if monitor == "val/rmse" else 1.0
     last = stop_after or epochs
-    progress = tqdm(range(state.epoch + 1, last + 1), directory.name, last, unit="epoch", initial=state.epoch)
+    progress = tqdm(
+        range(state.epoch + 1, last + 1), directory.name, last, unit="epoch", initial=state.epoch
+    )
     for epoch in progress:
         if validate is not None and state.epoch - state.best_epoch >= patience:
             break
         start = time.perf_counter()
-        optimizer.learning_rate.assign(learning_rate * (1 + np.cos(np.pi * state.epoch / epochs)) / 2)
+        optimizer.learning_rate.assign(
+            learning_rate * (1 + np.cos(np.pi * state.epoch / epochs)) / 2
+        )
         # Takes dropout back to the start of its sequence, which is fixed when the training step is traced. With
         # another seed every epoch, a resumed run would be traced with another one than an unbroken run.
         tf.random.set_seed(seed)
@@ -160,14 +176,23 @@ def fit(
         seconds = time.perf_counter() - start
         state.train_seconds += seconds
         if not np.isfinite(values["loss"]):
-            raise UserError(f"the loss is {values['loss']} after epoch {epoch}: lower the learning rate")
+            raise UserError(
+                f"the loss is {values['loss']} after epoch {epoch}: lower the learning rate"
+            )
         if validate is not None:
             values |= validate()
         if validate is None or sign * values[monitor] > sign * state.metrics[monitor]:
             state.best_epoch = epoch
         state.epoch = epoch
         state.history.append(values)
-        log({"step": state.step, "epoch": epoch, "train/examples_per_second": examples / seconds, **values})
+        log(
+            {
+                "step": state.step,
+                "epoch": epoch,
+                "train/examples_per_second": examples / seconds,
+                **values,
+            }
+        )
         if is_chief:
             _save(partial, checkpoint, state)
         shown = {name: values[name] for name in ("loss", monitor) if name in values}
@@ -223,7 +248,9 @@ def _save(partial: Path, checkpoint: tf.train.Checkpoint, state: Fitted) -> None
 
 
 def _write_state(partial: Path, state: Fitted) -> None:
-    (partial / "metrics.jsonl").write_text("".join(f"{json.dumps(values)}\n" for values in state.log))
+    (partial / "metrics.jsonl").write_text(
+        "".join(f"{json.dumps(values)}\n" for values in state.log)
+    )
     (partial / "state.tmp").write_text(json.dumps(vars(state)))
     os.replace(partial / "state.tmp", partial / "state.json")
 

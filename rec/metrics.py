@@ -29,7 +29,9 @@ def binary(matrix: csr_matrix) -> csr_matrix:
     return copy
 
 
-def per_user(ranked: np.ndarray, relevant: csr_matrix, ks: Sequence[int] = KS) -> dict[str, np.ndarray]:
+def per_user(
+    ranked: np.ndarray, relevant: csr_matrix, ks: Sequence[int] = KS
+) -> dict[str, np.ndarray]:
     """The metrics of every user's ranked list.
 
     recall@k = hits / |relevant|; ndcg@k has gain 1 and discount 1 / log2(rank + 1), its ideal list cut at
@@ -45,13 +47,19 @@ def per_user(ranked: np.ndarray, relevant: csr_matrix, ks: Sequence[int] = KS) -
     relevant = binary(relevant)
     users = relevant.shape[0]
     if ranked.ndim != 2 or len(ranked) != users:
-        raise ValueError(f"ranked has shape {ranked.shape}, relevant has {users} users: one ranked list a user")
+        raise ValueError(
+            f"ranked has shape {ranked.shape}, relevant has {users} users: one ranked list a user"
+        )
     for k in ks:
         if not 1 <= k <= ranked.shape[1]:
-            raise ValueError(f"a metric at k = {k} needs k ranked items a user: ranked has {ranked.shape[1]} columns")
+            raise ValueError(
+                f"a metric at k = {k} needs k ranked items a user: ranked has {ranked.shape[1]} columns"
+            )
     held_out = np.diff(relevant.indptr)
     if not held_out.all():
-        raise ValueError(f"user row {np.argmin(held_out)} has no held-out items: leave such users out")
+        raise ValueError(
+            f"user row {np.argmin(held_out)} has no held-out items: leave such users out"
+        )
     discounts = 1 / np.log2(np.arange(2, ranked.shape[1] + 2))
     ideal = np.cumsum(discounts)
     parts = []
@@ -59,8 +67,16 @@ def per_user(ranked: np.ndarray, relevant: csr_matrix, ks: Sequence[int] = KS) -
         part = slice(start, start + USERS_A_SLICE)
         hits, counts = _hits(ranked[part], relevant[part], start), held_out[part]
         recall = {f"recall@{k}": hits[:, :k].sum(axis=1) / counts for k in ks}
-        ndcg = {f"ndcg@{k}": hits[:, :k] @ discounts[:k] / ideal[np.minimum(k, counts) - 1] for k in ks}
-        parts.append({**recall, **ndcg, "mrr": np.where(hits.any(axis=1), 1 / (hits.argmax(axis=1) + 1), 0.0)})
+        ndcg = {
+            f"ndcg@{k}": hits[:, :k] @ discounts[:k] / ideal[np.minimum(k, counts) - 1] for k in ks
+        }
+        parts.append(
+            {
+                **recall,
+                **ndcg,
+                "mrr": np.where(hits.any(axis=1), 1 / (hits.argmax(axis=1) + 1), 0.0),
+            }
+        )
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -68,11 +84,15 @@ def _hits(ranked: np.ndarray, relevant: csr_matrix, first_row: int) -> np.ndarra
     """bool [U, K]: is the ranked item one of the user's held-out ones? `first_row` is for error messages."""
     users, items = relevant.shape
     if ranked.size and (ranked.min() < -1 or ranked.max() >= items):
-        raise ValueError(f"ranked holds an item row outside the {items} rows of the catalogue (-1 is an empty slot)")
+        raise ValueError(
+            f"ranked holds an item row outside the {items} rows of the catalogue (-1 is an empty slot)"
+        )
     in_order = np.sort(ranked, axis=1)
     twice = ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any(axis=1)
     if twice.any():
-        raise ValueError(f"user row {first_row + np.argmax(twice)} has the same item twice in its ranked list")
+        raise ValueError(
+            f"user row {first_row + np.argmax(twice)} has the same item twice in its ranked list"
+        )
     # A user and an item as one number turns membership into one search for the whole slice.
     rows = np.arange(users, dtype=np.int64)
     truth = np.repeat(rows, np.diff(relevant.indptr)) * items + relevant.indices
@@ -82,14 +102,18 @@ def _hits(ranked: np.ndarray, relevant: csr_matrix, first_row: int) -> np.ndarra
 def ndcg_of_lists(labels: np.ndarray, k: int) -> np.ndarray:
     """NDCG@k of re-ordered lists: labels [Q, N] of 0 and 1, best first -> float64 [Q]; 0 where none is 1."""
     discounts = 1 / np.log2(np.arange(2, min(k, labels.shape[1]) + 2))
-    ideal = np.append(0, np.cumsum(discounts))[np.minimum(labels.sum(1).astype(int), len(discounts))]
+    ideal = np.append(0, np.cumsum(discounts))[
+        np.minimum(labels.sum(1).astype(int), len(discounts))
+    ]
     return labels[:, :k] @ discounts / np.where(ideal > 0, ideal, 1)
 
 
 def coverage(ranked: np.ndarray, k: int, catalogue_size: int) -> float:
     """The share of the catalogue that somebody gets in the first k slots of ranked [U, K] (-1 = empty)."""
     top = ranked[:, :k]
-    return float(np.count_nonzero(np.bincount(top[top >= 0], minlength=catalogue_size)) / catalogue_size)
+    return float(
+        np.count_nonzero(np.bincount(top[top >= 0], minlength=catalogue_size)) / catalogue_size
+    )
 
 
 def rmse(predicted: np.ndarray, ratings: np.ndarray) -> float:
@@ -113,18 +137,24 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, seed: int = 0, resamples: int
     A 95 % interval above zero says that `a` is. Raises ValueError where users are none or not equally many.
     """
     if a.shape != b.shape:
-        raise ValueError(f"a paired comparison needs the same users: got {a.shape} and {b.shape} values")
+        raise ValueError(
+            f"a paired comparison needs the same users: got {a.shape} and {b.shape} values"
+        )
     means, intervals = _bootstrap((a - b)[:, None], seed, resamples)
     return {"difference": means[0], "ci": intervals[0]}
 
 
-def _bootstrap(values: np.ndarray, seed: int, resamples: int) -> tuple[list[float], list[list[float]]]:
+def _bootstrap(
+    values: np.ndarray, seed: int, resamples: int
+) -> tuple[list[float], list[list[float]]]:
     """Means [M] of values [U, M] over users, and percentiles 2.5 and 97.5 [M, 2] of the means of resampled users."""
     users = len(values)
     if users == 0:
         raise ValueError("there are no users to average over")
     rng = np.random.default_rng(seed)
-    drawn = (np.bincount(rng.integers(users, size=users), minlength=users) for _ in range(resamples))
+    drawn = (
+        np.bincount(rng.integers(users, size=users), minlength=users) for _ in range(resamples)
+    )
     resampled = [times @ values / users for times in drawn]
     return values.mean(axis=0).tolist(), np.percentile(resampled, [2.5, 97.5], axis=0).T.tolist()
 
@@ -135,4 +165,6 @@ def check_no_overlap(seen: csr_matrix, relevant: csr_matrix) -> None:
     if overlap.nnz:
         first = f"the first at user row {overlap.row[0]} and item row {overlap.col[0]}"
         hint = "remove from the later split what an earlier holds"
-        raise UserError(f"history and ground truth overlap in {overlap.nnz} user-item pairs, {first}: {hint}")
+        raise UserError(
+            f"history and ground truth overlap in {overlap.nnz} user-item pairs, {first}: {hint}"
+        )

@@ -24,7 +24,17 @@ import tensorflow as tf
 from rec.config import Features, Retrieval
 from rec.data_prep.dataset import Dataset, verify
 from rec.errors import UserError
-from rec.features import FIRST_ITEM, FIRST_USER, PAD, START, UNKNOWN, UNKNOWN_USER, Column, Vocabulary, fit_columns
+from rec.features import (
+    FIRST_ITEM,
+    FIRST_USER,
+    PAD,
+    START,
+    UNKNOWN,
+    UNKNOWN_USER,
+    Column,
+    Vocabulary,
+    fit_columns,
+)
 
 BLOCK = 2**22  # interactions that are shuffled at a time, to bound the memory that it takes
 WINDOW_POSITIONS = 50  # a batch holds batch_size times so many targets
@@ -52,9 +62,13 @@ class Sequences:
     def last(self, users: np.ndarray, width: int | None = None) -> np.ndarray:
         """The last `width` items of each of these users, or all: [U, width] int32, left-aligned, PAD behind."""
         lengths = self.lengths[users]
-        return self.between(users, np.zeros_like(lengths) if width is None else lengths - width, lengths, width)
+        return self.between(
+            users, np.zeros_like(lengths) if width is None else lengths - width, lengths, width
+        )
 
-    def between(self, users: np.ndarray, begin: np.ndarray, end: np.ndarray, width: int | None = None) -> np.ndarray:
+    def between(
+        self, users: np.ndarray, begin: np.ndarray, end: np.ndarray, width: int | None = None
+    ) -> np.ndarray:
         """Items number begin to end - 1 (those that there are) of each user: [U, width] int32, or [U, widest]."""
         begin = np.maximum(begin, 0)
         length = np.minimum(end, self.lengths[users]) - begin
@@ -73,7 +87,9 @@ class Sequences:
 
     def select(self, keep: np.ndarray) -> "Sequences":
         """The interactions at which `keep` [n] is true, still by user and in order."""
-        lengths = np.add.reduceat(np.append(keep, False).astype(np.int64), self.offsets[:-1]) * (self.lengths > 0)
+        lengths = np.add.reduceat(np.append(keep, False).astype(np.int64), self.offsets[:-1]) * (
+            self.lengths > 0
+        )
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         parts = [None if part is None else part[keep] for part in (self.times, self.ratings)]
         return Sequences(offsets, self.items[keep], *parts)
@@ -82,13 +98,19 @@ class Sequences:
         """Each user's interactions of one and the same second in a new random order; without times, all of them."""
         items = on_disk(len(self.items), np.int32)
         ratings = None if self.ratings is None else on_disk(len(items), np.float32)
-        cuts = np.searchsorted(self.offsets, np.arange(0, len(items), BLOCK))  # some users at a time
+        cuts = np.searchsorted(
+            self.offsets, np.arange(0, len(items), BLOCK)
+        )  # some users at a time
         for begin, end in pairwise(np.unique([*cuts, len(self.lengths)])):
             part = slice(self.offsets[begin], self.offsets[end])
-            is_new = np.diff(np.repeat(np.arange(end - begin), self.lengths[begin:end]), prepend=0) != 0
+            is_new = (
+                np.diff(np.repeat(np.arange(end - begin), self.lengths[begin:end]), prepend=0) != 0
+            )
             if self.times is not None:
                 is_new |= np.diff(self.times[part], prepend=0) != 0
-            order = part.start + np.argsort(np.cumsum(is_new) + rng.random(len(is_new)))  # a third of lexsort's time
+            order = part.start + np.argsort(
+                np.cumsum(is_new) + rng.random(len(is_new))
+            )  # a third of lexsort's time
             items[part] = self.items[order]
             if ratings is not None and self.ratings is not None:
                 ratings[part] = self.ratings[order]
@@ -131,8 +153,12 @@ def concatenate(first: Sequences, second: Sequences) -> Sequences:
         return None if a is None or b is None else np.concatenate([a, b])[order]
 
     items = np.concatenate([first.items, second.items])[order]
-    return Sequences(first.offsets + second.offsets, items, join(first.times, second.times),
-                     join(first.ratings, second.ratings))  # fmt: skip
+    return Sequences(
+        first.offsets + second.offsets,
+        items,
+        join(first.times, second.times),
+        join(first.ratings, second.ratings),
+    )
 
 
 def load_corpus(
@@ -150,10 +176,18 @@ def load_corpus(
       columns: the encodings of user and item features.
     """
     verify(dataset)
-    users = _vocabulary(dataset.counts("train", "user_id"), dataset.users()["user_id"], FIRST_USER, users)
-    items = _vocabulary(dataset.counts("train", "item_id"), dataset.items()["item_id"], FIRST_ITEM, items)
-    user_table = dataset.users().set_index("user_id").reindex(users.ids).reset_index(names="user_id")
-    item_table = dataset.items().set_index("item_id").reindex(items.ids).reset_index(names="item_id")
+    users = _vocabulary(
+        dataset.counts("train", "user_id"), dataset.users()["user_id"], FIRST_USER, users
+    )
+    items = _vocabulary(
+        dataset.counts("train", "item_id"), dataset.items()["item_id"], FIRST_ITEM, items
+    )
+    user_table = (
+        dataset.users().set_index("user_id").reindex(users.ids).reset_index(names="user_id")
+    )
+    item_table = (
+        dataset.items().set_index("item_id").reindex(items.ids).reset_index(names="item_id")
+    )
     if columns is None:
         known_users = np.arange(len(users.ids)) < users.trained
         known_items = np.arange(len(items.ids)) < items.trained
@@ -162,11 +196,22 @@ def load_corpus(
             fit_columns(item_table, "item_id", features.items, known_items, "features.items"),
         )
     splits = [_sequences(dataset, split, users, items) for split in ("train", "val", "test")]
-    return Corpus(dataset.id, dataset.ordered, dataset.split_strategy, users, items, user_table, item_table, *columns,
-                  *splits)  # fmt: skip
+    return Corpus(
+        dataset.id,
+        dataset.ordered,
+        dataset.split_strategy,
+        users,
+        items,
+        user_table,
+        item_table,
+        *columns,
+        *splits,
+    )
 
 
-def _vocabulary(counts: pd.Series, listed: pd.Series, first: int, given: Vocabulary | None) -> Vocabulary:
+def _vocabulary(
+    counts: pd.Series, listed: pd.Series, first: int, given: Vocabulary | None
+) -> Vocabulary:
     """Trained ids by falling count (ties: by id), then the ids that only the table lists."""
     if given is None:
         trained = (-counts).sort_values(kind="stable").index.to_numpy(object)
@@ -180,7 +225,9 @@ def _sequences(dataset: Dataset, split: str, users: Vocabulary, items: Vocabular
     """Puts each interaction where its user's come, a row group at a time: nothing grows with the data but the files."""
     counts = dataset.counts(split, "user_id")
     owners = users.encode(counts.index.to_numpy(object), UNKNOWN_USER)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(owners, counts, users.rows).astype(np.int64))])
+    offsets = np.concatenate(
+        [[0], np.cumsum(np.bincount(owners, counts, users.rows).astype(np.int64))]
+    )
     rows = on_disk(offsets[-1], np.int32)
     times = on_disk(len(rows), np.int64) if dataset.ordered else None
     ratings = on_disk(len(rows), np.float32) if dataset.has_ratings else None
@@ -206,9 +253,13 @@ def on_disk(n: int, dtype: Any) -> np.ndarray:
     size = max(n, 1) * np.dtype(dtype).itemsize
     with tempfile.TemporaryFile() as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, size)  # without room of its own, a full disk would kill us later
+            os.posix_fallocate(
+                file.fileno(), 0, size
+            )  # without room of its own, a full disk would kill us later
         except OSError as error:
-            raise UserError(f"{tempfile.gettempdir()}: {error.strerror}: set TMPDIR to a larger place") from None
+            raise UserError(
+                f"{tempfile.gettempdir()}: {error.strerror}: set TMPDIR to a larger place"
+            ) from None
         return np.asarray(np.memmap(file, dtype, "r+", shape=max(n, 1)))[:n]
 
 
@@ -229,15 +280,21 @@ def windows(sequences: Sequences, width: int, rng: np.random.Generator) -> Windo
     """
     lengths = sequences.lengths
     phase = np.where(lengths > width, rng.integers(1, width + 1, len(lengths)), width)
-    counts = np.where(lengths > 0, 1 + np.ceil(np.maximum(lengths - phase, 0) / width), 0).astype(np.int64)
+    counts = np.where(lengths > 0, 1 + np.ceil(np.maximum(lengths - phase, 0) / width), 0).astype(
+        np.int64
+    )
     user = np.repeat(np.arange(len(lengths)), counts)
     nth = np.arange(len(user)) - np.repeat(np.cumsum(counts) - counts, counts)
     begin = np.where(nth == 0, 0, phase[user] + (nth - 1) * width)
     end = np.minimum(phase[user] + nth * width, lengths[user])
-    return Windows(user.astype(np.int32), sequences.offsets[user] + begin, sequences.offsets[user] + end)
+    return Windows(
+        user.astype(np.int32), sequences.offsets[user] + begin, sequences.offsets[user] + end
+    )
 
 
-def window_batches(corpus: Corpus, config: Retrieval, train: Sequences, seed: int, epoch: int) -> tf.data.Dataset:
+def window_batches(
+    corpus: Corpus, config: Retrieval, train: Sequences, seed: int, epoch: int
+) -> tf.data.Dataset:
     """One epoch of retrieval training, in shuffled batches.
 
     Yields dicts of
@@ -279,21 +336,31 @@ def _batches(
         tokens = np.where(inside, sequences.items[np.where(inside, np.maximum(at, 0), 0)], PAD)
         tokens[:, 0] = np.where(begin > sequences.offsets[user], tokens[:, 0], START)
         targets = tokens[:, 1:][inside[:, 1:]]
-        batch = {"user": user, "tokens": tokens, "negatives": _negatives(targets, config, items, rng)}
+        batch = {
+            "user": user,
+            "tokens": tokens,
+            "negatives": _negatives(targets, config, items, rng),
+        }
         if config.query_time and sequences.times is not None:
             batch["time"] = np.where(inside, sequences.times[np.where(inside, at, 0)], 0)[:, 1:]
         yield batch
 
 
-def _negatives(targets: np.ndarray, config: Retrieval, items: Vocabulary, rng: np.random.Generator) -> np.ndarray:
+def _negatives(
+    targets: np.ndarray, config: Retrieval, items: Vocabulary, rng: np.random.Generator
+) -> np.ndarray:
     """A batch's shared pool: random targets of the batch (drawn as popular as they are), then uniform items.
 
     A catalogue no larger than the uniform share is taken whole instead: the softmax is then the full one.
     """
     if config.uniform_negatives >= items.trained:
         return np.arange(FIRST_ITEM, FIRST_ITEM + items.trained, dtype=np.int32)
-    popular = rng.choice(targets, config.in_batch_negatives) if config.in_batch_negatives else targets[:0]
-    uniform = rng.integers(FIRST_ITEM, FIRST_ITEM + items.trained, config.uniform_negatives, dtype=np.int32)
+    popular = (
+        rng.choice(targets, config.in_batch_negatives) if config.in_batch_negatives else targets[:0]
+    )
+    uniform = rng.integers(
+        FIRST_ITEM, FIRST_ITEM + items.trained, config.uniform_negatives, dtype=np.int32
+    )
     return np.concatenate([popular.astype(np.int32), uniform])
 
 
@@ -307,6 +374,10 @@ def sampling_probability(corpus: Corpus, config: Retrieval, train: Sequences) ->
     uniform[FIRST_ITEM : FIRST_ITEM + corpus.items.trained] = 1 / corpus.items.trained
     counts = np.bincount(train.items, minlength=corpus.items.rows)
     is_whole = config.uniform_negatives >= corpus.items.trained
-    share = 0.0 if is_whole else config.in_batch_negatives / (config.in_batch_negatives + config.uniform_negatives)
+    share = (
+        0.0
+        if is_whole
+        else config.in_batch_negatives / (config.in_batch_negatives + config.uniform_negatives)
+    )
     probability = share * counts / counts.sum() + (1 - share) * uniform
     return np.maximum(probability, np.finfo(np.float32).tiny).astype(np.float32)

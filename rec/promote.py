@@ -29,13 +29,25 @@ from typing import Any
 
 from rec.config import Config, add_config_arguments, load_config
 from rec.errors import UserError, command_parser, run_command
-from rec.registry import STAGES, Entry, LocalStore, Store, Versions, WandbStore, bundles, pick, together
+from rec.registry import (
+    STAGES,
+    Entry,
+    LocalStore,
+    Store,
+    Versions,
+    WandbStore,
+    bundles,
+    pick,
+    together,
+)
 
 GUARDED = "production"  # the alias before which the gate stands
 PASSED: dict[str, Any] = {"passed": True, "reasons": []}  # where nothing had to be measured
 
 
-def choose(store: Store, stage: str, version: str | None, run_id: str | None, metric: str | None) -> tuple[int, str]:
+def choose(
+    store: Store, stage: str, version: str | None, run_id: str | None, metric: str | None
+) -> tuple[int, str]:
     """The version that is meant, and why it.
 
     Raises:
@@ -44,7 +56,9 @@ def choose(store: Store, stage: str, version: str | None, run_id: str | None, me
     found = store.metadata(stage)
     where = f"the registry's {stage}"
     if version is not None or not found:
-        return pick(list(found), store.aliases(stage), version or "latest", where), f"version {version}"
+        return pick(
+            list(found), store.aliases(stage), version or "latest", where
+        ), f"version {version}"
     if run_id is not None:
         of_run = [number for number, metadata in found.items() if metadata.get("run_id") == run_id]
         if not of_run:
@@ -56,9 +70,13 @@ def choose(store: Store, stage: str, version: str | None, run_id: str | None, me
     alike = {number: of["metrics"] for number, of in found.items() if of["dataset"] == dataset}
     values = {number: metrics[metric] for number, metrics in alike.items() if metric in metrics}
     if not values:
-        raise UserError(f"{where} has no version with the metric {metric!r}; the latest has "
-                        + ", ".join(found[max(found)]["metrics"]))  # fmt: skip
-    best = (min if metric.endswith(("rmse", "loss")) else max)(values, key=lambda number: values[number])
+        raise UserError(
+            f"{where} has no version with the metric {metric!r}; the latest has "
+            + ", ".join(found[max(found)]["metrics"])
+        )
+    best = (min if metric.endswith(("rmse", "loss")) else max)(
+        values, key=lambda number: values[number]
+    )
     return best, f"{metric} {values[best]:.4f}, the best of {len(values)} versions"
 
 
@@ -68,11 +86,16 @@ def gate(store: Store, config: Config, to: Versions, current: Versions) -> dict[
         expected = store.metadata("ranking")[ranking]["built_from"]["retrieval"]
         if store.metadata("retrieval").get(to.get("retrieval", 0), {}).get("id") != expected["id"]:
             odd = f"ranking {ranking} was trained for retrieval {expected['version']}, which would not be beside it"
-            return {"passed": False, "reasons": [f"{odd}: promote --stage recommender, which moves both"]}
+            return {
+                "passed": False,
+                "reasons": [f"{odd}: promote --stage recommender, which moves both"],
+            }
     from rec.evaluate import compare  # TensorFlow: not before it is needed
 
     try:
-        measured = compare(config, *(bundles(store, versions) for versions in (to, current) if versions))
+        measured = compare(
+            config, *(bundles(store, versions) for versions in (to, current) if versions)
+        )
     except UserError as error:
         return {"passed": False, "reasons": [f"it cannot be measured: {error}"]}
     reasons = []
@@ -90,7 +113,13 @@ def gate(store: Store, config: Config, to: Versions, current: Versions) -> dict[
 
 
 def promote(
-    store: Store, config: Config, stage: str, version: int, why: str, alias: str = GUARDED, force: bool = False
+    store: Store,
+    config: Config,
+    stage: str,
+    version: int,
+    why: str,
+    alias: str = GUARDED,
+    force: bool = False,
 ) -> Entry:
     """Moves the alias, where the gate lets it; returns the entry of the history, and the command's JSON.
 
@@ -133,11 +162,21 @@ def roll_back(store: Store, why: str, alias: str = GUARDED) -> Entry:
     return entry
 
 
-def _entry(action: str, alias: str, current: Versions, to: Versions, why: str, verdict: dict[str, Any]) -> Entry:
+def _entry(
+    action: str, alias: str, current: Versions, to: Versions, why: str, verdict: dict[str, Any]
+) -> Entry:
     who = f"{getpass.getuser()}@{socket.gethostname()}"
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return {"alias": alias, "from": current, "to": to, "action": action, "gate": verdict, "why": why, "who": who,
-            "time": time}  # fmt: skip
+    return {
+        "alias": alias,
+        "from": current,
+        "to": to,
+        "action": action,
+        "gate": verdict,
+        "why": why,
+        "who": who,
+        "time": time,
+    }
 
 
 def show_history(entries: list[Entry]) -> None:
@@ -150,25 +189,35 @@ def show_history(entries: list[Entry]) -> None:
         print(
             f"{entry['time'][:19]}  {entry['who']}  {entry['alias']} {entry['action']}: {named(entry['from'])} -> "
             f"{named(entry['to'])} ({entry['why']})",
-            *(f"    {reason}" for reason in entry["gate"]["reasons"]), sep="\n", file=sys.stderr,
-        )  # fmt: skip
+            *(f"    {reason}" for reason in entry["gate"]["reasons"]),
+            sep="\n",
+            file=sys.stderr,
+        )
 
 
 def parse() -> argparse.Namespace:
     parser = command_parser("rec.promote", __doc__)
     place = parser.add_mutually_exclusive_group()
-    place.add_argument("--stage", choices=STAGES, help="of bundles in the config's output.savedmodels")
-    place.add_argument("--artifact-name", metavar="[ENTITY/PROJECT/]STAGE_bundle", help="bundles at W&B instead")
+    place.add_argument(
+        "--stage", choices=STAGES, help="of bundles in the config's output.savedmodels"
+    )
+    place.add_argument(
+        "--artifact-name", metavar="[ENTITY/PROJECT/]STAGE_bundle", help="bundles at W&B instead"
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--version", metavar="N", help="this version, or the one with this alias")
-    what.add_argument("--metric", metavar="M", help="the version with the best M, such as val/ndcg@10")
+    what.add_argument(
+        "--metric", metavar="M", help="the version with the best M, such as val/ndcg@10"
+    )
     what.add_argument("--run-id", metavar="R", help="the version that this training run exported")
     what.add_argument("--rollback", action="store_true", help="back to the versions before")
     what.add_argument("--history", action="store_true", help="who promoted what, when and why")
     parser.add_argument("--alias", default=GUARDED, help="default: %(default)s")
     parser.add_argument("--force", action="store_true", help="past the gate; the history says so")
     parser.add_argument("--reason", default="", help="goes into the history")
-    parser.add_argument("--card", action="store_true", help="write a page about the version instead of promoting it")
+    parser.add_argument(
+        "--card", action="store_true", help="write a page about the version instead of promoting it"
+    )
     add_config_arguments(parser)
     return parser.parse_args()
 
@@ -182,7 +231,9 @@ def main() -> None:
         project, _, name = args.artifact_name.rpartition("/")
         stage, store = name.removesuffix("_bundle"), WandbStore(project)
         if stage not in STAGES:
-            raise UserError(f"--artifact-name {name}: it is {', '.join(f'{each}_bundle' for each in STAGES)}")
+            raise UserError(
+                f"--artifact-name {name}: it is {', '.join(f'{each}_bundle' for each in STAGES)}"
+            )
     if args.history:
         entries = store.history()
         show_history(entries)
@@ -191,7 +242,9 @@ def main() -> None:
     if args.rollback:
         entry = roll_back(store, args.reason or "rolled back", args.alias)
     elif stage is None:
-        raise UserError("what to promote? Name --stage retrieval, ranking or recommender, or --artifact-name")
+        raise UserError(
+            "what to promote? Name --stage retrieval, ranking or recommender, or --artifact-name"
+        )
     else:
         version, why = choose(store, stage, args.version, args.run_id, args.metric)
         if args.card:

@@ -37,7 +37,9 @@ class AnswersUsers(tf.Module):
     @tf.function(input_signature=[IDS])
     def serving_default(self, user_id: tf.Tensor) -> Tensors:
         """A known user's recommendations, from the history that the bundle stores."""
-        return self._asked(user_id, tf.fill([tf.size(user_id), 0], ""), tf.zeros_like(user_id, tf.bool))
+        return self._asked(
+            user_id, tf.fill([tf.size(user_id), 0], ""), tf.zeros_like(user_id, tf.bool)
+        )
 
     @tf.function(input_signature=[IDS, LISTS])
     def from_history(self, user_id: tf.Tensor, history: tf.Tensor) -> Tensors:
@@ -48,7 +50,9 @@ class AnswersUsers(tf.Module):
 class RecommenderModule(AnswersUsers):
     """Two loaded bundles as one model. `ranking` may be None: then retrieval's order is the answer."""
 
-    def __init__(self, retrieval: Any, ranking: Any, candidates: int | None, items: Iterable[str]) -> None:
+    def __init__(
+        self, retrieval: Any, ranking: Any, candidates: int | None, items: Iterable[str]
+    ) -> None:
         """`candidates`: how many of the retrieved items are ranked, and returned by the signatures; None: all.
 
         `items`: the ids of items.parquet, in its order.
@@ -56,38 +60,56 @@ class RecommenderModule(AnswersUsers):
         super().__init__(name="recommender")
         self.retrieval, self.ranking, self._candidates = retrieval, ranking, candidates
         if ranking is not None:  # the ranking bundle's rows; the first is of an empty place, -1
-            self._rows = tf.Variable(ranking.rows(tf.constant(["", *items])), trainable=False, name="rows")
+            self._rows = tf.Variable(
+                ranking.rows(tf.constant(["", *items])), trainable=False, name="rows"
+            )
 
     @tf.function(input_signature=[IDS, LISTS, LISTS, TIMES])
-    def recommend_from(self, user_id: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor) -> Tensors:
+    def recommend_from(
+        self, user_id: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor
+    ) -> Tensors:
         """Like from_history, at a given time, without exactly `seen` [B, S]: what an evaluation needs."""
         found = self.retrieval.retrieve(user_id, history, seen, time)
         items = found["item_id"][:, : self._candidates]
-        at_time = None if self.ranking is None else self.ranking.score_at(user_id, history, items, time)["score"]
+        at_time = (
+            None
+            if self.ranking is None
+            else self.ranking.score_at(user_id, history, items, time)["score"]
+        )
         return self._named(found, at_time)
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, LISTS])
-    def answer(self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, exclude: tf.Tensor) -> Tensors:
+    def answer(
+        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, exclude: tf.Tensor
+    ) -> Tensors:
         """What a server asks: retrieval, exclusions and ranking in one call (`Recommender.answer`)."""
         found = self.retrieval.answer(user_id, history, is_given, exclude)
         return self._ordered(found, self._scores(found, user_id, history, is_given))
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, ROWS])
-    def answer_within(self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, within: tf.Tensor) -> Tensors:
+    def answer_within(
+        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, within: tf.Tensor
+    ) -> Tensors:
         """Like `answer`, with the best of just the items at these places of items.parquet."""
         found = self.retrieval.answer_within(user_id, history, is_given, within)
         return self._ordered(found, self._scores(found, user_id, history, is_given))
 
     def _asked(self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor) -> Tensors:
-        found = self.retrieval.answer(user_id, history, is_given, tf.fill([tf.size(user_id), 0], ""))
+        found = self.retrieval.answer(
+            user_id, history, is_given, tf.fill([tf.size(user_id), 0], "")
+        )
         return self._named(found, self._scores(found, user_id, history, is_given))
 
-    def _scores(self, found: Tensors, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor) -> tf.Tensor | None:
+    def _scores(
+        self, found: Tensors, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor
+    ) -> tf.Tensor | None:
         """The ranker's scores of the first candidates, None without a ranker."""
         if self.ranking is None:
             return None
         places, retrieved = (found[name][:, : self._candidates] for name in ("row", "score"))
-        return self.ranking.rank(user_id, history, is_given, tf.gather(self._rows, places + 1), retrieved)
+        return self.ranking.rank(
+            user_id, history, is_given, tf.gather(self._rows, places + 1), retrieved
+        )
 
     def _ordered(self, found: Tensors, ranked: tf.Tensor | None) -> Tensors:
         """All that was retrieved: the candidates in the ranker's order, then the others in retrieval's.
@@ -103,8 +125,16 @@ class RecommenderModule(AnswersUsers):
             best, order = tf.math.top_k(tf.where(found["cold"][:, None], offered, ranked), n)
             ranks = tf.concat([order + 1, ranks[:, n:]], 1)
             scores = tf.concat([best, tf.fill(tf.shape(ranks[:, n:]), LOWEST)], 1)
-            rows, retrieved = (tf.gather(each, ranks - 1, batch_dims=1) for each in (rows, retrieved))
-        return {"rows": rows, "scores": scores, "ranks": ranks, "retrieved": retrieved, "cold": found["cold"]}
+            rows, retrieved = (
+                tf.gather(each, ranks - 1, batch_dims=1) for each in (rows, retrieved)
+            )
+        return {
+            "rows": rows,
+            "scores": scores,
+            "ranks": ranks,
+            "retrieved": retrieved,
+            "cold": found["cold"],
+        }
 
     def _named(self, found: Tensors, ranked: tf.Tensor | None) -> Tensors:
         """The candidates alone, as the signatures give them."""
@@ -123,7 +153,9 @@ class Recommender:
     metadata: dict[str, dict[str, Any]]  # by stage
 
     @classmethod
-    def load(cls, retrieval: Path, ranking: Path | None = None, allow_mismatch: bool = False) -> "Recommender":
+    def load(
+        cls, retrieval: Path, ranking: Path | None = None, allow_mismatch: bool = False
+    ) -> "Recommender":
         """Loads a retrieval bundle and, if given, the ranking bundle that was trained for it.
 
         Raises:
@@ -137,7 +169,9 @@ class Recommender:
             if not allow_mismatch:
                 check_pair(metadata["retrieval"], metadata["ranking"], ranking)
         first, second = load_bundle(retrieval, "answer"), ranking and load_bundle(ranking, "rank")
-        count = metadata["ranking"]["config"]["ranking"]["candidates"] if ranking is not None else None
+        count = (
+            metadata["ranking"]["config"]["ranking"]["candidates"] if ranking is not None else None
+        )
         items, users = read_catalogue(retrieval)
         return cls(RecommenderModule(first, second, count, items.index), items, users, metadata)
 
@@ -149,10 +183,16 @@ class Recommender:
     @property
     def predicts_ratings(self) -> bool:
         """Whether the ranking bundle's scores are ratings."""
-        return "ranking" in self.metadata and self.metadata["ranking"]["config"]["ranking"]["objective"] == "rating"
+        return (
+            "ranking" in self.metadata
+            and self.metadata["ranking"]["config"]["ranking"]["objective"] == "rating"
+        )
 
     def answer(
-        self, user_ids: Sequence[str], histories: Sequence[list[str] | None], excluded: Sequence[list[str]]
+        self,
+        user_ids: Sequence[str],
+        histories: Sequence[list[str] | None],
+        excluded: Sequence[list[str]],
     ) -> dict[str, np.ndarray]:
         """The candidates for a batch of requests: what neither the caller nor the bundle knows as seen.
 
@@ -172,10 +212,14 @@ class Recommender:
         answer = self._answer(tf.constant(user_ids), lists, given, pad_lists(excluded))
         return {name: values.numpy() for name, values in answer.items()}
 
-    def answer_within(self, user_id: str, history: list[str] | None, rows: np.ndarray) -> dict[str, np.ndarray]:
+    def answer_within(
+        self, user_id: str, history: list[str] | None, rows: np.ndarray
+    ) -> dict[str, np.ndarray]:
         """The best of just these rows of `items` [M] for one user: each is scored, so this costs M times as much."""
         lists, given = pad_lists([history or []]), tf.constant([history is not None])
-        answer = self.module.answer_within(tf.constant([user_id]), lists, given, tf.constant(rows, tf.int32))
+        answer = self.module.answer_within(
+            tf.constant([user_id]), lists, given, tf.constant(rows, tf.int32)
+        )
         return {name: values.numpy() for name, values in answer.items()}
 
     def similar(self, item_ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -192,7 +236,9 @@ class Recommender:
 
     def cosines(self, items: list[str], others: list[str]) -> np.ndarray:
         """[N, H]: how near the items' vectors are; float32's lowest where an item is unknown."""
-        return self.module.retrieval.cosines(tf.constant(items, tf.string), tf.constant(others, tf.string)).numpy()
+        return self.module.retrieval.cosines(
+            tf.constant(items, tf.string), tf.constant(others, tf.string)
+        ).numpy()
 
     def close(self) -> None:
         """Frees the memory of a ScaNN searcher, which a process otherwise keeps."""
@@ -212,7 +258,9 @@ def load_bundle(path: Path, needed: str = "serving_default") -> Any:
     try:
         module = tf.saved_model.load(str(path))
     except (OSError, ValueError, tf.errors.OpError) as error:
-        raise UserError(f"{path}: the SavedModel cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{path}: the SavedModel cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
     if not hasattr(module, needed):
         raise UserError(f"{path} is from an older version of rec: export the bundle again")
     return module

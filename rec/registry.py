@@ -44,7 +44,11 @@ Pair = tuple[Path, Path | None]  # the directories of a retrieval and a ranking 
 
 def versions(stage_dir: Path) -> list[int]:
     """The published versions, ascending."""
-    return sorted(int(p.name) for p in stage_dir.glob("*") if p.name.isdigit() and (p / "saved_model.pb").exists())
+    return sorted(
+        int(p.name)
+        for p in stage_dir.glob("*")
+        if p.name.isdigit() and (p / "saved_model.pb").exists()
+    )
 
 
 def resolve(stage_dir: Path, reference: str | int = "latest") -> Path:
@@ -57,7 +61,9 @@ def resolve(stage_dir: Path, reference: str | int = "latest") -> Path:
 def pick(found: list[int], aliases: dict[str, int], reference: str | int, where: str) -> int:
     """The version, of those found in a place called `where`, that a number or an alias names; else a UserError."""
     if not found:
-        raise UserError(f"{where} holds no bundle: train one with python -m rec.train, or name a bundle directory")
+        raise UserError(
+            f"{where} holds no bundle: train one with python -m rec.train, or name a bundle directory"
+        )
     version = {**aliases, "latest": max(found)}.get(str(reference), reference)
     if not str(version).isdigit() or int(version) not in found:
         known = ", ".join(["latest", *aliases, *map(str, found)])
@@ -85,7 +91,9 @@ def find_pair(savedmodels: Path, alias: str = "latest") -> Pair:
     if "retrieval" not in named:
         raise UserError(f"{savedmodels} has no alias {alias!r}: python -m rec.promote gives it")
     retrieval = resolve(savedmodels / "retrieval", named["retrieval"])
-    return retrieval, resolve(savedmodels / "ranking", named["ranking"]) if "ranking" in named else None
+    return retrieval, resolve(
+        savedmodels / "ranking", named["ranking"]
+    ) if "ranking" in named else None
 
 
 def read_metadata(bundle: Path, stage: str | None = None) -> Metadata:
@@ -96,7 +104,9 @@ def read_metadata(bundle: Path, stage: str | None = None) -> Metadata:
     """
     path = bundle / "metadata.json"
     if not path.exists():
-        raise UserError(f"{bundle} is not a bundle: it has no metadata.json (a bundle is SAVEDMODELS/STAGE/VERSION)")
+        raise UserError(
+            f"{bundle} is not a bundle: it has no metadata.json (a bundle is SAVEDMODELS/STAGE/VERSION)"
+        )
     try:
         metadata = json.loads(path.read_text())
         found = metadata["stage"]
@@ -120,7 +130,9 @@ def verify(bundle: Path, stage: str | None = None) -> Metadata:
         if not (bundle / name).exists():
             raise UserError(f"{bundle} lacks {name}: export the bundle again")
         if file_digest(bundle / name) != digest:
-            raise UserError(f"{bundle}/{name} has changed since the export: export the bundle again")
+            raise UserError(
+                f"{bundle}/{name} has changed since the export: export the bundle again"
+            )
     return metadata
 
 
@@ -149,7 +161,9 @@ def read_catalogue(retrieval: Path) -> tuple[pd.DataFrame, list[str]]:
         with open(retrieval / "assets" / "users.txt", encoding="utf-8", newline="\n") as lines:
             return items, [line.removesuffix("\n") for line in islice(lines, KNOWN_USERS)]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{retrieval}: items.parquet or users.txt is damaged: export the bundle again") from error
+        raise UserError(
+            f"{retrieval}: items.parquet or users.txt is damaged: export the bundle again"
+        ) from error
 
 
 @contextmanager
@@ -181,9 +195,17 @@ def publish(directory: Path, stage_dir: Path, metadata: Metadata) -> int:
     identity = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
     version = max(versions(stage_dir), default=0) + 1
     while True:
-        content = {"stage": stage_dir.name, "version": version, "id": identity, **metadata, "files": files}
+        content = {
+            "stage": stage_dir.name,
+            "version": version,
+            "id": identity,
+            **metadata,
+            "files": files,
+        }
         content["checksum"] = checksum(content)
-        (directory / "metadata.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        (directory / "metadata.json").write_text(
+            json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        )
         try:
             os.rename(directory, stage_dir / str(version))
             return version
@@ -195,7 +217,9 @@ def publish(directory: Path, stage_dir: Path, metadata: Metadata) -> int:
 
 def file_digest(path: Path) -> str:
     """The sha256 of a file's bytes."""
-    with open(path, "rb") as stream:  # a server reads this module, so it may not ask data_prep to do it
+    with open(
+        path, "rb"
+    ) as stream:  # a server reads this module, so it may not ask data_prep to do it
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -212,14 +236,19 @@ class LocalStore:
     def metadata(self, stage: str) -> dict[int, Metadata]:
         """What the versions of a stage say of themselves, by version, ascending."""
         stage_dir = self._root / stage
-        return {version: read_metadata(stage_dir / str(version), stage) for version in versions(stage_dir)}
+        return {
+            version: read_metadata(stage_dir / str(version), stage)
+            for version in versions(stage_dir)
+        }
 
     def aliases(self, stage: str) -> dict[str, int]:
         return self._all_aliases()[stage]
 
     def named(self, alias: str) -> Versions:
         """The versions that the alias names."""
-        return {stage: named[alias] for stage, named in self._all_aliases().items() if alias in named}
+        return {
+            stage: named[alias] for stage, named in self._all_aliases().items() if alias in named
+        }
 
     def directory(self, stage: str, version: int) -> Path:
         """A version's files, verified. Raises UserError if one is missing or has changed."""
@@ -242,11 +271,23 @@ class LocalStore:
     def move(self, alias: str, to: Versions, entry: Entry) -> None:
         """Gives the alias to just these versions, takes it from all others, and adds the entry to the history."""
         aliases, history = self._all_aliases(), self.history()
-        links = {self._root / stage / "aliases.json": f"../.promotions/current/{stage}.json" for stage in STAGES}
-        links |= {self._root / name: f".promotions/current/{name}" for name in ("history.jsonl", "models.config")}
-        missing = {path: link for path, link in links.items() if path.parent.is_dir() and not path.is_symlink()}
+        links = {
+            self._root / stage / "aliases.json": f"../.promotions/current/{stage}.json"
+            for stage in STAGES
+        }
+        links |= {
+            self._root / name: f".promotions/current/{name}"
+            for name in ("history.jsonl", "models.config")
+        }
+        missing = {
+            path: link
+            for path, link in links.items()
+            if path.parent.is_dir() and not path.is_symlink()
+        }
         if any(path.exists() for path in missing):
-            self._become(aliases, history)  # what was written by hand moves in before a link takes its place
+            self._become(
+                aliases, history
+            )  # what was written by hand moves in before a link takes its place
         for path, link in missing.items():
             _link(path, link)
         for stage, named in aliases.items():
@@ -301,7 +342,9 @@ def _models_config(aliases: dict[str, dict[str, int]]) -> str:
             continue
         labels = {"stable": stable, "canary": named.get("canary", stable)}
         chosen = " ".join(f"versions: {version}" for version in sorted(set(labels.values())))
-        told = "\n".join(f'    version_labels {{ key: "{label}" value: {n} }}' for label, n in labels.items())
+        told = "\n".join(
+            f'    version_labels {{ key: "{label}" value: {n} }}' for label, n in labels.items()
+        )
         blocks.append(
             f'  config {{\n    name: "{stage}"\n    base_path: "{IN_TF_SERVING}/{stage}"\n'
             f'    model_platform: "tensorflow"\n    model_version_policy {{ specific {{ {chosen} }} }}\n{told}\n  }}\n'
@@ -321,10 +364,16 @@ class WandbStore:
             self._api = wandb.Api(timeout=30)
 
     def metadata(self, stage: str) -> dict[int, Metadata]:
-        return {version: dict(artifact.metadata) for version, artifact in self._artifacts(stage).items()}
+        return {
+            version: dict(artifact.metadata) for version, artifact in self._artifacts(stage).items()
+        }
 
     def aliases(self, stage: str) -> dict[str, int]:
-        return {alias: version for version, found in self._artifacts(stage).items() for alias in found.aliases}
+        return {
+            alias: version
+            for version, found in self._artifacts(stage).items()
+            for alias in found.aliases
+        }
 
     def named(self, alias: str) -> Versions:
         return {stage: named[alias] for stage in STAGES if alias in (named := self.aliases(stage))}
@@ -361,7 +410,9 @@ class WandbStore:
                         artifact.save()
 
     def history(self) -> list[Entry]:
-        told = [each.get("promotions", []) for stage in STAGES for each in self.metadata(stage).values()]
+        told = [
+            each.get("promotions", []) for stage in STAGES for each in self.metadata(stage).values()
+        ]
         return sorted(sum(told, []), key=lambda entry: entry["time"])
 
     def _artifacts(self, stage: str) -> dict[int, Any]:
@@ -387,7 +438,9 @@ class WandbStore:
             raise UserError(f"{reference} is not [ENTITY/PROJECT/]{stage}_bundle:VERSION_OR_ALIAS")
         store = cls(project)
         found, aliases = store._artifacts(stage), store.aliases(stage)
-        return store, pick(list(found), aliases, version.removeprefix("v") or "latest", f"W&B's {path}")
+        return store, pick(
+            list(found), aliases, version.removeprefix("v") or "latest", f"W&B's {path}"
+        )
 
     @contextmanager
     def _asking(self, what: str) -> Iterator[None]:
@@ -396,7 +449,9 @@ class WandbStore:
             yield
         except UserError:
             raise
-        except Exception as error:  # its client raises its own errors, those of requests, and ValueError
+        except (
+            Exception
+        ) as error:  # its client raises its own errors, those of requests, and ValueError
             raise UserError(f"W&B, {what}: {' '.join(str(error).split())}") from error
 
 
@@ -410,9 +465,15 @@ def built_from(store: Store, stage: str, version: int) -> Versions:
     """The versions that a version was built from, by W&B's numbers there. Raises UserError if one is gone."""
     found = {}
     for part, wanted in store.metadata(stage)[version]["built_from"].items():
-        same = [number for number, metadata in store.metadata(part).items() if metadata["id"] == wanted["id"]]
+        same = [
+            number
+            for number, metadata in store.metadata(part).items()
+            if metadata["id"] == wanted["id"]
+        ]
         if not same:
-            raise UserError(f"{stage} {version} was built from {part} {wanted['version']}, which is gone")
+            raise UserError(
+                f"{stage} {version} was built from {part} {wanted['version']}, which is gone"
+            )
         found[part] = wanted["version"] if wanted["version"] in same else max(same)
     return found
 
@@ -421,7 +482,9 @@ def together(store: Store, stage: str, version: int, current: Versions) -> Versi
     """The versions that have the alias once `version` of `stage` has it, which `current` have now."""
     if stage == "recommender":
         return built_from(store, stage, version) | {stage: version}
-    return {name: number for name, number in current.items() if name != "recommender"} | {stage: version}
+    return {name: number for name, number in current.items() if name != "recommender"} | {
+        stage: version
+    }
 
 
 def bundles(store: Store, of: Versions) -> Pair:

@@ -49,7 +49,9 @@ def find_pair(args: argparse.Namespace) -> registry.Pair:
         store, version = registry.WandbStore.find(args.ranking_wandb, "ranking")
         ranking = store.directory("ranking", version)
         if not args.retrieval_wandb and retrieval is None:
-            retrieval = store.directory("retrieval", registry.built_from(store, "ranking", version)["retrieval"])
+            retrieval = store.directory(
+                "retrieval", registry.built_from(store, "ranking", version)["retrieval"]
+            )
     if args.retrieval_wandb:
         store, version = registry.WandbStore.find(args.retrieval_wandb, "retrieval")
         retrieval = store.directory("retrieval", version)
@@ -57,7 +59,9 @@ def find_pair(args: argparse.Namespace) -> registry.Pair:
         return retrieval or registry.retrieval_of(ranking), ranking
     if retrieval is not None:
         return retrieval, None
-    return registry.find_pair(Path(load_config(args.config, args.overrides).output.savedmodels), args.alias)
+    return registry.find_pair(
+        Path(load_config(args.config, args.overrides).output.savedmodels), args.alias
+    )
 
 
 def _named(bundle: Path | None) -> Path | None:
@@ -73,28 +77,63 @@ def listen(host: str, port: int) -> socket.socket:
       UserError: the port is taken, or the address is not this machine's.
     """
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        )
     except (OSError, OverflowError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
-        raise UserError(f"cannot listen on {host} port {port}: {reason}; choose another --port or --host") from error
+        raise UserError(
+            f"cannot listen on {host} port {port}: {reason}; choose another --port or --host"
+        ) from error
 
 
 def parse() -> argparse.Namespace:
     parser = command_parser("rec.serve", __doc__)
     for stage in ("retrieval", "ranking"):
         group = parser.add_mutually_exclusive_group()
-        group.add_argument(f"--{stage}-bundle", type=Path, metavar="D", help="a directory: SAVEDMODELS/STAGE/VERSION")
-        group.add_argument(f"--{stage}-wandb", metavar="REF", help="a W&B artifact: ENTITY/PROJECT/NAME:ALIAS")
-    parser.add_argument("--alias", default="latest", help="of the config's bundles (default: %(default)s)")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for everyone who reaches this machine")
-    parser.add_argument("--port", type=int, default=8000, help="0 for any free one (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=1, help="processes, each with its models (default: %(default)s)")
-    parser.add_argument("--follow", type=float, default=5, help="seconds between looks for newer bundles; 0: never")
-    parser.add_argument("--tf-serving", action="append", metavar="URL", help="let TF Serving compute: http://host:8501")
-    parser.add_argument("--require-auth", action="store_true", help="refuse every request while no token is set")
-    parser.add_argument("--cors-origin", action="append", default=[], help="a page's origin that may call the API")
+        group.add_argument(
+            f"--{stage}-bundle",
+            type=Path,
+            metavar="D",
+            help="a directory: SAVEDMODELS/STAGE/VERSION",
+        )
+        group.add_argument(
+            f"--{stage}-wandb", metavar="REF", help="a W&B artifact: ENTITY/PROJECT/NAME:ALIAS"
+        )
+    parser.add_argument(
+        "--alias", default="latest", help="of the config's bundles (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 for everyone who reaches this machine"
+    )
+    parser.add_argument(
+        "--port", type=int, default=8000, help="0 for any free one (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="processes, each with its models (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--follow", type=float, default=5, help="seconds between looks for newer bundles; 0: never"
+    )
+    parser.add_argument(
+        "--tf-serving",
+        action="append",
+        metavar="URL",
+        help="let TF Serving compute: http://host:8501",
+    )
+    parser.add_argument(
+        "--require-auth", action="store_true", help="refuse every request while no token is set"
+    )
+    parser.add_argument(
+        "--cors-origin", action="append", default=[], help="a page's origin that may call the API"
+    )
     parser.add_argument("--no-access-log", action="store_true", help="no line a request on stdout")
-    parser.add_argument("--allow-mismatch", action="store_true", help="serve a pair that was not trained together")
+    parser.add_argument(
+        "--allow-mismatch", action="store_true", help="serve a pair that was not trained together"
+    )
     add_config_arguments(parser)
     return parser.parse_args()
 
@@ -120,8 +159,14 @@ def build(args: argparse.Namespace) -> tuple[Service, ASGIApp]:
 
     service = Service(lambda: find_pair(args), load)
     tokens = Tokens.from_environment(args.require_auth)
-    follow = max(args.follow, 60) if args.follow and (args.retrieval_wandb or args.ranking_wandb) else args.follow
-    return service, create_app(service, tokens, follow, tuple(args.cors_origin), not args.no_access_log)
+    follow = (
+        max(args.follow, 60)
+        if args.follow and (args.retrieval_wandb or args.ranking_wandb)
+        else args.follow
+    )
+    return service, create_app(
+        service, tokens, follow, tuple(args.cors_origin), not args.no_access_log
+    )
 
 
 def worker() -> ASGIApp:
@@ -140,20 +185,30 @@ def worker() -> ASGIApp:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # what uvicorn ends with once its requests are answered
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(0)
+    )  # what uvicorn ends with once its requests are answered
     args = parse()
     if args.require_auth and not Tokens.from_environment(True).api:
-        print("warning: --require-auth without REC_API_TOKENS: requests are refused", file=sys.stderr)
+        print(
+            "warning: --require-auth without REC_API_TOKENS: requests are refused", file=sys.stderr
+        )
     listener = listen(args.host, args.port)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"listening on http://{host}:{listener.getsockname()[1]}", file=sys.stderr)
-    settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 10}
+    settings: dict[str, Any] = {
+        "log_level": "warning",
+        "access_log": False,
+        "timeout_graceful_shutdown": 10,
+    }
     if args.workers > 1:
         find_pair(args)  # says at once what is wrong
         settings |= {"workers": args.workers, "factory": True, "timeout_worker_healthcheck": 60}
         with tempfile.TemporaryDirectory(prefix="rec-metrics-") as shared:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared
-            uvicorn.supervisors.Multiprocess(uvicorn.Config("rec.serve:worker", **settings), [listener]).run()
+            uvicorn.supervisors.Multiprocess(
+                uvicorn.Config("rec.serve:worker", **settings), [listener]
+            ).run()
         return
 
     service, app = build(args)
@@ -162,7 +217,9 @@ def main() -> None:
     def loaded(loading: Future[None]) -> None:
         server.should_exit = loading.exception() is not None
         if not server.should_exit:
-            names = " and ".join(f"{stage} version {n}" for stage, n in service.ready.versions.items())
+            names = " and ".join(
+                f"{stage} version {n}" for stage, n in service.ready.versions.items()
+            )
             print(f"serving {names}\nready", file=sys.stderr)
 
     with ThreadPoolExecutor(1) as pool:

@@ -21,7 +21,18 @@ from rec.config import Config, to_dict
 from rec.registry import PROJECT, read_metadata
 
 PATIENCE = 300  # seconds for W&B to take a run, an artifact, or a run's end
-KEPT = ("stage", "version", "id", "run_id", "architecture", "metrics", "dataset", "index", "built_from", "config")
+KEPT = (
+    "stage",
+    "version",
+    "id",
+    "run_id",
+    "architecture",
+    "metrics",
+    "dataset",
+    "index",
+    "built_from",
+    "config",
+)
 
 
 class Tracker:
@@ -41,7 +52,10 @@ class Tracker:
         if not self._config.use_wandb:
             return
         if not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") != "offline":
-            print("warning: use_wandb without tracking: neither WANDB_API_KEY nor WANDB_MODE=offline", file=sys.stderr)
+            print(
+                "warning: use_wandb without tracking: neither WANDB_API_KEY nor WANDB_MODE=offline",
+                file=sys.stderr,
+            )
             return
         with self._forgiving():
             import wandb
@@ -49,7 +63,12 @@ class Tracker:
             project, config = os.environ.get("WANDB_PROJECT", PROJECT), to_dict(self._config)
             settings = wandb.Settings(init_timeout=PATIENCE, finish_timeout=PATIENCE)
             self._run = wandb.init(
-                project=project, job_type=self._stage, id=run_id, resume="allow", config=config, settings=settings
+                project=project,
+                job_type=self._stage,
+                id=run_id,
+                resume="allow",
+                config=config,
+                settings=settings,
             )
 
     def log(self, values: dict[str, float]) -> None:
@@ -77,9 +96,13 @@ class Tracker:
 
                 metadata = read_metadata(bundle)
                 kept = {key: metadata[key] for key in KEPT if key in metadata}
-                artifact = wandb.Artifact(f"{metadata['stage']}_bundle", type="model", metadata=kept)
+                artifact = wandb.Artifact(
+                    f"{metadata['stage']}_bundle", type="model", metadata=kept
+                )
                 artifact.add_dir(str(bundle))
-                logged = self._run.log_artifact(artifact, aliases=["latest", f"id-{metadata['id']}"])
+                logged = self._run.log_artifact(
+                    artifact, aliases=["latest", f"id-{metadata['id']}"]
+                )
                 if not self._run.offline:
                     logged.wait(timeout=PATIENCE)  # nothing else tells of an upload that failed
 

@@ -40,7 +40,15 @@ from rec.features import FIRST_ITEM, PAD
 from rec.fit import Fitted, fit, read_run, restore
 from rec.pipeline import Corpus, Sequences, load_corpus, window_batches
 from rec.ranking.archs import ARCHS
-from rec.ranking.candidates import CandidateLists, all_queries, first_queries, hold_out, list_batches, mine, rated_lists
+from rec.ranking.candidates import (
+    CandidateLists,
+    all_queries,
+    first_queries,
+    hold_out,
+    list_batches,
+    mine,
+    rated_lists,
+)
 from rec.ranking.model import OBJECTIVES, RankingModel, score_lists
 from rec.retrieval.model import RetrievalModel, calibrate, users_at_once
 from rec.retrieval.towers import ENCODERS
@@ -53,7 +61,9 @@ FACTORIZED_KS = (10, 100)
 # on validation alone is often luck, and worse than retrieval on test.
 JUDGED = 5
 GAIN = "val/ndcg@10_gain_low"
-VALIDATION_USERS = 10_000  # more would take longer to validate than to train; also, of one metric, interactions
+VALIDATION_USERS = (
+    10_000  # more would take longer to validate than to train; also, of one metric, interactions
+)
 MOST_LISTS = 50_000  # that a ranker is trained on
 RATINGS_A_LIST = 16  # a batch of ratings is so many times a batch of lists,
 RATING_PACE = 3  # and its learning rate so many times as high
@@ -91,12 +101,16 @@ def _fit_retrieval(
     tracker: Tracker | None = None,
 ) -> tuple[RetrievalModel, Fitted, dict[str, Any]]:
     """Fits a retrieval model; if told when to stop, without looking at validation data."""
-    config = replace(config, retrieval=settled(config.retrieval, corpus.ordered, len(corpus.train.items)))
+    config = replace(
+        config, retrieval=settled(config.retrieval, corpus.ordered, len(corpus.train.items))
+    )
     settings = config.retrieval
     tf.keras.utils.set_random_seed(config.seed)
     with workers(config.strategy).scope():
         model = RetrievalModel(settings, corpus, train)
-    run = describe(config, corpus, "retrieval", interactions=len(train.items), stop_after=stop_after)
+    run = describe(
+        config, corpus, "retrieval", interactions=len(train.items), stop_after=stop_after
+    )
     if stop_after is not None and read_run(directory) == run:
         return model, restore(model, directory), run
     model.start(train)
@@ -108,12 +122,21 @@ def _fit_retrieval(
         return {**_means(_per_user(lists.items, relevant)), **_factorized_top_k(model, corpus)}
 
     fitted = fit(
-        model, lambda epoch: window_batches(corpus, settings, train, config.seed, epoch), len(train.items), directory,
-        run, corpus_files(corpus), epochs=settings.epochs, stop_after=stop_after,
-        learning_rate=settings.learning_rate, seed=config.seed,
-        validate=validate if stop_after is None else None, calibrate=lambda: calibrate(model, corpus),
-        patience=settings.patience, tracker=tracker,
-    )  # fmt: skip
+        model,
+        lambda epoch: window_batches(corpus, settings, train, config.seed, epoch),
+        len(train.items),
+        directory,
+        run,
+        corpus_files(corpus),
+        epochs=settings.epochs,
+        stop_after=stop_after,
+        learning_rate=settings.learning_rate,
+        seed=config.seed,
+        validate=validate if stop_after is None else None,
+        calibrate=lambda: calibrate(model, corpus),
+        patience=settings.patience,
+        tracker=tracker,
+    )
     return model, fitted, run
 
 
@@ -142,10 +165,15 @@ def _factorized_top_k(model: RetrievalModel, corpus: Corpus) -> dict[str, float]
         queries = model.query_compiled(users, corpus.train.last(users, model.config.window))
         positive = tf.gather(candidates, held.items[at] - FIRST_ITEM)
         metric.update_state(queries, positive, tf.strings.as_string(held.items[at])[:, None])
-    return {f"val/factorized_top_k@{k}": float(m.result()) for k, m in zip(FACTORIZED_KS, metric.metrics, strict=True)}
+    return {
+        f"val/factorized_top_k@{k}": float(m.result())
+        for k, m in zip(FACTORIZED_KS, metric.metrics, strict=True)
+    }
 
 
-def train_ranking(config: Config, init_from: Path | None, trained: TrainedRetrieval | None = None) -> dict[str, Any]:
+def train_ranking(
+    config: Config, init_from: Path | None, trained: TrainedRetrieval | None = None
+) -> dict[str, Any]:
     """Trains a ranker for the latest trained retrieval model and exports it; returns the command's JSON."""
     start = time.perf_counter()
     dataset = open_dataset(config.dataset)
@@ -159,21 +187,38 @@ def train_ranking(config: Config, init_from: Path | None, trained: TrainedRetrie
     tf.keras.utils.set_random_seed(config.seed)
     settings, corpus = config.ranking, trained.corpus
     with workers(config.strategy).scope():
-        model = RankingModel(settings, trained.model.config.window, trained.model.config.embedding_dim, corpus)
+        model = RankingModel(
+            settings, trained.model.config.window, trained.model.config.embedding_dim, corpus
+        )
     by = _by_rating if settings.objective == "rating" else _by_clicks
     batches, examples, validate, monitor = by(config, trained, model)
     if init_from is not None:
         model.start_from(load_retrieval(init_from, dataset).model)
     run = describe(
-        config, corpus, "ranking", retrieval_run=trained.run, init_from=None if init_from is None else str(init_from)
+        config,
+        corpus,
+        "ranking",
+        retrieval_run=trained.run,
+        init_from=None if init_from is None else str(init_from),
     )
     rate = settings.learning_rate * (RATING_PACE if settings.objective == "rating" else 1)
     with track(config, "ranking") as tracker:
         directory = Path(config.output.checkpoints) / "ranking"
         fit(
-            model, batches, examples, directory, run, {}, epochs=settings.epochs, learning_rate=rate, seed=config.seed,
-            validate=validate, monitor=monitor, patience=settings.patience, tracker=tracker,
-        )  # fmt: skip
+            model,
+            batches,
+            examples,
+            directory,
+            run,
+            {},
+            epochs=settings.epochs,
+            learning_rate=rate,
+            seed=config.seed,
+            validate=validate,
+            monitor=monitor,
+            patience=settings.patience,
+            tracker=tracker,
+        )
         _only_the_chief_goes_on(config)
         model, fitted, run = load_ranking(directory, trained)
         tracker.use(source)
@@ -186,17 +231,26 @@ Epochs = Callable[[int], tf.data.Dataset]
 Validate = Callable[[], dict[str, float]]
 
 
-def _by_clicks(config: Config, trained: TrainedRetrieval, model: RankingModel) -> tuple[Epochs, int, Validate, str]:
+def _by_clicks(
+    config: Config, trained: TrainedRetrieval, model: RankingModel
+) -> tuple[Epochs, int, Validate, str]:
     """Candidate lists of a retrieval model that has not seen their labels; validated on what will be served."""
     settings, corpus = config.ranking, trained.corpus
     past, labels = hold_out(corpus, settings.holdout, config.seed)
-    print("training a retrieval model without the ranker's labels, to mine its candidates", file=sys.stderr)
+    print(
+        "training a retrieval model without the ranker's labels, to mine its candidates",
+        file=sys.stderr,
+    )
     of_miner = replace(config, retrieval=trained.model.config)
     stop_after = max(1, trained.fitted.best_epoch)
-    miner, _, _ = _fit_retrieval(of_miner, corpus, past, Path(config.output.checkpoints) / "mining", stop_after)
+    miner, _, _ = _fit_retrieval(
+        of_miner, corpus, past, Path(config.output.checkpoints) / "mining", stop_after
+    )
     miner.lean(past, **trained.model.leaning)
     model.start_from(miner)  # not from the final model, whose embeddings have seen the labels
-    is_next = corpus.split_strategy == "leave_one_out"  # the test asks for the next item, not for all that follow
+    is_next = (
+        corpus.split_strategy == "leave_one_out"
+    )  # the test asks for the next item, not for all that follow
     asked = all_queries(labels, is_next, MOST_LISTS, config.seed)
     mined = mine(miner, past, labels, asked, settings.candidates, not is_next).with_hits()
     is_judged = mined.user % JUDGED == 0
@@ -207,7 +261,9 @@ def _by_clicks(config: Config, trained: TrainedRetrieval, model: RankingModel) -
         )
     queries = first_queries(corpus.val, VALIDATION_USERS, config.seed)
     relevant = corpus.val.matrix(queries[0], corpus.items.rows)
-    offered = mine(trained.model, corpus.train, corpus.val, queries, settings.candidates, whole=True)
+    offered = mine(
+        trained.model, corpus.train, corpus.val, queries, settings.candidates, whole=True
+    )
     before, served = (Counts(part, corpus.items.rows) for part in (past, corpus.train))
 
     def added(lists: CandidateLists, order: np.ndarray) -> np.ndarray:
@@ -230,7 +286,9 @@ def _by_clicks(config: Config, trained: TrainedRetrieval, model: RankingModel) -
     return batches, lists.items.size, validate, GAIN
 
 
-def _by_rating(config: Config, trained: TrainedRetrieval, model: RankingModel) -> tuple[Epochs, int, Validate, str]:
+def _by_rating(
+    config: Config, trained: TrainedRetrieval, model: RankingModel
+) -> tuple[Epochs, int, Validate, str]:
     """Every training rating, from the history before it; or from all others of the user, as a test of a given split."""
     corpus, width = trained.corpus, model.window
     train, batch_size = corpus.train, config.ranking.batch_size * RATINGS_A_LIST
@@ -240,7 +298,11 @@ def _by_rating(config: Config, trained: TrainedRetrieval, model: RankingModel) -
     def batches(epoch: int) -> tf.data.Dataset:
         rng = np.random.default_rng([config.seed, epoch])
         return list_batches(
-            lambda at: rated_lists(train, at, known, width), no_counts, len(train.items), batch_size, rng
+            lambda at: rated_lists(train, at, known, width),
+            no_counts,
+            len(train.items),
+            batch_size,
+            rng,
         )
 
     def validate() -> dict[str, float]:
@@ -251,7 +313,12 @@ def _by_rating(config: Config, trained: TrainedRetrieval, model: RankingModel) -
 
 def _answer(stage: str, bundle: Path, fitted: Fitted, start: float) -> dict[str, Any]:
     seconds, pace = round(time.perf_counter() - start, 1), round(fitted.examples_per_second, 1)
-    told = {"stage": stage, "bundle": str(bundle), "version": int(bundle.name), "run_id": fitted.run_id}
+    told = {
+        "stage": stage,
+        "bundle": str(bundle),
+        "version": int(bundle.name),
+        "run_id": fitted.run_id,
+    }
     return told | {"metrics": fitted.metrics, "examples_per_second": pace, "seconds": seconds}
 
 
@@ -269,9 +336,14 @@ def train_all(config: Config, init_from: Path | None) -> dict[str, Any]:
     report = evaluate(config, "test")
     show_systems(report)
     show_recommendations(config)
-    metrics_of_test = {f"test/{name}": value for name, value in report["systems"]["recommender"].items()}
+    metrics_of_test = {
+        f"test/{name}": value for name, value in report["systems"]["recommender"].items()
+    }
     recommender = {"stage": "recommender", "bundle": str(bundle), "version": int(bundle.name)}
-    recommender |= {"metrics": ranking["metrics"] | metrics_of_test, "seconds": round(time.perf_counter() - start, 1)}
+    recommender |= {
+        "metrics": ranking["metrics"] | metrics_of_test,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
     recommender["examples_per_second"] = ranking["examples_per_second"]
     return {"retrieval": retrieval, "ranking": ranking, "recommender": recommender}
 
@@ -291,8 +363,13 @@ def check_names(config: Config) -> None:
 def main() -> None:
     parser = command_parser("rec.train", __doc__)
     parser.add_argument("--stage", required=True, choices=("retrieval", "ranking", "all"))
-    parser.add_argument("--model-arch", help="the stage's architecture instead of the config's (not with --stage all)")
-    parser.add_argument("--strategy", choices=("mirrored", "ps"), help="of several processes (TF_CONFIG; see above)")
+    parser.add_argument(
+        "--model-arch",
+        help="the stage's architecture instead of the config's (not with --stage all)",
+    )
+    parser.add_argument(
+        "--strategy", choices=("mirrored", "ps"), help="of several processes (TF_CONFIG; see above)"
+    )
     told = "start the ranker's embeddings from this one, not from checkpoints/mining, which has not seen its labels"
     parser.add_argument("--init-from-retrieval", type=Path, metavar="CHECKPOINT", help=told)
     add_config_arguments(parser)
@@ -302,10 +379,14 @@ def main() -> None:
         overrides.append(f"strategy={args.strategy}")
     if args.model_arch:
         if args.stage == "all":
-            raise UserError("--model-arch is for one stage; with --stage all, --set retrieval.arch=A or ranking.arch=A")
+            raise UserError(
+                "--model-arch is for one stage; with --stage all, --set retrieval.arch=A or ranking.arch=A"
+            )
         overrides.append(f"{args.stage}.arch={args.model_arch}")
     if args.stage == "all" and "TF_CONFIG" in os.environ:
-        raise UserError("--stage all is for one process: with TF_CONFIG, train the stages one after the other")
+        raise UserError(
+            "--stage all is for one process: with TF_CONFIG, train the stages one after the other"
+        )
     if args.init_from_retrieval and args.stage == "retrieval":
         raise UserError("--init-from-retrieval starts a ranker: use it with --stage ranking or all")
     config = load_config(args.config, overrides)
@@ -314,7 +395,9 @@ def main() -> None:
     if args.stage == "retrieval":
         answer = train_retrieval(config)[1]
     else:
-        answer = (train_all if args.stage == "all" else train_ranking)(config, args.init_from_retrieval)
+        answer = (train_all if args.stage == "all" else train_ranking)(
+            config, args.init_from_retrieval
+        )
     print(json.dumps(answer))
 
 

@@ -41,9 +41,13 @@ def workers(kind: str) -> tf.distribute.Strategy:
     if kind == "mirrored":
         return tf.distribute.MultiWorkerMirroredStrategy()
     if not all(jobs.get(each) for each in ("chief", "worker", "ps")):
-        raise UserError(f"strategy: ps needs a TF_CONFIG that names chief, worker and ps, not just {', '.join(jobs)}")
+        raise UserError(
+            f"strategy: ps needs a TF_CONFIG that names chief, worker and ps, not just {', '.join(jobs)}"
+        )
     if job != "chief":
-        _server = tf.distribute.Server(jobs, job_name=job, task_index=index, protocol="grpc")  # as long as it is held
+        _server = tf.distribute.Server(
+            jobs, job_name=job, task_index=index, protocol="grpc"
+        )  # as long as it is held
         _wait_for_end(*jobs["chief"])
         sys.exit(0)
     cluster = tf.distribute.cluster_resolver.TFConfigClusterResolver(rpc_layer="grpc")
@@ -59,7 +63,9 @@ def _cluster() -> tuple[dict[str, list[str]], str, int]:
         job, index = told["task"]["type"], told["task"]["index"]
         told["cluster"][job][index].rindex(":")  # a host and a port
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise UserError(f"TF_CONFIG: expected {form}, with an address HOST:PORT for that task") from None
+        raise UserError(
+            f"TF_CONFIG: expected {form}, with an address HOST:PORT for that task"
+        ) from None
     return told["cluster"], job, index
 
 
@@ -101,7 +107,11 @@ def _share(data: tf.data.Dataset, context: tf.distribute.InputContext) -> tf.dat
     first, step = context.input_pipeline_id, context.num_input_pipelines
     if step == 1:
         return data
-    return data.map(lambda batch: {k: part if k == "negatives" else part[first::step] for k, part in batch.items()})
+    return data.map(
+        lambda batch: {
+            k: part if k == "negatives" else part[first::step] for k, part in batch.items()
+        }
+    )
 
 
 def _scheduled(model: tf.keras.Model, data: tf.data.Dataset) -> Iterator[tf.Tensor]:

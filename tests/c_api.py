@@ -56,14 +56,25 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "TF_DeleteBuffer": (None, [POINTER(Buffer)]),
     "TF_LoadSessionFromSavedModel": (
         c_void_p,
-        [c_void_p, c_void_p, c_char_p, POINTER(c_char_p), c_int, c_void_p, POINTER(Buffer), c_void_p],
+        [
+            c_void_p,
+            c_void_p,
+            c_char_p,
+            POINTER(c_char_p),
+            c_int,
+            c_void_p,
+            POINTER(Buffer),
+            c_void_p,
+        ],
     ),
     "TF_CloseSession": (None, [c_void_p, c_void_p]),
     "TF_DeleteSession": (None, [c_void_p, c_void_p]),
     "TF_GraphOperationByName": (c_void_p, [c_void_p, c_char_p]),
     "TF_SessionRun": (
         None,
-        [c_void_p, c_void_p] + [POINTER(Output), POINTER(c_void_p), c_int] * 2 + [c_void_p, c_int, c_void_p, c_void_p],
+        [c_void_p, c_void_p]
+        + [POINTER(Output), POINTER(c_void_p), c_int] * 2
+        + [c_void_p, c_int, c_void_p, c_void_p],
     ),
     "TF_AllocateTensor": (c_void_p, [c_int, POINTER(c_int64), c_int, c_size_t]),
     "TF_DeleteTensor": (None, [c_void_p]),
@@ -137,10 +148,16 @@ def entries(message: bytes, number: int) -> Iterator[tuple[str, bytes]]:
 def tensor_info(message: bytes) -> dict[str, Any]:
     """A TensorInfo: the tensor's name, its type and its shape with -1 for an unknown size (None: unknown rank)."""
     info = dict(fields(message))
-    sizes = [dict(fields(value)).get(1, 0) for number, value in fields(info.get(3, b"")) if number == 2]
+    sizes = [
+        dict(fields(value)).get(1, 0) for number, value in fields(info.get(3, b"")) if number == 2
+    ]
     unknown = dict(fields(info.get(3, b""))).get(3, 0)
     shape = None if unknown else [size - 2**64 if size >= 2**63 else size for size in sizes]
-    return {"name": info.get(1, b"").decode(), "dtype": DTYPES.get(info.get(2, 0), str(info.get(2))), "shape": shape}
+    return {
+        "name": info.get(1, b"").decode(),
+        "dtype": DTYPES.get(info.get(2, 0), str(info.get(2))),
+        "shape": shape,
+    }
 
 
 def read_signatures(meta_graph: bytes) -> dict[str, dict[str, dict[str, Any]]]:
@@ -180,7 +197,9 @@ class SavedModelSession:
         )
         library.TF_DeleteSessionOptions(options)
         self._check(f"cannot load {bundle}")
-        self._signatures = read_signatures(ctypes.string_at(meta_graph[0].data, meta_graph[0].length))
+        self._signatures = read_signatures(
+            ctypes.string_at(meta_graph[0].data, meta_graph[0].length)
+        )
         library.TF_DeleteBuffer(meta_graph)
 
     def signatures(self) -> dict[str, dict[str, dict[str, Any]]]:
@@ -190,17 +209,23 @@ class SavedModelSession:
     def run(self, signature: str, inputs: dict[str, list]) -> dict[str, list]:
         """Runs a signature on nested lists of strings or numbers; strings come back as str, float32 bit for bit."""
         if signature not in self._signatures:
-            raise ValueError(f"there is no signature {signature!r}: the bundle has {sorted(self._signatures)}")
+            raise ValueError(
+                f"there is no signature {signature!r}: the bundle has {sorted(self._signatures)}"
+            )
         expected = self._signatures[signature]
         if set(inputs) != set(expected["inputs"]):
             missing = sorted(set(expected["inputs"]) - set(inputs))
             unknown = sorted(set(inputs) - set(expected["inputs"]))
-            raise ValueError(f"signature {signature!r}: inputs missing: {missing}, not in the signature: {unknown}")
+            raise ValueError(
+                f"signature {signature!r}: inputs missing: {missing}, not in the signature: {unknown}"
+            )
         feeds: list[int] = []
         fetches = (c_void_p * len(expected["outputs"]))()
         try:
             for key, info in expected["inputs"].items():
-                feeds.append(self._tensor(inputs[key], info, f"signature {signature!r}, input {key!r}"))
+                feeds.append(
+                    self._tensor(inputs[key], info, f"signature {signature!r}, input {key!r}")
+                )
             self._library.TF_SessionRun(
                 self._session,
                 None,
@@ -213,7 +238,10 @@ class SavedModelSession:
                 *(None, 0, None, self._status),
             )
             self._check(f"signature {signature!r} failed")
-            return {key: self._list(tensor) for key, tensor in zip(expected["outputs"], fetches, strict=True)}
+            return {
+                key: self._list(tensor)
+                for key, tensor in zip(expected["outputs"], fetches, strict=True)
+            }
         finally:
             for tensor in feeds:
                 self._free_strings(tensor)
@@ -229,21 +257,27 @@ class SavedModelSession:
 
     def _check(self, what: str) -> None:
         if self._library.TF_GetCode(self._status):
-            raise RuntimeError(f"{what}: {self._library.TF_Message(self._status).decode(errors='replace')}")
+            raise RuntimeError(
+                f"{what}: {self._library.TF_Message(self._status).decode(errors='replace')}"
+            )
 
     def _endpoints(self, infos: dict[str, dict[str, Any]]) -> Any:
         """The graph's tensors, from names like `serving_default_user_id:0`."""
         endpoints = (Output * len(infos))()
         for endpoint, info in zip(endpoints, infos.values(), strict=True):
             operation, _, index = info["name"].partition(":")
-            endpoint.operation = self._library.TF_GraphOperationByName(self._graph, operation.encode())
+            endpoint.operation = self._library.TF_GraphOperationByName(
+                self._graph, operation.encode()
+            )
             endpoint.index = int(index)
             if not endpoint.operation:
                 raise RuntimeError(f"the graph has no operation {operation!r}")
         return endpoints
 
     def _shape(self, tensor: int) -> list[int]:
-        return [self._library.TF_Dim(tensor, axis) for axis in range(self._library.TF_NumDims(tensor))]
+        return [
+            self._library.TF_Dim(tensor, axis) for axis in range(self._library.TF_NumDims(tensor))
+        ]
 
     def _strings(self, tensor: int) -> range:
         """The addresses of a string tensor's elements."""
@@ -263,14 +297,20 @@ class SavedModelSession:
         if wanted is not None:
             if not flat:  # [] is an empty batch of any rank
                 shape += [max(size, 0) for size in wanted[len(shape) :]]
-            if len(shape) != len(wanted) or any(w not in (-1, s) for s, w in zip(shape, wanted, strict=True)):
+            if len(shape) != len(wanted) or any(
+                w not in (-1, s) for s, w in zip(shape, wanted, strict=True)
+            ):
                 raise ValueError(f"{where}: the shape is {shape}, the signature wants {wanted}")
         dtype = next(number for number, name in DTYPES.items() if name == info["dtype"])
-        accepted: tuple[type, ...] = (str,) if dtype == STRING else (bool,) if dtype == 10 else (int, float)
+        accepted: tuple[type, ...] = (
+            (str,) if dtype == STRING else (bool,) if dtype == 10 else (int, float)
+        )
         if wrong := [element for element in flat if not isinstance(element, accepted)]:
             raise ValueError(f"{where}: {wrong[0]!r} is not of type {info['dtype']}")
         size = TSTRING_BYTES if dtype == STRING else ctypes.sizeof(NUMBERS[dtype])
-        tensor = self._library.TF_AllocateTensor(dtype, (c_int64 * len(shape))(*shape), len(shape), size * len(flat))
+        tensor = self._library.TF_AllocateTensor(
+            dtype, (c_int64 * len(shape))(*shape), len(shape), size * len(flat)
+        )
         if dtype == STRING:
             for address, element in zip(self._strings(tensor), flat, strict=True):
                 encoded = element.encode()
@@ -287,7 +327,10 @@ class SavedModelSession:
         flat: list[Any]
         if dtype == STRING:
             get, size = self._library.TF_StringGetDataPointer, self._library.TF_StringGetSize
-            flat = [ctypes.string_at(get(address), size(address)).decode() for address in self._strings(tensor)]
+            flat = [
+                ctypes.string_at(get(address), size(address)).decode()
+                for address in self._strings(tensor)
+            ]
         elif math.prod(shape):
             array = NUMBERS[dtype] * math.prod(shape)
             flat = list(array.from_address(self._library.TF_TensorData(tensor)))
@@ -305,11 +348,15 @@ class SavedModelSession:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundle", help="the directory with saved_model.pb")
     parser.add_argument("--no-scann", action="store_true", help="do not load ScaNN's op library")
     arguments = parser.parse_args()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides notices, keeps errors; read when the library loads
+    os.environ.setdefault(
+        "TF_CPP_MIN_LOG_LEVEL", "2"
+    )  # hides notices, keeps errors; read when the library loads
     try:
         session = SavedModelSession(arguments.bundle, scann=not arguments.no_scann)
         for line in sys.stdin:

@@ -41,7 +41,12 @@ def run(
     """`python -m module arguments`, with its outputs as text and changes of the environment."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, check=False, env=environment(**(changes or {}))
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(**(changes or {})),
     )
 
 
@@ -64,7 +69,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     root = tmp_path_factory.mktemp("trained")
     config = root / "config.yaml"
     config.write_text(CONFIG.format(root))
-    made = run("rec.data_prep.dummy", "--output-dir", root / "dataset", "--users", 200, "--items", 120)
+    made = run(
+        "rec.data_prep.dummy", "--output-dir", root / "dataset", "--users", 200, "--items", 120
+    )
     assert made.returncode == 0, made.stderr
     done = run("rec.train", "--stage", "all", "--config", config)
     assert done.returncode == 0, done.stderr

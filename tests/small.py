@@ -14,13 +14,21 @@ def sequences(*users: list[int], first_time: int = 1000) -> Sequences:
     lists = [[], *users]
     offsets = np.concatenate([[0], np.cumsum([len(items) for items in lists])])
     items = np.array([item for items in lists for item in items], np.int32)
-    return Sequences(offsets, items, first_time + np.arange(len(items)), np.ones(len(items), np.float32))
+    return Sequences(
+        offsets, items, first_time + np.arange(len(items)), np.ones(len(items), np.float32)
+    )
 
 
 def corpus(
-    train: list[list[int]], val: list[list[int]] | None = None, test: list[list[int]] | None = None,
-    items: int = 6, cold_items: int = 0, strategy: str = "leave_one_out", ordered: bool = True, features: bool = False,
-) -> Corpus:  # fmt: skip
+    train: list[list[int]],
+    val: list[list[int]] | None = None,
+    test: list[list[int]] | None = None,
+    items: int = 6,
+    cold_items: int = 0,
+    strategy: str = "leave_one_out",
+    ordered: bool = True,
+    features: bool = False,
+) -> Corpus:
     """A corpus of `items` trained and `cold_items` further items with the rows from FIRST_ITEM on."""
     users = np.array([f"u{j}" for j in range(len(train))], object)
     ids = np.array([f"i{j}" for j in range(items + cold_items)], object)
@@ -37,7 +45,14 @@ def corpus(
     if not ordered:
         splits = [replace(split, times=None) for split in splits]
     return Corpus(
-        "id", ordered, strategy, Vocabulary(users, FIRST_USER, len(users)), Vocabulary(ids, FIRST_ITEM, items),
-        user_table, item_table, (), fit_columns(item_table, "item_id", "auto", np.arange(len(ids)) < items, "items"),
+        "id",
+        ordered,
+        strategy,
+        Vocabulary(users, FIRST_USER, len(users)),
+        Vocabulary(ids, FIRST_ITEM, items),
+        user_table,
+        item_table,
+        (),
+        fit_columns(item_table, "item_id", "auto", np.arange(len(ids)) < items, "items"),
         *splits,
-    )  # fmt: skip
+    )

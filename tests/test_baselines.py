@@ -7,7 +7,18 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from rec import baselines
-from rec.baselines import EASE, GRIDS, IALS, SECONDS_A_DAY, Baseline, Popularity, RecentPopularity, rank, top_k, tune
+from rec.baselines import (
+    EASE,
+    GRIDS,
+    IALS,
+    SECONDS_A_DAY,
+    Baseline,
+    Popularity,
+    RecentPopularity,
+    rank,
+    top_k,
+    tune,
+)
 from rec.errors import UserError
 from rec.evaluate import Task, _baselines
 from tests.small import corpus
@@ -37,8 +48,12 @@ def test_popularity_counts_interactions_for_everybody() -> None:
 
 
 def test_recent_popularity_counts_the_last_days_and_breaks_ties_by_all_time() -> None:
-    train = csr_matrix((np.ones(5), np.array([0, 1, 0, 2, 2]), np.array([0, 2, 3, 5])), shape=(3, 4))
-    days = np.array([0, 9, 1, 2, 10])  # item 0 on days 0 and 1, item 1 on day 9, item 2 on days 2 and 10
+    train = csr_matrix(
+        (np.ones(5), np.array([0, 1, 0, 2, 2]), np.array([0, 2, 3, 5])), shape=(3, 4)
+    )
+    days = np.array(
+        [0, 9, 1, 2, 10]
+    )  # item 0 on days 0 and 1, item 1 on day 9, item 2 on days 2 and 10
     baseline = RecentPopularity(days=2)
     baseline.fit(train, days * SECONDS_A_DAY)
     scores = baseline.scores(csr([[0, 0, 0, 0]]))[0]
@@ -91,7 +106,9 @@ def test_ials_gives_no_warnings_about_threads() -> None:
         IALS(factors=4).fit(two_tastes())
 
 
-@pytest.mark.parametrize("baseline", [IALS(factors=4, regularization=1.0), EASE(regularization=1.0)])
+@pytest.mark.parametrize(
+    "baseline", [IALS(factors=4, regularization=1.0), EASE(regularization=1.0)]
+)
 def test_users_who_were_not_trained_on_get_items_of_their_taste(baseline: Baseline) -> None:
     baseline.fit(two_tastes())
     histories = two_tastes(seed=9)[:2]
@@ -138,7 +155,9 @@ def test_top_k_equals_a_stable_sort_on_random_scores_with_ties() -> None:
     scores = rng.integers(0, 6, (200, 30)).astype(np.float32)
     seen = csr_matrix(rng.random((200, 30)) < 0.2)
     masked = np.where(seen.toarray(), -np.inf, scores)
-    np.testing.assert_array_equal(top_k(scores, seen, 8), np.argsort(-masked, axis=1, kind="stable")[:, :8])
+    np.testing.assert_array_equal(
+        top_k(scores, seen, 8), np.argsort(-masked, axis=1, kind="stable")[:, :8]
+    )
 
 
 def test_top_k_leaves_slots_empty_where_nothing_is_left() -> None:
@@ -166,7 +185,10 @@ def test_tune_takes_the_best_on_validation_and_returns_it_fitted(
 ) -> None:
     train = csr([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]])
     times = np.array([0, 0, 0, 1, 90]) * SECONDS_A_DAY
-    history, relevant = csr([[0, 0, 0, 0]]), csr([[0, 0, 0, 1]])  # the last item is the only recent one
+    history, relevant = (
+        csr([[0, 0, 0, 0]]),
+        csr([[0, 0, 0, 1]]),
+    )  # the last item is the only recent one
     monkeypatch.setitem(GRIDS, RecentPopularity, [{"days": days} for days in (1000, 5, 7)])
     value, best = tune(RecentPopularity, train, history, relevant, times)
     assert (value, best) == (1.0, RecentPopularity(days=5))

@@ -21,7 +21,9 @@ def test_one_more_dimension_turns_inner_products_into_distances():
     items, queries = index.vectors(500, norms=0.3, seed=1)
     graph = index.equally_long(items)
     distance = np.square(graph - index.longer(queries[:1])).sum(1)
-    np.testing.assert_array_equal(np.argsort(distance)[:20], np.argsort(-(queries[:1] @ items.T))[0, :20])
+    np.testing.assert_array_equal(
+        np.argsort(distance)[:20], np.argsort(-(queries[:1] @ items.T))[0, :20]
+    )
 
 
 def test_truth_is_the_largest_inner_products():
@@ -41,8 +43,15 @@ def test_made_up_ratings_have_no_pair_twice(tmp_path):
 def test_pandas_cuts_as_the_sql_does(tmp_path):
     prep.make_csv(tmp_path, 20_000, seed=3)
     counts = prep.with_pandas(tmp_path, tmp_path / "out")
-    times = np.sort([int(line.split(",")[3]) for line in (tmp_path / "ratings.csv").read_text().splitlines()[1:]])
-    assert counts["train"] == np.searchsorted(times, times[int(np.ceil(0.8 * len(times))) - 1], side="right")
+    times = np.sort(
+        [
+            int(line.split(",")[3])
+            for line in (tmp_path / "ratings.csv").read_text().splitlines()[1:]
+        ]
+    )
+    assert counts["train"] == np.searchsorted(
+        times, times[int(np.ceil(0.8 * len(times))) - 1], side="right"
+    )
     assert sum(counts.values()) == len(times)
 
 

@@ -24,10 +24,16 @@ class Toy(tf.Module):
         super().__init__()
         self.index, self.users = index, tf.Variable(users)
         keys = tf.lookup.TextFileInitializer(
-            str(user_file), tf.string, tf.lookup.TextFileIndex.WHOLE_LINE, tf.int64, tf.lookup.TextFileIndex.LINE_NUMBER
+            str(user_file),
+            tf.string,
+            tf.lookup.TextFileIndex.WHOLE_LINE,
+            tf.int64,
+            tf.lookup.TextFileIndex.LINE_NUMBER,
         )
         self.table = tf.lookup.StaticHashTable(keys, default_value=0)
-        self.items = tf.constant([f"item-{row}-{LONG}" if row % 2 else f"é{row}" for row in range(ITEMS)])
+        self.items = tf.constant(
+            [f"item-{row}-{LONG}" if row % 2 else f"é{row}" for row in range(ITEMS)]
+        )
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="user_id")])
     def recommend(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -71,7 +77,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, T
     users = rng.normal(size=(4, DIMENSION)).astype(np.float32)
     found = {}
     for kind, allowed in (("exact", []), ("scann", ["Scann"])):
-        index, metadata = build_index(embeddings, embeddings, kind=kind, recall_target=0.9, k=5, seed=0)
+        index, metadata = build_index(
+            embeddings, embeddings, kind=kind, recall_target=0.9, k=5, seed=0
+        )
         assert metadata["kind"] == kind
         toy = Toy(index, users, user_file)
         options = tf.saved_model.SaveOptions(namespace_whitelist=allowed)
@@ -83,7 +91,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, T
 def run(arguments: list[str], lines: list[dict]) -> subprocess.CompletedProcess[str]:
     script = str(Path(__file__).with_name("c_api.py"))
     requests = "".join(json.dumps(line) + "\n" for line in lines)
-    return subprocess.run([sys.executable, script, *arguments], input=requests, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, script, *arguments], input=requests, capture_output=True, text=True
+    )
 
 
 def in_python(outputs: dict[str, tf.Tensor]) -> dict[str, list]:
@@ -117,15 +127,20 @@ def test_a_process_without_tensorflow_answers_bit_for_bit_as_python(
     assert best == in_python(toy.recommend(tf.constant(users)))
     assert echo == in_python(toy.echo(tf.constant(users), tf.constant(history)))
     assert echo["joined"] == ["|a", f"ü|{LONG}", "c|"] and echo["row"] == [2, 0, 3]
-    assert no_history["joined"] == [""] and no_history["all"] == [[]] and no_history["known"] == [True]
+    assert (
+        no_history["joined"] == [""] and no_history["all"] == [[]] and no_history["known"] == [True]
+    )
     assert no_user == {"item_id": [], "score": []}
     assert third == in_python(toy.third(tf.constant(x)))
     assert no_x == {"y": []}
 
 
-def test_a_scann_bundle_without_scanns_library_fails_with_the_ops_name(bundles: dict[str, tuple[Path, Toy]]) -> None:
+def test_a_scann_bundle_without_scanns_library_fails_with_the_ops_name(
+    bundles: dict[str, tuple[Path, Toy]],
+) -> None:
     child = run(
-        [str(bundles["scann"][0]), "--no-scann"], [{"signature": "serving_default", "inputs": {"user_id": ["u1"]}}]
+        [str(bundles["scann"][0]), "--no-scann"],
+        [{"signature": "serving_default", "inputs": {"user_id": ["u1"]}}],
     )
     assert child.returncode == 1
     assert "Scann>" in child.stderr.splitlines()[-1]
@@ -136,11 +151,15 @@ def session(bundles: dict[str, tuple[Path, Toy]]) -> SavedModelSession:
     return SavedModelSession(bundles["exact"][0], scann=False)
 
 
-def test_signatures_name_their_inputs_and_outputs_with_type_and_shape(session: SavedModelSession) -> None:
+def test_signatures_name_their_inputs_and_outputs_with_type_and_shape(
+    session: SavedModelSession,
+) -> None:
     found = session.signatures()
     assert sorted(found) == ["echo", "serving_default", "third"]
     inputs, outputs = found["serving_default"]["inputs"], found["serving_default"]["outputs"]
-    assert inputs == {"user_id": {"name": "serving_default_user_id:0", "dtype": "string", "shape": [-1]}}
+    assert inputs == {
+        "user_id": {"name": "serving_default_user_id:0", "dtype": "string", "shape": [-1]}
+    }
     assert {key: (info["dtype"], info["shape"]) for key, info in outputs.items()} == {
         "item_id": ("string", [-1, 5]),
         "score": ("float32", [-1, 5]),
@@ -154,7 +173,9 @@ def test_a_signature_of_unknown_rank_has_no_shape() -> None:
     signature = b"\x0a" + bytes([len(entry)]) + entry
     named = b"\x0a\x01s" + b"\x12" + bytes([len(signature)]) + signature
     found = read_signatures(b"\x2a" + bytes([len(named)]) + named)
-    assert found == {"s": {"inputs": {"x": {"name": "n:0", "dtype": "float32", "shape": None}}, "outputs": {}}}
+    assert found == {
+        "s": {"inputs": {"x": {"name": "n:0", "dtype": "float32", "shape": None}}, "outputs": {}}
+    }
 
 
 @pytest.mark.parametrize(
@@ -163,8 +184,16 @@ def test_a_signature_of_unknown_rank_has_no_shape() -> None:
         ("predict", {}, "no signature 'predict'.*serving_default"),
         ("echo", {"user_id": ["u1"]}, r"inputs missing: \['history'\]"),
         ("third", {"x": [[1, 2]], "z": [1]}, r"not in the signature: \['z'\]"),
-        ("echo", {"user_id": ["u1"], "history": [["a"], ["b", "c"]]}, "'history': the lists differ in length"),
-        ("third", {"x": [[1.0, 2.0, 3.0]]}, r"'x': the shape is \[1, 3\], the signature wants \[-1, 2\]"),
+        (
+            "echo",
+            {"user_id": ["u1"], "history": [["a"], ["b", "c"]]},
+            "'history': the lists differ in length",
+        ),
+        (
+            "third",
+            {"x": [[1.0, 2.0, 3.0]]},
+            r"'x': the shape is \[1, 3\], the signature wants \[-1, 2\]",
+        ),
         ("serving_default", {"user_id": [7]}, "'user_id': 7 is not of type string"),
     ],
 )

@@ -47,10 +47,14 @@ def error(module: str, *arguments: object) -> str:
 def test_training_all_stages_answers_with_each(trained: Trained):
     assert list(trained.report) == ["retrieval", "ranking", "recommender"]
     for stage, part in trained.report.items():
-        assert {"stage", "bundle", "version", "metrics", "examples_per_second", "seconds"} <= set(part)
+        assert {"stage", "bundle", "version", "metrics", "examples_per_second", "seconds"} <= set(
+            part
+        )
         assert (part["stage"], part["version"]) == (stage, 1)
         assert Path(part["bundle"]) == trained.savedmodels / stage / "1"
-    assert {"val/ndcg@10", "val/recall@100", "val/factorized_top_k@10"} <= set(trained.report["retrieval"]["metrics"])
+    assert {"val/ndcg@10", "val/recall@100", "val/factorized_top_k@10"} <= set(
+        trained.report["retrieval"]["metrics"]
+    )
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -61,10 +65,14 @@ def test_evaluation_measures_the_bundles_beside_popularity(trained: Trained, spl
     for values in report["systems"].values():
         low, high = values["ndcg@10_ci"]
         assert 0 <= low <= values["ndcg@10"] <= high <= 1
-    assert report["systems"]["popularity"]["ndcg@10"] == pytest.approx(popularity_ndcg(trained, split))
+    assert report["systems"]["popularity"]["ndcg@10"] == pytest.approx(
+        popularity_ndcg(trained, split)
+    )
     if split == "val":  # what training reported of the same model
         value = report["systems"]["retrieval"]["ndcg@10"]
-        assert value == pytest.approx(trained.report["retrieval"]["metrics"]["val/ndcg@10"], abs=1e-6)
+        assert value == pytest.approx(
+            trained.report["retrieval"]["metrics"]["val/ndcg@10"], abs=1e-6
+        )
 
 
 def popularity_ndcg(trained: Trained, split: str) -> float:
@@ -109,7 +117,9 @@ def test_ratings_are_predicted_on_their_own_scale(copy: tuple[str, ...], trained
     assert ((scores > 0) & (scores < 6)).all()
 
 
-def test_items_that_came_since_are_exported_without_training(copy: tuple[str, ...], trained: Trained, tmp_path: Path):
+def test_items_that_came_since_are_exported_without_training(
+    copy: tuple[str, ...], trained: Trained, tmp_path: Path
+):
     newer = tmp_path / "newer"
     shutil.copytree(trained.dataset, newer)
     items = pd.read_parquet(newer / "items.parquet")
@@ -122,7 +132,9 @@ def test_items_that_came_since_are_exported_without_training(copy: tuple[str, ..
     bundle = load_bundle(Path(report["bundle"]))
     found = bundle.signatures["similar_items"](item_id=tf.constant(["brand-new"]))
     assert found["item_id"].numpy()[0, 0] != b""
-    assert "brand-new" in pd.read_parquet(Path(report["bundle"]) / "items.parquet")["item_id"].tolist()
+    assert (
+        "brand-new" in pd.read_parquet(Path(report["bundle"]) / "items.parquet")["item_id"].tolist()
+    )
 
 
 def test_mistakes_are_one_sentence(trained: Trained, tmp_path: Path, copy: tuple[str, ...]):
@@ -130,10 +142,18 @@ def test_mistakes_are_one_sentence(trained: Trained, tmp_path: Path, copy: tuple
         "rec.train", "--stage", "retrieval", "--model-arch", "lstm", *copy
     )
     elsewhere = ("--config", trained.config, "--set", f"output.checkpoints={tmp_path / 'none'}")
-    assert "run python -m rec.train --stage retrieval first" in error("rec.train", "--stage", "ranking", *elsewhere)
-    assert "--model-arch is for one stage" in error("rec.train", "--stage", "all", "--model-arch", "mlp", *copy)
-    assert "is not a dataset directory" in error("rec.evaluate", *copy, "--set", f"dataset={tmp_path / 'none'}")
-    assert "unknown key; did you mean retrieval.epochs?" in error("rec.evaluate", *copy, "--set", "retrieval.epoch=3")
+    assert "run python -m rec.train --stage retrieval first" in error(
+        "rec.train", "--stage", "ranking", *elsewhere
+    )
+    assert "--model-arch is for one stage" in error(
+        "rec.train", "--stage", "all", "--model-arch", "mlp", *copy
+    )
+    assert "is not a dataset directory" in error(
+        "rec.evaluate", *copy, "--set", f"dataset={tmp_path / 'none'}"
+    )
+    assert "unknown key; did you mean retrieval.epochs?" in error(
+        "rec.evaluate", *copy, "--set", "retrieval.epoch=3"
+    )
 
 
 @pytest.mark.parametrize("module", ["train", "evaluate", "export", "serve", "data_prep.dummy"])
@@ -143,15 +163,29 @@ def test_help_shows_an_example(module: str):
     assert f"python -m rec.{module} --" in done.stdout
 
 
-def test_a_killed_training_leaves_no_bundle_and_goes_on_when_started_again(trained: Trained, tmp_path: Path):
+def test_a_killed_training_leaves_no_bundle_and_goes_on_when_started_again(
+    trained: Trained, tmp_path: Path
+):
     places = [f"output.{kind}={tmp_path / kind}" for kind in ("checkpoints", "savedmodels")]
-    command = ["--stage", "retrieval", "--config", trained.config, "--set", places[0], "--set", places[1]]
+    command = [
+        "--stage",
+        "retrieval",
+        "--config",
+        trained.config,
+        "--set",
+        places[0],
+        "--set",
+        places[1],
+    ]
     command += ["--set", "retrieval.epochs=4"]
     state = tmp_path / "checkpoints" / "retrieval.partial" / "state.json"
     process = subprocess.Popen(
-        [sys.executable, "-m", "rec.train", *map(str, command)], cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL,
+        [sys.executable, "-m", "rec.train", *map(str, command)],
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 120
     while not (state.exists() and json.loads(state.read_text())["epoch"] >= 1):
         assert process.poll() is None and time.monotonic() < deadline

@@ -66,7 +66,13 @@ def test_a_number_in_scientific_notation_is_a_number(write: Path, text: str) -> 
 
 def test_overrides_are_yaml_and_the_last_one_wins(write: Path) -> None:
     write.write_text("dataset: data/dummy\nretrieval: {epochs: 7, window: 9}")
-    overrides = ["retrieval.epochs=3", "retrieval.epochs=4", "ranking.hidden=[8, 4]", "dataset=a=b", "index={k: 200}"]
+    overrides = [
+        "retrieval.epochs=3",
+        "retrieval.epochs=4",
+        "ranking.hidden=[8, 4]",
+        "dataset=a=b",
+        "index={k: 200}",
+    ]
     config = load_config(write, overrides)
     assert (config.retrieval.epochs, config.retrieval.window) == (4, 9)
     assert config.ranking.hidden == (8, 4)
@@ -82,7 +88,10 @@ def test_a_missing_key_can_come_from_an_override(write: Path) -> None:
 def test_the_command_line_has_a_default_config_and_repeatable_overrides() -> None:
     parser = argparse.ArgumentParser()
     add_config_arguments(parser)
-    assert vars(parser.parse_args([])) == {"config": "config/dummy/dummy_small.yaml", "overrides": []}
+    assert vars(parser.parse_args([])) == {
+        "config": "config/dummy/dummy_small.yaml",
+        "overrides": [],
+    }
     args = parser.parse_args(["--set", "seed=1", "--config", "c.yaml", "--set", "index.k=5"])
     assert (args.config, args.overrides) == ("c.yaml", ["seed=1", "index.k=5"])
 
@@ -120,7 +129,9 @@ def test_reading_a_config_does_not_import_tensorflow() -> None:
         ("7: 1", "7: unknown key; the keys here are dataset, use_wandb, seed"),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_nearest_one(write: Path, text: str, message: str) -> None:
+def test_an_unknown_key_is_refused_with_the_nearest_one(
+    write: Path, text: str, message: str
+) -> None:
     assert error(write, text).startswith(f"x.yaml: {message}")
 
 
@@ -136,16 +147,28 @@ def test_a_missing_key_is_named(write: Path) -> None:
         ("retrieval: {epochs: 2.5}", "retrieval.epochs: expected a whole number, got 2.5"),
         ("retrieval: {epochs: true}", "retrieval.epochs: expected a whole number, got true"),
         ("retrieval: {epochs: }", "retrieval.epochs: expected a whole number, got nothing"),
-        ("retrieval: {learning_rate: fast}", "retrieval.learning_rate: expected a number, got 'fast'"),
-        ("retrieval: {learning_rate: false}", "retrieval.learning_rate: expected a number, got false"),
+        (
+            "retrieval: {learning_rate: fast}",
+            "retrieval.learning_rate: expected a number, got 'fast'",
+        ),
+        (
+            "retrieval: {learning_rate: false}",
+            "retrieval.learning_rate: expected a number, got false",
+        ),
         ("use_wandb: 1", "use_wandb: expected true or false, got 1"),
         ("dataset: 100", "dataset: expected text, got 100; put it in quotes"),
         ("dataset: [a]", "dataset: expected text, got ['a']"),
         ("ranking: {hidden: 64}", "ranking.hidden: expected a list, got 64"),
         ("ranking: {hidden: [64, x]}", "ranking.hidden[1]: expected a whole number, got 'x'"),
         ("features: {items: 3}", "features.items: expected text or {key: value}, got 3"),
-        ("features: {items: {year: 3}}", "features.items.year: expected text, got 3; put it in quotes"),
-        ("features: {items: {on: text}}", "features.items: expected text, got true; put it in quotes"),
+        (
+            "features: {items: {year: 3}}",
+            "features.items.year: expected text, got 3; put it in quotes",
+        ),
+        (
+            "features: {items: {on: text}}",
+            "features.items: expected text, got true; put it in quotes",
+        ),
         ("retrieval: 3", "retrieval: expected keys, such as retrieval.arch, got 3"),
         ("retrieval:", "retrieval: expected keys, such as retrieval.arch, got nothing"),
         ("just text", "the file: expected keys, such as dataset, got 'just text'"),
@@ -159,14 +182,29 @@ def test_a_value_of_the_wrong_type_is_refused(write: Path, text: str, message: s
     ("text", "message"),
     [
         ("retrieval: {epochs: -1}", "retrieval.epochs: must be 0 or more, not -1"),
-        ("retrieval: {in_batch_negatives: -1}", "retrieval.in_batch_negatives: must be 0 or more, not -1"),
-        ("retrieval: {temperature: 0}", "retrieval.temperature: must be above 0 and finite, not 0.0"),
-        ("retrieval: {learning_rate: .inf}", "retrieval.learning_rate: must be above 0 and finite, not inf"),
-        ("retrieval: {learning_rate: .nan}", "retrieval.learning_rate: must be above 0 and finite, not nan"),
+        (
+            "retrieval: {in_batch_negatives: -1}",
+            "retrieval.in_batch_negatives: must be 0 or more, not -1",
+        ),
+        (
+            "retrieval: {temperature: 0}",
+            "retrieval.temperature: must be above 0 and finite, not 0.0",
+        ),
+        (
+            "retrieval: {learning_rate: .inf}",
+            "retrieval.learning_rate: must be above 0 and finite, not inf",
+        ),
+        (
+            "retrieval: {learning_rate: .nan}",
+            "retrieval.learning_rate: must be above 0 and finite, not nan",
+        ),
         ("retrieval: {dropout: 1}", "retrieval.dropout: must be 0 or more and below 1, not 1.0"),
         ("ranking: {holdout: 0}", "ranking.holdout: must be above 0 and below 1, not 0.0"),
         ("ranking: {hidden: [64, 0]}", "ranking.hidden[1]: must be 1 or more, not 0"),
-        ("index: {recall_target: 95}", "index.recall_target: must be above 0 and at most 1, not 95.0"),
+        (
+            "index: {recall_target: 95}",
+            "index.recall_target: must be above 0 and at most 1, not 95.0",
+        ),
         ("index: {kind: scan}", "index.kind: must be one of scann, exact, not 'scan'"),
         ("seed: -1", "seed: must be from 0 to 4294967295, as NumPy wants it, not -1"),
         ("features: {users: all}", "features.users: must be auto, or {column: kind}, not 'all'"),
@@ -195,7 +233,9 @@ def test_a_ranker_cannot_ask_for_more_candidates_than_retrieval_returns(write: P
         ("ranking.hidden=[8", "line 1: expected ',' or ']', but got '<stream end>'"),
     ],
 )
-def test_an_error_in_an_override_names_the_override(write: Path, override: str, message: str) -> None:
+def test_an_error_in_an_override_names_the_override(
+    write: Path, override: str, message: str
+) -> None:
     assert error(write, "dataset: d", override).startswith(f"--set {override}: {message}")
 
 
@@ -205,7 +245,10 @@ def test_an_error_in_an_override_names_the_override(write: Path, override: str, 
         ("dataset: d\nseed: 1\nseed: 2", "line 3: seed occurs twice"),
         ("retrieval:\n  epochs: 1\n  window: 2\n  epochs: 3", "line 4: epochs occurs twice"),
         ("dataset: d\n\tseed: 1", "line 2: found character '\\t' that cannot start any token"),
-        ("dataset: d\nretrieval: {epochs: 3", "line 2: expected ',' or '}', but got '<stream end>'"),
+        (
+            "dataset: d\nretrieval: {epochs: 3",
+            "line 2: expected ',' or '}', but got '<stream end>'",
+        ),
         ("dataset: a: b", "line 1: mapping values are not allowed here"),
         ("dataset: 2024-13-45", "month must be in 1..12"),
         ("", "the file is empty; it needs at least `dataset: data/NAME`"),

@@ -40,14 +40,22 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
 
 
 # But for the guide's, which are run.
-ALL = {name: commands((ROOT / name).read_text()) for name in [*DOCUMENTS, *CONFIGS] if name != "GUIDE.md"}
+ALL = {
+    name: commands((ROOT / name).read_text())
+    for name in [*DOCUMENTS, *CONFIGS]
+    if name != "GUIDE.md"
+}
 
 
 @pytest.fixture(scope="module")
 def helps() -> dict[str, str]:
     modules = sorted({module for found in ALL.values() for module, _ in found})
     done = subprocess.run(
-        [sys.executable, "-c", HELP, *modules], env=environment(), cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", HELP, *modules],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     said: dict[str, str] = json.loads(done.stdout)
@@ -114,7 +122,9 @@ def test_every_command_is_run_by_a_test_or_marked(name: str) -> None:
         where = next((where for begin, where in RUN_BY.items() if command.startswith(begin)), None)
         assert where, f"{command}: which test runs it?"
         file, _, test = where.partition("::")
-        assert file.startswith("not: ") or f"def {test}(" in (ROOT / "tests" / file).read_text(), where
+        assert file.startswith("not: ") or f"def {test}(" in (ROOT / "tests" / file).read_text(), (
+            where
+        )
 
 
 def test_no_mark_is_left_over() -> None:
@@ -129,7 +139,9 @@ def test_files_and_keys_in_the_text_exist(name: str) -> None:
         assert (ROOT / file).exists(), file
     for link in re.findall(r"\[[^\]\"]+\]\(([^)#:]+)(?:#[\w-]*)?\)", text):
         assert (ROOT / link).exists(), link
-    for key in re.findall(r"`((?:retrieval|ranking|index|output|features)\.(?!py`)[a-z_0-9]+)`", text):
+    for key in re.findall(
+        r"`((?:retrieval|ranking|index|output|features)\.(?!py`)[a-z_0-9]+)`", text
+    ):
         section, _, field = key.partition(".")
         at = getattr(load_config(ROOT / "config" / "your_data.yaml"), section)
         assert hasattr(at, field) or (ROOT / "rec" / section / f"{field}.py").exists(), key
@@ -159,12 +171,19 @@ def project(tmp_path: Path) -> Path:
 
 
 def test_the_guides_commands_and_examples_run(project: Path) -> None:
-    env = environment(PYTHONPATH=str(project), PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    env = environment(
+        PYTHONPATH=str(project),
+        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    )
     text = script((ROOT / "GUIDE.md").read_text())
-    done = subprocess.run(["bash", "-c", text], cwd=project, env=env, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(
+        ["bash", "-c", text], cwd=project, env=env, capture_output=True, text=True, timeout=1200
+    )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
 def test_the_tour_runs_from_a_clean_kernel(project: Path) -> None:
     tour = nbformat.read(project / "notebooks" / "tour.ipynb", as_version=4)
-    NotebookClient(tour, timeout=600, resources={"metadata": {"path": str(project / "notebooks")}}).execute()
+    NotebookClient(
+        tour, timeout=600, resources={"metadata": {"path": str(project / "notebooks")}}
+    ).execute()

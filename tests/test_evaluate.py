@@ -8,9 +8,14 @@ from rec.features import FIRST_ITEM
 from tests.small import corpus
 
 
-def test_of_more_users_than_there_is_time_for_some_are_drawn_and_only_they_count(monkeypatch: pytest.MonkeyPatch):
+def test_of_more_users_than_there_is_time_for_some_are_drawn_and_only_they_count(
+    monkeypatch: pytest.MonkeyPatch,
+):
     rows = np.arange(40) % 6 + FIRST_ITEM
-    data = corpus([[int(row)] for row in rows], test=[[int((row - FIRST_ITEM + 1) % 6) + FIRST_ITEM] for row in rows])
+    data = corpus(
+        [[int(row)] for row in rows],
+        test=[[int((row - FIRST_ITEM + 1) % 6) + FIRST_ITEM] for row in rows],
+    )
     whole = evaluate.Task(data, "test")
     assert (len(whole.users), whole.out_of, len(whole.held.items)) == (40, 40, 40)
     monkeypatch.setattr(evaluate, "FEWEST_USERS", 2)

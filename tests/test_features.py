@@ -73,11 +73,17 @@ def test_numbers_are_standardised_and_missing_ones_flagged():
 
 def test_time_adds_hour_and_weekday():
     hour, noon = cyclic(np.array([6 * 3600])), cyclic(np.array([12 * 3600]))
-    assert [hour[0][0], hour[1][0]] == pytest.approx([1, 0], abs=1e-9)  # six o'clock is a quarter of the circle
+    assert [hour[0][0], hour[1][0]] == pytest.approx(
+        [1, 0], abs=1e-9
+    )  # six o'clock is a quarter of the circle
     assert [noon[0][0], noon[1][0]] == pytest.approx([0, -1], abs=1e-9)
-    assert np.stack(cyclic(tf.constant([6 * 3600], tf.int64)), -1) == pytest.approx(np.stack(hour, -1), abs=1e-6)
+    assert np.stack(cyclic(tf.constant([6 * 3600], tf.int64)), -1) == pytest.approx(
+        np.stack(hour, -1), abs=1e-6
+    )
     dates = ITEMS.assign(year=pd.to_datetime(["1990-01-01", "2000-01-01", None, "2010-01-01"]))
-    encoded = fit_columns(dates, "item_id", {"year": "time"}, ALL, "features.items")[0].encode(dates)
+    encoded = fit_columns(dates, "item_id", {"year": "time"}, ALL, "features.items")[0].encode(
+        dates
+    )
     assert encoded.shape == (4, 6)
     assert encoded[2].tolist() == [0] * 6
 

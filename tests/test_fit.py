@@ -56,9 +56,19 @@ def run(directory: Path, model: Linear, on_epoch=lambda _: None, epochs=6, valid
         return {"val/ndcg@10": -float(np.mean(np.square(X @ model.w.numpy() - Y)))}
 
     return fit(
-        model, batches, 64, directory, {"name": "test", **kwargs}, {"note.txt": "kept\n"}, epochs=epochs,
-        learning_rate=0.1, seed=0, validate=validate or error, patience=2, tracker=Told(on_epoch),
-    )  # fmt: skip
+        model,
+        batches,
+        64,
+        directory,
+        {"name": "test", **kwargs},
+        {"note.txt": "kept\n"},
+        epochs=epochs,
+        learning_rate=0.1,
+        seed=0,
+        validate=validate or error,
+        patience=2,
+        tracker=Told(on_epoch),
+    )
 
 
 def test_a_killed_run_goes_on_to_the_same_weights_as_an_unbroken_one(tmp_path: Path):
@@ -77,9 +87,20 @@ def test_a_killed_run_goes_on_to_the_same_weights_as_an_unbroken_one(tmp_path: P
     run(tmp_path / "b", resumed, epochs.append)
     assert epochs == [4, 5, 6]  # the killed epoch is trained again
     assert resumed.w.numpy() == pytest.approx(unbroken.w.numpy(), abs=1e-6)
-    logged = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+    logged = [
+        json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [values["epoch"] for values in logged if "epoch" in values] == [1, 2, 3, 4, 5, 6]
-    assert [values["step"] for values in logged] == [4, 8, 10, 12, 16, 20, 20, 24]  # four an epoch, and every tenth
+    assert [values["step"] for values in logged] == [
+        4,
+        8,
+        10,
+        12,
+        16,
+        20,
+        20,
+        24,
+    ]  # four an epoch, and every tenth
 
 
 def test_a_resumed_run_drops_out_what_an_unbroken_one_does(tmp_path: Path):
@@ -95,7 +116,9 @@ def test_a_resumed_run_drops_out_what_an_unbroken_one_does(tmp_path: Path):
     assert resumed.w.numpy().tolist() == unbroken.w.numpy().tolist()
 
 
-def test_a_kill_between_the_two_renames_loses_neither_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_kill_between_the_two_renames_loses_neither_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     run(tmp_path / "a", Linear())
     rename = os.replace
 
@@ -131,9 +154,12 @@ def test_the_best_epoch_is_kept_and_training_stops_early(tmp_path: Path):
     values = iter([0.0, 0.1, 0.5, 0.4, 0.3, 0.9])  # before training, then epoch 1, 2, ...
     model, weights = Linear(), []
     fitted = run(
-        tmp_path / "a", model, lambda *_: weights.append(model.w.numpy()), epochs=9,
+        tmp_path / "a",
+        model,
+        lambda *_: weights.append(model.w.numpy()),
+        epochs=9,
         validate=lambda: {"val/ndcg@10": next(values)},
-    )  # fmt: skip
+    )
     assert len(weights) == 4  # two epochs without a better one after the second
     assert fitted.best_epoch == 2 and fitted.metrics["val/ndcg@10"] == 0.5
     assert (model.w.numpy() == weights[1]).all()
@@ -157,7 +183,10 @@ def test_replacing_a_directory_leaves_nothing_of_the_old(tmp_path: Path):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
     replace_directory(tmp_path / "new", tmp_path / "target")
-    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["target", "target/new"]
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == [
+        "target",
+        "target/new",
+    ]
 
 
 def test_lazy_adam_is_adam_on_the_rows_it_touches_and_leaves_the_others():

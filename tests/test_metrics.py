@@ -21,7 +21,9 @@ def matrix(rows: list[list[int]], items: int) -> csr_matrix:
     """A CSR matrix with a one at each user's listed items."""
     indptr = np.cumsum([0] + [len(row) for row in rows])
     indices = np.array([item for row in rows for item in row], dtype=np.int64)
-    return csr_matrix((np.ones(len(indices), np.float32), indices, indptr), shape=(len(rows), items))
+    return csr_matrix(
+        (np.ones(len(indices), np.float32), indices, indptr), shape=(len(rows), items)
+    )
 
 
 def test_metrics_of_one_user_worked_out_by_hand() -> None:
@@ -33,7 +35,9 @@ def test_metrics_of_one_user_worked_out_by_hand() -> None:
     assert values["ndcg@1"] == [0]
     assert values["ndcg@2"] == pytest.approx([(1 / math.log2(3)) / (1 + 1 / math.log2(3))])
     ideal_of_three = 1 + 1 / math.log2(3) + 1 / 2
-    assert values["ndcg@4"] == pytest.approx([(1 / math.log2(3) + 1 / math.log2(5)) / ideal_of_three])
+    assert values["ndcg@4"] == pytest.approx(
+        [(1 / math.log2(3) + 1 / math.log2(5)) / ideal_of_three]
+    )
     assert values["mrr"] == [1 / 2]
 
 
@@ -41,7 +45,9 @@ def test_the_default_cutoffs_are_10_20_50_and_100() -> None:
     ranked = np.arange(100)[None]
     values = per_user(ranked, matrix([[9, 19, 49, 99]], 100))
     assert [values[f"recall@{k}"][0] for k in (10, 20, 50, 100)] == [0.25, 0.5, 0.75, 1]
-    assert set(values) == {f"{m}@{k}" for m in ("recall", "ndcg") for k in (10, 20, 50, 100)} | {"mrr"}
+    assert set(values) == {f"{m}@{k}" for m in ("recall", "ndcg") for k in (10, 20, 50, 100)} | {
+        "mrr"
+    }
 
 
 def test_the_ideal_list_is_cut_at_k_so_a_perfect_list_has_ndcg_one() -> None:
@@ -63,7 +69,9 @@ def test_an_empty_slot_keeps_its_rank_and_never_hits() -> None:
 
 
 def test_only_what_is_stored_as_not_zero_is_relevant_and_repeats_count_once() -> None:
-    relevant = csr_matrix((np.array([1.0, 1, 0]), np.array([2, 2, 0]), np.array([0, 3])), shape=(1, 3))
+    relevant = csr_matrix(
+        (np.array([1.0, 1, 0]), np.array([2, 2, 0]), np.array([0, 3])), shape=(1, 3)
+    )
     assert per_user(np.array([[0, 2]]), relevant, ks=(2,))["recall@2"] == [1]
     assert relevant.nnz == 3, "the caller's matrix stays as it was"
     assert binary(relevant).toarray().tolist() == [[0, 0, 1]]
@@ -79,7 +87,12 @@ def test_equals_ranx_on_random_data(monkeypatch: pytest.MonkeyPatch, slice_size:
     values = per_user(ranked, matrix(rows, items), ks=(1, 5, 10, 25))
 
     qrels = Qrels({f"u{u}": {f"i{i}": 1 for i in row} for u, row in enumerate(rows)})
-    run = Run({f"u{u}": {f"i{i}": float(k - r) for r, i in enumerate(row)} for u, row in enumerate(ranked)})
+    run = Run(
+        {
+            f"u{u}": {f"i{i}": float(k - r) for r, i in enumerate(row)}
+            for u, row in enumerate(ranked)
+        }
+    )
     expected = evaluate(qrels, run, [name for name in values], return_mean=False)
     order = [int(user[1:]) for user in run.keys()]  # noqa: SIM118 - a Run is not iterable
     for name, ours in values.items():
@@ -116,8 +129,11 @@ def test_coverage_counts_distinct_items_in_the_first_k_slots() -> None:
 def test_summary_of_equal_users_is_their_value_with_no_width_and_fits_json() -> None:
     summary = summarise({"ndcg@10": np.full(50, 0.25), "mrr": np.zeros(50)})
     assert json.loads(json.dumps(summary)) == {
-        "ndcg@10": 0.25, "ndcg@10_ci": [0.25, 0.25], "mrr": 0.0, "mrr_ci": [0.0, 0.0]
-    }  # fmt: skip
+        "ndcg@10": 0.25,
+        "ndcg@10_ci": [0.25, 0.25],
+        "mrr": 0.0,
+        "mrr_ci": [0.0, 0.0],
+    }
 
 
 def test_interval_of_a_mean_is_the_normal_one_on_many_users() -> None:
@@ -156,7 +172,9 @@ def test_no_users_or_different_users_cannot_be_summarised() -> None:
 
 def test_history_that_holds_the_ground_truth_is_an_error_with_the_first_pair() -> None:
     check_no_overlap(matrix([[0, 1], [2]], 5), matrix([[3], [1]], 5))
-    with pytest.raises(UserError, match="overlap in 2 user-item pairs, the first at user row 0 and item row 3"):
+    with pytest.raises(
+        UserError, match="overlap in 2 user-item pairs, the first at user row 0 and item row 3"
+    ):
         check_no_overlap(matrix([[0, 3], [2]], 5), matrix([[3], [2]], 5))
 
 

@@ -10,7 +10,14 @@ from rec import pipeline
 from rec.config import Retrieval
 from rec.errors import UserError
 from rec.features import FIRST_ITEM, PAD, START
-from rec.pipeline import Sequences, concatenate, on_disk, sampling_probability, window_batches, windows
+from rec.pipeline import (
+    Sequences,
+    concatenate,
+    on_disk,
+    sampling_probability,
+    window_batches,
+    windows,
+)
 from tests.small import corpus, sequences
 
 CONFIG = Retrieval(window=3, batch_size=2, in_batch_negatives=4, uniform_negatives=2)
@@ -22,7 +29,10 @@ def test_last_gives_the_end_of_each_history_left_aligned():
 
 
 def test_matrix_marks_what_each_user_interacted_with():
-    assert sequences([1, 3], [0]).matrix(np.array([2, 1]), 4).toarray().tolist() == [[1, 0, 0, 0], [0, 1, 0, 1]]
+    assert sequences([1, 3], [0]).matrix(np.array([2, 1]), 4).toarray().tolist() == [
+        [1, 0, 0, 0],
+        [0, 1, 0, 1],
+    ]
 
 
 def test_concatenate_puts_the_later_split_behind_the_earlier_for_each_user():
@@ -61,7 +71,9 @@ def test_every_interaction_is_a_target_of_exactly_one_window(seed: int):
     assert (cut.user == 2).sum() == 1  # what fits one window is never cut
 
 
-def batches(data: Sequences, epoch: int = 0, seed: int = 0, **changes: Any) -> list[dict[str, np.ndarray]]:
+def batches(
+    data: Sequences, epoch: int = 0, seed: int = 0, **changes: Any
+) -> list[dict[str, np.ndarray]]:
     small = corpus([[3, 4, 5, 6, 7], [6], [7, 8]], **changes)
     return list(window_batches(small, CONFIG, data, seed, epoch).as_numpy_iterator())
 
@@ -85,7 +97,9 @@ def test_an_epochs_batches_depend_on_seed_and_epoch_alone():
     data = sequences([3, 4, 5, 6, 7], [6], [7, 8])
 
     def text(**kwargs: int) -> str:
-        return str([{name: value.tolist() for name, value in b.items()} for b in batches(data, **kwargs)])
+        return str(
+            [{name: value.tolist() for name, value in b.items()} for b in batches(data, **kwargs)]
+        )
 
     assert text(epoch=1) == text(epoch=1)
     assert text(epoch=1) != text(epoch=2)
@@ -115,9 +129,14 @@ def test_the_pool_holds_targets_of_the_batch_and_uniform_items():
 def test_a_small_catalogue_is_the_pool_as_a_whole():
     small = corpus([[3, 4, 5, 6, 7, 8]])
     config = Retrieval(window=3, uniform_negatives=6)
-    pools = [b["negatives"].tolist() for b in window_batches(small, config, small.train, 0, 0).as_numpy_iterator()]
+    pools = [
+        b["negatives"].tolist()
+        for b in window_batches(small, config, small.train, 0, 0).as_numpy_iterator()
+    ]
     assert pools == [[3, 4, 5, 6, 7, 8]] * len(pools)
-    assert sampling_probability(small, config, small.train)[FIRST_ITEM:] == pytest.approx(np.full(6, 1 / 6))
+    assert sampling_probability(small, config, small.train)[FIRST_ITEM:] == pytest.approx(
+        np.full(6, 1 / 6)
+    )
 
 
 def test_the_sampling_probability_is_what_the_pool_is_drawn_with():

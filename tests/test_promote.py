@@ -28,13 +28,17 @@ ONE, SPOILT, POOR = ({"retrieval": n, "ranking": n, "recommender": n} for n in (
 @pytest.fixture(scope="module")
 def prepared(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """The config of three versions: what was trained; the same with a bias for unpopular items; with a poor index."""
-    savedmodels = Path(shutil.copytree(trained.savedmodels, tmp_path_factory.mktemp("promote") / "savedmodels"))
+    savedmodels = Path(
+        shutil.copytree(trained.savedmodels, tmp_path_factory.mktemp("promote") / "savedmodels")
+    )
     config = load_config(trained.config, [f"output.savedmodels={savedmodels}"])
     for is_spoilt in (True, False):
         retrieval = load_retrieval(trained.checkpoints / "retrieval", open_dataset(config.dataset))
         with pytest.MonkeyPatch.context() as patch:
             if is_spoilt:
-                popularity = retrieval.corpus.popularity[: FIRST_ITEM + retrieval.corpus.items.trained]
+                popularity = retrieval.corpus.popularity[
+                    : FIRST_ITEM + retrieval.corpus.items.trained
+                ]
                 retrieval.model.candidate_tower.lean.assign(-10 * np.log1p(popularity)[:, None])
             else:
                 patch.setattr(rec.export, "build_index", that_is_poor(rec.export.build_index))
@@ -67,12 +71,18 @@ def store(config: Config) -> Iterator[LocalStore]:
     yield LocalStore(Path(config.output.savedmodels))
 
 
-def command(trained: Trained, config: Config, *arguments: object) -> tuple[int, dict[str, Any], str]:
+def command(
+    trained: Trained, config: Config, *arguments: object
+) -> tuple[int, dict[str, Any], str]:
     """Exit code, JSON and stderr of the command."""
     place = f"output.savedmodels={config.output.savedmodels}"
     done = run("rec.promote", "--config", trained.config, "--set", place, *arguments)
     assert "Traceback" not in done.stderr
-    return done.returncode, json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}, done.stderr
+    return (
+        done.returncode,
+        json.loads(done.stdout.splitlines()[-1]) if done.stdout else {},
+        done.stderr,
+    )
 
 
 def labels(config: Config) -> dict[str, dict[str, int]]:
@@ -81,14 +91,21 @@ def labels(config: Config) -> dict[str, dict[str, int]]:
     parsed = text_format.Parse(text, model_server_config_pb2.ModelServerConfig())
     for model in parsed.model_config_list.config:
         assert model.base_path == f"/models/{model.name}" and model.model_platform == "tensorflow"
-        assert set(model.version_labels.values()) == set(model.model_version_policy.specific.versions)
+        assert set(model.version_labels.values()) == set(
+            model.model_version_policy.specific.versions
+        )
     return {model.name: dict(model.version_labels) for model in parsed.model_config_list.config}
 
 
 def test_the_story_of_a_promotion(trained: Trained, config: Config, store: LocalStore):
     code, answer, _ = command(trained, config, "--stage", "recommender", "--metric", "val/ndcg@10")
     assert code == 0 and answer["gate"]["passed"] and answer["gate"]["users"] == 200
-    assert (answer["alias"], answer["from"], answer["to"], answer["action"]) == ("production", {}, ONE, "promoted")
+    assert (answer["alias"], answer["from"], answer["to"], answer["action"]) == (
+        "production",
+        {},
+        ONE,
+        "promoted",
+    )
     assert store.named("production") == ONE
     assert labels(config)["ranking"] == {"stable": 1, "canary": 1}
 
@@ -101,8 +118,13 @@ def test_the_story_of_a_promotion(trained: Trained, config: Config, store: Local
         trained, config, "--stage", "recommender", "--version", 2, "--force", "--reason", "a dare"
     )
     assert (code, answer["action"], answer["gate"]["passed"]) == (0, "forced", False)
-    assert store.named("production") == SPOILT and labels(config)["retrieval"] == {"stable": 2, "canary": 2}
-    assert [path and path.name for path in find_pair(Path(config.output.savedmodels), "production")] == ["2", "2"]
+    assert store.named("production") == SPOILT and labels(config)["retrieval"] == {
+        "stable": 2,
+        "canary": 2,
+    }
+    assert [
+        path and path.name for path in find_pair(Path(config.output.savedmodels), "production")
+    ] == ["2", "2"]
 
     code, answer, _ = command(trained, config, "--rollback", "--alias", "production")
     assert (code, answer["from"], answer["to"]) == (0, SPOILT, ONE)
@@ -111,7 +133,10 @@ def test_the_story_of_a_promotion(trained: Trained, config: Config, store: Local
     code, answer, stderr = command(trained, config, "--history")
     told = [entry["action"] for entry in answer["history"]]
     assert told == ["promoted", "refused", "forced", "rolled back"]
-    assert "version 2; a dare" in stderr and "retrieval 2 ranking 2 recommender 2 -> retrieval 1" in stderr
+    assert (
+        "version 2; a dare" in stderr
+        and "retrieval 2 ranking 2 recommender 2 -> retrieval 1" in stderr
+    )
     assert all(entry["who"] and entry["time"] and entry["why"] for entry in answer["history"])
 
 
@@ -123,13 +148,17 @@ def test_a_poor_index_is_refused(config: Config, store: LocalStore):
 
 
 def test_one_stage_alone_may_not_leave_a_mismatched_pair(config: Config, store: LocalStore):
-    assert promote(store, config, "ranking", 1, "too early")["action"] == "refused"  # its retrieval is not there
+    assert (
+        promote(store, config, "ranking", 1, "too early")["action"] == "refused"
+    )  # its retrieval is not there
     assert promote(store, config, "retrieval", 1, "first")["action"] == "promoted"
     assert promote(store, config, "ranking", 1, "then")["to"] == {"retrieval": 1, "ranking": 1}
     entry = promote(store, config, "retrieval", 2, "alone")
     assert entry["action"] == "refused"
     [reason] = entry["gate"]["reasons"]
-    assert reason.startswith("ranking 1 was trained for retrieval 1, which would not be beside it: ")
+    assert reason.startswith(
+        "ranking 1 was trained for retrieval 1, which would not be beside it: "
+    )
     assert store.named("production") == {"retrieval": 1, "ranking": 1}
     assert promote(store, config, "retrieval", 2, "alone", force=True)["action"] == "forced"
     assert store.named("production") == {"retrieval": 2, "ranking": 1}
@@ -150,7 +179,9 @@ def test_rolling_back_goes_further_back_each_time(config: Config, store: LocalSt
         promote(store, config, "recommender", version, "to try", force=True)
     assert roll_back(store, "no good")["to"] == SPOILT
     assert roll_back(store, "nor this")["to"] == ONE
-    with pytest.raises(UserError, match="production: there are no versions before these to go back to"):
+    with pytest.raises(
+        UserError, match="production: there are no versions before these to go back to"
+    ):
         roll_back(store, "nor this")
     assert store.named("production") == ONE
 
@@ -161,7 +192,9 @@ def test_a_flipped_byte_is_found(name: str, config: Config, store: LocalStore):
     content = bytearray(path.read_bytes())
     content[content.index(b"1") if name == "metadata.json" else len(content) // 2] ^= 2
     path.write_bytes(content)
-    with pytest.raises(UserError, match=f"ranking/2/{name} has changed since the export|is not a|cannot be read"):
+    with pytest.raises(
+        UserError, match=f"ranking/2/{name} has changed since the export|is not a|cannot be read"
+    ):
         promote(store, config, "recommender", 2, "damaged", force=True)
     assert store.named("production") == {} and store.history() == []
 
@@ -169,22 +202,31 @@ def test_a_flipped_byte_is_found(name: str, config: Config, store: LocalStore):
 def test_a_missing_file_or_version_is_told(config: Config, store: LocalStore):
     root = Path(config.output.savedmodels)
     (root / "retrieval" / "2" / "assets" / "users.txt").unlink()
-    with pytest.raises(UserError, match="retrieval/2 lacks assets/users.txt: export the bundle again"):
+    with pytest.raises(
+        UserError, match="retrieval/2 lacks assets/users.txt: export the bundle again"
+    ):
         promote(store, config, "recommender", 2, "incomplete")
     shutil.rmtree(root / "ranking" / "3")
     with pytest.raises(UserError, match="recommender 3 was built from ranking 3, which is gone"):
         promote(store, config, "recommender", 3, "incomplete")
     with pytest.raises(UserError, match="no version or alias '7'; it has latest, 1, 2, 3"):
         choose(store, "recommender", "7", None, None)
-    with pytest.raises(UserError, match="has no alias 'production': python -m rec.promote gives it"):
+    with pytest.raises(
+        UserError, match="has no alias 'production': python -m rec.promote gives it"
+    ):
         find_pair(root, "production")
 
 
-def test_what_is_damaged_in_production_can_only_be_replaced_by_force(config: Config, store: LocalStore):
+def test_what_is_damaged_in_production_can_only_be_replaced_by_force(
+    config: Config, store: LocalStore
+):
     promote(store, config, "recommender", 1, "good")
     (Path(config.output.savedmodels) / "ranking" / "1" / "saved_model.pb").write_bytes(b"")
     [reason] = promote(store, config, "recommender", 2, "instead")["gate"]["reasons"]
-    assert reason.startswith("it cannot be measured: ") and "ranking/1/saved_model.pb has changed" in reason
+    assert (
+        reason.startswith("it cannot be measured: ")
+        and "ranking/1/saved_model.pb has changed" in reason
+    )
     assert promote(store, config, "recommender", 2, "instead", force=True)["to"] == SPOILT
 
 
@@ -192,13 +234,18 @@ def test_a_version_is_chosen_by_its_metric_or_its_run(config: Config, store: Loc
     root = Path(config.output.savedmodels) / "retrieval"
     rewrite(root / "1", metrics={"val/ndcg@10": 0.3, "val/rmse": 1.0})
     rewrite(root / "2", metrics={"val/ndcg@10": 0.2, "val/rmse": 0.9}, run_id="second")
-    assert choose(store, "retrieval", None, None, "val/ndcg@10") == (1, "val/ndcg@10 0.3000, the best of 3 versions")
+    assert choose(store, "retrieval", None, None, "val/ndcg@10") == (
+        1,
+        "val/ndcg@10 0.3000, the best of 3 versions",
+    )
     assert choose(store, "retrieval", None, None, "val/rmse")[0] == 2  # the lower, the better
     assert choose(store, "retrieval", None, "second", None) == (2, "run second")
     rewrite(root / "1", dataset="another")  # whose metrics cannot be compared
     rewrite(root / "3", metrics={"val/ndcg@10": 0.1})
     assert choose(store, "retrieval", None, None, "val/ndcg@10")[0] == 2
-    with pytest.raises(UserError, match="no version with the metric 'val/ndcg'; the latest has val/ndcg@10"):
+    with pytest.raises(
+        UserError, match="no version with the metric 'val/ndcg'; the latest has val/ndcg@10"
+    ):
         choose(store, "retrieval", None, None, "val/ndcg")
     with pytest.raises(UserError, match="no version of run 'third'; it has those of .*second"):
         choose(store, "retrieval", None, "third", None)
@@ -212,10 +259,15 @@ def test_the_data_of_the_candidate_must_be_at_hand(config: Config, store: LocalS
     entry = promote(store, elsewhere, "recommender", 1, "good")
     assert entry["action"] == "refused"
     [reason] = entry["gate"]["reasons"]
-    assert "data set of the candidate is neither elsewhere nor gone: name it by --set dataset=DIR" in reason
+    assert (
+        "data set of the candidate is neither elsewhere nor gone: name it by --set dataset=DIR"
+        in reason
+    )
     assert promote(store, config, "recommender", 1, "good")["action"] == "promoted"
     # What is in production knows where its data are, wherever the command looks.
-    assert promote(store, elsewhere, "recommender", 2, "other")["gate"]["reasons"][0].startswith("its ndcg@10 on ")
+    assert promote(store, elsewhere, "recommender", 2, "other")["gate"]["reasons"][0].startswith(
+        "its ndcg@10 on "
+    )
 
 
 def test_a_card_says_what_a_version_is(trained: Trained, config: Config):
@@ -223,7 +275,9 @@ def test_a_card_says_what_a_version_is(trained: Trained, config: Config):
     card = Path(answer["card"])
     assert code == 0 and card == Path(config.output.savedmodels) / "cards" / "ranking-1" / "card.md"
     text = card.read_text()
-    assert text.startswith("# Ranking 1\n") and "200 users" in text and "rec.train --stage all" in text
+    assert (
+        text.startswith("# Ranking 1\n") and "200 users" in text and "rec.train --stage all" in text
+    )
     assert "| recommender | 0." in text and " to 0." in text
     for image in ("quality.png", "retrieval.png", "ranking.png"):
         assert f"]({image})" in text and (card.parent / image).read_bytes().startswith(b"\x89PNG")

@@ -62,8 +62,15 @@ def test_references(tmp_path: Path):
     for _ in range(3):
         add(tmp_path)
     (tmp_path / "aliases.json").write_text(json.dumps({"production": 2}))
-    assert [resolve(tmp_path, r).name for r in ("latest", "production", "1", 3)] == ["3", "2", "1", "3"]
-    with pytest.raises(UserError, match="no version or alias 'prod'; it has latest, production, 1, 2, 3"):
+    assert [resolve(tmp_path, r).name for r in ("latest", "production", "1", 3)] == [
+        "3",
+        "2",
+        "1",
+        "3",
+    ]
+    with pytest.raises(
+        UserError, match="no version or alias 'prod'; it has latest, production, 1, 2, 3"
+    ):
         resolve(tmp_path, "prod")
     with pytest.raises(UserError, match="holds no bundle: train one"):
         resolve(tmp_path / "ranking")
@@ -87,7 +94,9 @@ def store(tmp_path: Path) -> LocalStore:
     return LocalStore(tmp_path)
 
 
-def test_an_alias_moves_in_all_stages_and_leaves_those_that_are_not_named(store: LocalStore, tmp_path: Path):
+def test_an_alias_moves_in_all_stages_and_leaves_those_that_are_not_named(
+    store: LocalStore, tmp_path: Path
+):
     with store.writing():
         store.move("production", {"retrieval": 1, "recommender": 1}, {"n": 1})
     move(store, 2)
@@ -103,7 +112,9 @@ def test_aliases_that_were_written_by_hand_move_in(store: LocalStore, tmp_path: 
     (tmp_path / "ranking" / "aliases.json").write_text('{"mine": 1}')
     move(store, 2)
     assert store.aliases("ranking") == {"mine": 1, "production": 2}
-    (tmp_path / "ranking" / "aliases.json").unlink()  # an editor may put a file in the place of the link
+    (
+        tmp_path / "ranking" / "aliases.json"
+    ).unlink()  # an editor may put a file in the place of the link
     (tmp_path / "ranking" / "aliases.json").write_text('{"mine": 2, "production": 2}')
     assert store.aliases("ranking") == {"mine": 2, "production": 2}
     move(store, 1)
@@ -112,7 +123,9 @@ def test_aliases_that_were_written_by_hand_move_in(store: LocalStore, tmp_path: 
 
 def python(script: str, *arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), **kwargs)  # type: ignore[call-overload]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment(), **kwargs
+    )  # type: ignore[call-overload]
 
 
 MOVES = """

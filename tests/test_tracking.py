@@ -17,11 +17,19 @@ from tests.conftest import Trained, run
 from tests.wandb_server import WandbServer
 
 
-def bundle(savedmodels: Path, stage: str, built_from: dict[str, Any] | None = None, **metadata: Any) -> Path:
+def bundle(
+    savedmodels: Path, stage: str, built_from: dict[str, Any] | None = None, **metadata: Any
+) -> Path:
     """A published bundle that holds no model."""
     with draft(savedmodels / stage) as directory:
         (directory / "saved_model.pb").write_text(f"{metadata}")
-        told = {"metrics": {}, "dataset": "d", "run_id": "x", "built_from": built_from or {}, **metadata}
+        told = {
+            "metrics": {},
+            "dataset": "d",
+            "run_id": "x",
+            "built_from": built_from or {},
+            **metadata,
+        }
         return savedmodels / stage / str(publish(directory, savedmodels / stage, told))
 
 
@@ -44,7 +52,9 @@ def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
     for path in sorted((directory / "events").iterdir()):
         for event in tf.compat.v1.train.summary_iterator(str(path)):
             for value in event.summary.value:
-                found.setdefault(value.tag, []).append((event.step, float(tf.make_ndarray(value.tensor))))
+                found.setdefault(value.tag, []).append(
+                    (event.step, float(tf.make_ndarray(value.tensor)))
+                )
     return found
 
 
@@ -55,7 +65,12 @@ def test_a_run_is_logged_with_its_bundle(server: WandbServer, wandb: Any, tmp_pa
     published = bundle(tmp_path, "ranking", architecture="mlp")
     follow(TRACKED, tmp_path / "checkpoint", published)
     told = server.runs["abc123"]
-    assert (told.project, told.job_type, told.finished, told.config["seed"]) == ("rec", "ranking", True, 7)
+    assert (told.project, told.job_type, told.finished, told.config["seed"]) == (
+        "rec",
+        "ranking",
+        True,
+        7,
+    )
     assert [row.get("train/loss") for row in told.history] == [0.5, None]
     assert told.history[1]["val/ndcg@10"] == 0.2 and told.logged == ["ranking_bundle:v0"]
     [version] = server.collection("ranking_bundle")
@@ -78,7 +93,11 @@ def test_without_a_key_or_the_wish_nothing_is_asked(
 
 
 def test_offline_a_run_is_kept_on_disk(
-    server: WandbServer, wandb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: WandbServer,
+    wandb: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_API_KEY")
@@ -116,7 +135,9 @@ def pairs(wandb: Any, tmp_path: Path) -> list[Path]:
     """Two pairs at W&B, each with its recommender: six bundles."""
     found = []
     for number in (1, 2):
-        first = bundle(tmp_path, "retrieval", run_id=f"a{number}", metrics={"val/ndcg@10": 0.1 * number})
+        first = bundle(
+            tmp_path, "retrieval", run_id=f"a{number}", metrics={"val/ndcg@10": 0.1 * number}
+        )
         second = bundle(tmp_path, "ranking", {"retrieval": identity(first)}, run_id=f"b{number}")
         parts = {"retrieval": identity(first), "ranking": identity(second)}
         found += [first, second, bundle(tmp_path, "recommender", parts, run_id=f"b{number}")]
@@ -124,23 +145,33 @@ def pairs(wandb: Any, tmp_path: Path) -> list[Path]:
     return found
 
 
-def test_aliases_move_together_are_told_and_taken_back(server: WandbServer, pairs: list[Path], tmp_path: Path):
+def test_aliases_move_together_are_told_and_taken_back(
+    server: WandbServer, pairs: list[Path], tmp_path: Path
+):
     config, store = Config("data"), WandbStore("team/rec")
     number, why = promote.choose(store, "recommender", None, "b1", None)
     assert number == 0  # W&B counts from 0
     for version in (0, 1):  # not `production`: these bundles hold no model for the gate to measure
         promote.promote(store, config, "recommender", version, "to try", "candidate")
-    one, two = ({stage: version for stage in ("retrieval", "ranking", "recommender")} for version in (0, 1))
+    one, two = (
+        {stage: version for stage in ("retrieval", "ranking", "recommender")} for version in (0, 1)
+    )
     assert [entry["to"] for entry in store.history()] == [one, two]
     assert all("candidate" in server.find(f"{stage}_bundle:v1").aliases for stage in two)  # type: ignore[union-attr]
     assert promote.roll_back(store, "no good", "candidate")["to"] == one
     assert all("candidate" in server.find(f"{stage}_bundle:v0").aliases for stage in one)  # type: ignore[union-attr]
     assert not any("candidate" in server.find(f"{stage}_bundle:v1").aliases for stage in one)  # type: ignore[union-attr]
-    assert [entry["action"] for entry in WandbStore("team/rec").history()] == ["promoted", "promoted", "rolled back"]
+    assert [entry["action"] for entry in WandbStore("team/rec").history()] == [
+        "promoted",
+        "promoted",
+        "rolled back",
+    ]
     assert promote.choose(store, "retrieval", None, None, "val/ndcg@10")[0] == 1
     with pytest.raises(UserError, match="no version or alias 'staging'; it has latest, "):
         WandbStore.find("team/rec/ranking_bundle:staging", "ranking")
-    with pytest.raises(UserError, match=r"is not \[ENTITY/PROJECT/\]ranking_bundle:VERSION_OR_ALIAS"):
+    with pytest.raises(
+        UserError, match=r"is not \[ENTITY/PROJECT/\]ranking_bundle:VERSION_OR_ALIAS"
+    ):
         WandbStore.find("team/rec/other:latest", "ranking")
 
 
@@ -149,7 +180,11 @@ def test_a_download_is_kept_by_its_digest_and_a_damaged_one_is_refused(
 ):
     monkeypatch.setattr("rec.registry.CACHE", tmp_path / "cache")
     with server.client(tmp_path / "another"):
-        for reference, version in (("ranking_bundle:v0", 0), ("ranking_bundle:0", 0), ("ranking_bundle:latest", 1)):
+        for reference, version in (
+            ("ranking_bundle:v0", 0),
+            ("ranking_bundle:0", 0),
+            ("ranking_bundle:latest", 1),
+        ):
             store, found = WandbStore.find(f"team/rec/{reference}", "ranking")
             assert found == version
             path = store.directory("ranking", found)
@@ -162,10 +197,14 @@ def test_a_download_is_kept_by_its_digest_and_a_damaged_one_is_refused(
         assert read_metadata(store.directory("ranking", 1)) == read_metadata(pairs[4])
 
         # A ranking artifact brings the retrieval artifact that it was trained for.
-        monkeypatch.setattr(sys, "argv", ["rec.serve", "--ranking-wandb", "team/rec/ranking_bundle:v0"])
+        monkeypatch.setattr(
+            sys, "argv", ["rec.serve", "--ranking-wandb", "team/rec/ranking_bundle:v0"]
+        )
         retrieval, ranking = serve.find_pair(serve.parse())
         assert ranking is not None
-        assert [read_metadata(each) for each in (retrieval, ranking)] == [read_metadata(each) for each in pairs[:2]]
+        assert [read_metadata(each) for each in (retrieval, ranking)] == [
+            read_metadata(each) for each in pairs[:2]
+        ]
 
         server.damage("retrieval_bundle:v1", "saved_model.pb")
         store, found = WandbStore.find("team/rec/retrieval_bundle:v1", "retrieval")
@@ -173,7 +212,9 @@ def test_a_download_is_kept_by_its_digest_and_a_damaged_one_is_refused(
             store.directory("retrieval", found)
 
 
-def test_a_server_that_does_not_answer_is_told_in_a_sentence(server: WandbServer, pairs: list[Path]):
+def test_a_server_that_does_not_answer_is_told_in_a_sentence(
+    server: WandbServer, pairs: list[Path]
+):
     store = WandbStore("team/rec")
     server.fail = True
     with pytest.raises(UserError, match="^W&B, team/rec: "):
@@ -184,18 +225,36 @@ def test_from_training_to_production(server: WandbServer, trained: Trained, tmp_
     """The commands, as a team runs them."""
     client = server.environment(tmp_path / "client")
     places = [f"output.{kind}={tmp_path / kind}" for kind in ("checkpoints", "savedmodels")]
-    options = ("--config", trained.config, "--set", places[0], "--set", places[1], "--set", "use_wandb=true")
-    done = run("rec.train", "--stage", "all", *options, "--set", "retrieval.batch_size=16", changes=client)
+    options = (
+        "--config",
+        trained.config,
+        "--set",
+        places[0],
+        "--set",
+        places[1],
+        "--set",
+        "use_wandb=true",
+    )
+    done = run(
+        "rec.train", "--stage", "all", *options, "--set", "retrieval.batch_size=16", changes=client
+    )
     assert done.returncode == 0 and "warning: W&B" not in done.stderr, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    retrieval, ranking = (server.runs[report[stage]["run_id"]] for stage in ("retrieval", "ranking"))
+    retrieval, ranking = (
+        server.runs[report[stage]["run_id"]] for stage in ("retrieval", "ranking")
+    )
     assert (retrieval.logged, ranking.used, ranking.logged) == (
-        ["retrieval_bundle:v0"], ["retrieval_bundle:v0"], ["ranking_bundle:v0"],
-    )  # fmt: skip
+        ["retrieval_bundle:v0"],
+        ["retrieval_bundle:v0"],
+        ["ranking_bundle:v0"],
+    )
     names = set().union(*retrieval.history)
     assert {"train/loss", "train/steps_per_second", "val/ndcg@10", "val/recall@100"} <= names
     lines = (tmp_path / "checkpoints" / "retrieval" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line).items() <= row.items() for line, row in zip(lines, retrieval.history, strict=True)]
+    assert [
+        json.loads(line).items() <= row.items()
+        for line, row in zip(lines, retrieval.history, strict=True)
+    ]
 
     artifact = ("--artifact-name", "team/rec/recommender_bundle")
     done = run("rec.promote", *artifact, "--run-id", ranking.id, *options, changes=client)
@@ -203,4 +262,6 @@ def test_from_training_to_production(server: WandbServer, trained: Trained, tmp_
     assert json.loads(done.stdout)["to"] == {"retrieval": 0, "ranking": 0, "recommender": 0}
     assert "production" in server.find("ranking_bundle:v0").aliases  # type: ignore[union-attr]
     done = run("rec.promote", *artifact, "--history", *options, changes=client)
-    assert "production promoted: nothing -> retrieval 0 ranking 0 recommender 0 (run " in done.stderr
+    assert (
+        "production promoted: nothing -> retrieval 0 ranking 0 recommender 0 (run " in done.stderr
+    )

@@ -18,14 +18,19 @@ CONFIG = Config(dataset="d")
             replace(CONFIG, retrieval=Retrieval(arch="lstm")),
             "retrieval.arch: there is no 'lstm'; choose one of auto, two_tower, gru4rec, sasrec, autoencoder",
         ),
-        (replace(CONFIG, ranking=Ranking(arch="mpl")), "ranking.arch: there is no 'mpl'; choose one of mlp, dlrm, dcn"),
+        (
+            replace(CONFIG, ranking=Ranking(arch="mpl")),
+            "ranking.arch: there is no 'mpl'; choose one of mlp, dlrm, dcn",
+        ),
         (
             replace(CONFIG, ranking=Ranking(objective="clicks")),
             "ranking.objective: there is no 'clicks'; choose one of implicit, listwise, rating",
         ),
     ],
 )
-def test_an_unknown_name_is_refused_before_training_with_those_that_are_known(config: Config, message: str) -> None:
+def test_an_unknown_name_is_refused_before_training_with_those_that_are_known(
+    config: Config, message: str
+) -> None:
     with pytest.raises(UserError) as refused:
         check_names(config)
     assert str(refused.value) == message

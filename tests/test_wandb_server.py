@@ -27,10 +27,20 @@ def bundle(tmp_path: Path) -> Path:
 
 def contents(directory: Path) -> dict[str, bytes]:
     """{path: bytes} of all files below a directory."""
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
-def log(wandb: Any, bundle: Path, *aliases: str, run: str = "abc123", metadata: dict[str, Any] | None = None) -> Any:
+def log(
+    wandb: Any,
+    bundle: Path,
+    *aliases: str,
+    run: str = "abc123",
+    metadata: dict[str, Any] | None = None,
+) -> Any:
     """Logs the directory as an artifact, in a run of its own; returns it committed."""
     artifact = wandb.Artifact(NAME, type="model", metadata=metadata)
     artifact.add_dir(str(bundle))
@@ -43,7 +53,9 @@ def find(wandb: Any, alias: str) -> Any:
     return wandb.Api().artifact(f"team/rec/{NAME}:{alias}")
 
 
-def test_a_run_has_its_config_and_rows_and_goes_on_when_it_is_resumed(server: WandbServer, wandb: Any):
+def test_a_run_has_its_config_and_rows_and_goes_on_when_it_is_resumed(
+    server: WandbServer, wandb: Any
+):
     settings = {"project": "rec", "job_type": "ranking", "id": "abc123", "resume": "allow"}
     run = wandb.init(**settings, config={"seed": 7, "ranking": {"layers": [64, 32]}})
     for step in range(200):
@@ -61,7 +73,9 @@ def test_a_run_has_its_config_and_rows_and_goes_on_when_it_is_resumed(server: Wa
     assert (stored.history[200]["epoch"], stored.history[200]["val/ndcg@10"]) == (1, 0.2)
 
 
-def test_a_directory_is_stored_and_only_new_content_is_a_new_version(server: WandbServer, wandb: Any, bundle: Path):
+def test_a_directory_is_stored_and_only_new_content_is_a_new_version(
+    server: WandbServer, wandb: Any, bundle: Path
+):
     metadata = {"metrics": {"ndcg@10": 0.25}, "id": "0123abcd"}
     log(wandb, bundle, "id-0123abcd", metadata=metadata)
     [first] = server.collection(NAME)
@@ -73,7 +87,10 @@ def test_a_directory_is_stored_and_only_new_content_is_a_new_version(server: Wan
     assert log(wandb, bundle, "again").version == "v0"
     (bundle / "saved_model.pb").write_bytes(b"another graph")
     assert log(wandb, bundle, run="second").version == "v1"
-    assert [version.aliases for version in server.collection(NAME)] == [{"id-0123abcd", "again"}, {"latest"}]
+    assert [version.aliases for version in server.collection(NAME)] == [
+        {"id-0123abcd", "again"},
+        {"latest"},
+    ]
     assert [run.logged for run in server.runs.values()] == [[f"{NAME}:v0"], [f"{NAME}:v1"]]
 
 
@@ -84,7 +101,9 @@ def test_a_run_records_what_it_uses(server: WandbServer, wandb: Any, bundle: Pat
     assert server.runs["ranking"].used == [f"{NAME}:v0"]
 
 
-def test_versions_are_found_listed_and_downloaded(server: WandbServer, wandb: Any, bundle: Path, tmp_path: Path):
+def test_versions_are_found_listed_and_downloaded(
+    server: WandbServer, wandb: Any, bundle: Path, tmp_path: Path
+):
     first = contents(bundle)
     log(wandb, bundle, "production", metadata={"version": 1})
     (bundle / "saved_model.pb").write_bytes(b"another graph")
@@ -97,7 +116,10 @@ def test_versions_are_found_listed_and_downloaded(server: WandbServer, wandb: An
     assert found.logged_by().id == "abc123"
     assert [find(wandb, alias).version for alias in ("latest", "v1", "v0")] == ["v1", "v1", "v0"]
     listed = wandb.Api().artifacts(type_name="model", name=f"team/rec/{NAME}")
-    assert [(each.version, each.aliases) for each in listed] == [("v1", ["latest"]), ("v0", ["production"])]
+    assert [(each.version, each.aliases) for each in listed] == [
+        ("v1", ["latest"]),
+        ("v0", ["production"]),
+    ]
     with pytest.raises(wandb.errors.CommError, match="not found"):
         find(wandb, "staging")
 
@@ -108,7 +130,9 @@ def test_versions_are_found_listed_and_downloaded(server: WandbServer, wandb: An
     assert contents(tmp_path / "downloaded") == first
 
 
-def test_an_alias_moves_and_goes_and_metadata_changes(server: WandbServer, wandb: Any, bundle: Path):
+def test_an_alias_moves_and_goes_and_metadata_changes(
+    server: WandbServer, wandb: Any, bundle: Path
+):
     log(wandb, bundle, "production", "old")
     (bundle / "saved_model.pb").write_bytes(b"another graph")
     log(wandb, bundle, metadata={"version": 2})
@@ -119,7 +143,10 @@ def test_an_alias_moves_and_goes_and_metadata_changes(server: WandbServer, wandb
     artifact.save()
     promoted = find(wandb, "production")
     assert promoted.version == "v1"
-    assert promoted.metadata == {"version": 2, "promotions": [{"alias": "production", "ndcg@10": 0.25}]}
+    assert promoted.metadata == {
+        "version": 2,
+        "promotions": [{"alias": "production", "ndcg@10": 0.25}],
+    }
     assert find(wandb, "v0").aliases == ["old"]
 
     promoted.aliases.remove("production")
@@ -161,10 +188,15 @@ def test_a_promotion_can_fail_between_its_steps(server: WandbServer, wandb: Any,
     server.fail = "UpdateArtifact"
     with pytest.raises(wandb.errors.CommError):
         artifact.save()
-    assert (server.versions[0].aliases, server.versions[0].metadata) == ({"latest", "production"}, {})
+    assert (server.versions[0].aliases, server.versions[0].metadata) == (
+        {"latest", "production"},
+        {},
+    )
 
 
-def test_a_damaged_file_is_delivered_and_does_not_verify(server: WandbServer, wandb: Any, bundle: Path, tmp_path: Path):
+def test_a_damaged_file_is_delivered_and_does_not_verify(
+    server: WandbServer, wandb: Any, bundle: Path, tmp_path: Path
+):
     log(wandb, bundle)
     server.damage(f"{NAME}:latest", "saved_model.pb")
     target = tmp_path / "downloaded"

@@ -20,23 +20,44 @@ from rec.workers import workers
 from tests.conftest import ROOT, Trained, environment
 
 # Without random masks, which every worker draws for itself, the result is the same to the last digits.
-SETTINGS = ("retrieval.epochs=4", "retrieval.dropout=0", "features.users={}", "features.items={}", "index.kind=exact")
+SETTINGS = (
+    "retrieval.epochs=4",
+    "retrieval.dropout=0",
+    "features.users={}",
+    "features.items={}",
+    "index.kind=exact",
+)
 
 
 def start(place: Path, *overrides: str, **env: str) -> subprocess.Popen[str]:
     """A retrieval training that writes to `place`."""
     command = [sys.executable, "-m", "rec.train", "--stage", "retrieval"]
-    for setting in (*SETTINGS, f"output.checkpoints={place}", f"output.savedmodels={place / 'models'}", *overrides):
+    for setting in (
+        *SETTINGS,
+        f"output.checkpoints={place}",
+        f"output.savedmodels={place / 'models'}",
+        *overrides,
+    ):
         command += ["--set", setting]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment(**env), stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(**env), stdout=pipe, stderr=pipe, text=True
+    )
 
 
 def cluster(place: Path, *overrides: str, **jobs: int) -> list[subprocess.Popen[str]]:
     """So many processes of each job on free ports; the first of all is the chief."""
     with ExitStack() as held:
-        ports = iter([held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(sum(jobs.values()))])
-        addresses = {job: [f"127.0.0.1:{next(ports).getsockname()[1]}" for _ in range(n)] for job, n in jobs.items()}
+        ports = iter(
+            [
+                held.enter_context(socket.create_server(("127.0.0.1", 0)))
+                for _ in range(sum(jobs.values()))
+            ]
+        )
+        addresses = {
+            job: [f"127.0.0.1:{next(ports).getsockname()[1]}" for _ in range(n)]
+            for job, n in jobs.items()
+        }
     tasks = [{"type": job, "index": at} for job, n in jobs.items() for at in range(n)]
     told = [json.dumps({"cluster": addresses, "task": task}) for task in tasks]
     return [start(place, *overrides, TF_CONFIG=each) for each in told]
@@ -44,7 +65,16 @@ def cluster(place: Path, *overrides: str, **jobs: int) -> list[subprocess.Popen[
 
 def dataset(place: Path, users: int, items: int) -> str:
     """The setting of a new one."""
-    make = [sys.executable, "-m", "rec.data_prep.dummy", "--users", str(users), "--items", str(items), "--output-dir"]
+    make = [
+        sys.executable,
+        "-m",
+        "rec.data_prep.dummy",
+        "--users",
+        str(users),
+        "--items",
+        str(items),
+        "--output-dir",
+    ]
     subprocess.run([*make, str(place)], env=environment(), check=True, capture_output=True)
     return f"dataset={place}"
 
@@ -66,7 +96,9 @@ def finish(process: subprocess.Popen[str]) -> str:
 def epochs(place: Path) -> list[dict[str, Any]]:
     """What the finished run logged of each epoch, without its pace."""
     lines = map(json.loads, (place / "retrieval" / "metrics.jsonl").read_text().splitlines())
-    return [{key: of[key] for key in ("epoch", "loss", "val/ndcg@10")} for of in lines if "epoch" in of]
+    return [
+        {key: of[key] for key in ("epoch", "loss", "val/ndcg@10")} for of in lines if "epoch" in of
+    ]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs kill -9")
@@ -86,11 +118,15 @@ def test_two_workers_end_as_one_even_if_one_is_killed_and_all_start_again(tmp_pa
     assert finish(other) == ""
     for one, two in zip(epochs(alone), epochs(together), strict=True):
         assert two == pytest.approx(one, rel=1e-4)
-    assert not (tmp_path / "together" / "models" / "retrieval" / "2").exists()  # only the chief has exported
+    assert not (
+        tmp_path / "together" / "models" / "retrieval" / "2"
+    ).exists()  # only the chief has exported
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs kill -9")
-def test_parameter_servers_hold_the_tables_in_parts_and_a_worker_may_be_lost(tmp_path: Path, trained: Trained) -> None:
+def test_parameter_servers_hold_the_tables_in_parts_and_a_worker_may_be_lost(
+    tmp_path: Path, trained: Trained
+) -> None:
     data = dataset(tmp_path / "data", 300, 2500)  # items enough for a table that is worth dividing
     settings = (data, "strategy=ps", "retrieval.arch=two_tower")
     chief, *others = everyone = cluster(tmp_path, *settings, chief=1, worker=2, ps=2)
@@ -116,9 +152,21 @@ def test_parameter_servers_hold_the_tables_in_parts_and_a_worker_may_be_lost(tmp
         ("ps", None, "TF_CONFIG: expected"),
         ("mirrored", "{", "TF_CONFIG: expected"),
         ("mirrored", '{"cluster": {"worker": ["a:1"]}}', "TF_CONFIG: expected"),
-        ("ps", '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}', "TF_CONFIG: expected"),
-        ("ps", '{"cluster": {"chief": ["a"]}, "task": {"type": "chief", "index": 0}}', "TF_CONFIG: expected"),
-        ("ps", '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 0}}', "not just worker"),
+        (
+            "ps",
+            '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}',
+            "TF_CONFIG: expected",
+        ),
+        (
+            "ps",
+            '{"cluster": {"chief": ["a"]}, "task": {"type": "chief", "index": 0}}',
+            "TF_CONFIG: expected",
+        ),
+        (
+            "ps",
+            '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 0}}',
+            "not just worker",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_cluster_is_told(

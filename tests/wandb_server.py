@@ -33,9 +33,21 @@ ENTITY = "team"
 PROJECT = "rec"
 MANIFEST = "wandb_manifest.json"
 TIME = "2026-01-01T00:00:00Z"  # of everything
-USER = {"id": "user", "name": "user", "username": "user", "email": "", "flags": "{}", "admin": False}
+USER = {
+    "id": "user",
+    "name": "user",
+    "username": "user",
+    "email": "",
+    "flags": "{}",
+    "admin": False,
+}
 # Two attempts, a second apart. The client rounds seconds down, and takes 0 for its default, which is minutes in all.
-RETRIES = {"RETRY_MAX": "1", "RETRY_WAIT_MIN_SECONDS": "1", "RETRY_WAIT_MAX_SECONDS": "1", "TIMEOUT_SECONDS": "9"}
+RETRIES = {
+    "RETRY_MAX": "1",
+    "RETRY_WAIT_MIN_SECONDS": "1",
+    "RETRY_WAIT_MAX_SECONDS": "1",
+    "TIMEOUT_SECONDS": "9",
+}
 DIRECTORIES = ("DIR", "DATA_DIR", "CACHE_DIR", "ARTIFACT_DIR", "CONFIG_DIR")
 
 Fields = dict[str, Any]
@@ -47,7 +59,9 @@ class Run:
     project: str
     job_type: str | None = None
     config: Fields = field(default_factory=dict)
-    history: list[Fields] = field(default_factory=list)  # what was logged, and _step, _runtime, _timestamp
+    history: list[Fields] = field(
+        default_factory=list
+    )  # what was logged, and _step, _runtime, _timestamp
     summary: Fields = field(default_factory=dict)
     finished: bool = False
     used: list[str] = field(default_factory=list)  # names of versions
@@ -122,7 +136,11 @@ class WandbServer:
             "WANDB__DISABLE_STATS": "true",
             "WANDB__DISABLE_META": "true",
             **{f"WANDB_{name}": str(directory / name.lower()) for name in DIRECTORIES},
-            **{f"WANDB__{of}_{k}": v for of in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER") for k, v in RETRIES.items()},
+            **{
+                f"WANDB__{of}_{k}": v
+                for of in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")
+                for k, v in RETRIES.items()
+            },
         }
 
     @contextmanager
@@ -130,9 +148,14 @@ class WandbServer:
         """The wandb module as a client of this server, in this process; nothing of it is left after the block."""
         import wandb
 
-        others = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+        others = {
+            name: value for name, value in os.environ.items() if not name.startswith("WANDB_")
+        }
         variables = patch.dict(os.environ, {**others, **self.environment(directory)}, clear=True)
-        with variables, patch.object(sys, "excepthook", sys.excepthook):  # a run replaces the hook for good
+        with (
+            variables,
+            patch.object(sys, "excepthook", sys.excepthook),
+        ):  # a run replaces the hook for good
             wandb.teardown()
             try:
                 yield wandb
@@ -141,12 +164,21 @@ class WandbServer:
 
     def collection(self, name: str, project: str = PROJECT) -> list[Version]:
         """The committed versions of an artifact, oldest first."""
-        return [v for v in self.versions if v.committed and (v.project, v.collection) == (project, name)]
+        return [
+            v for v in self.versions if v.committed and (v.project, v.collection) == (project, name)
+        ]
 
     def find(self, name: str, project: str = PROJECT) -> Version | None:
         """The version that COLLECTION:ALIAS or COLLECTION:vN names."""
         collection, _, alias = name.partition(":")
-        return next((v for v in self.collection(collection, project) if alias in {*v.aliases, f"v{v.index}"}), None)
+        return next(
+            (
+                v
+                for v in self.collection(collection, project)
+                if alias in {*v.aliases, f"v{v.index}"}
+            ),
+            None,
+        )
 
     def damage(self, name: str, path: str) -> None:
         """Changes the first byte of a stored file. A client that has the file in its cache will not notice."""
@@ -187,7 +219,9 @@ class WandbServer:
             return 200, b"{}"
         version = self._by_id(owner)
         if method == "GET":
-            return 200, json.dumps(version.manifest).encode() if name == MANIFEST else version.files[name]
+            return 200, json.dumps(
+                version.manifest
+            ).encode() if name == MANIFEST else version.files[name]
         if name == MANIFEST:
             version.manifest = json.loads(content)
         else:
@@ -203,16 +237,30 @@ class WandbServer:
         run.finished = bool(sent.get("complete"))
 
     def _graphql(self, operation: str, variables: Fields) -> tuple[int, bytes]:
-        method = getattr(self, "_on_" + re.sub(r"(?<=[a-z])(?=[A-Z])", "_", operation).lower(), None)
+        method = getattr(
+            self, "_on_" + re.sub(r"(?<=[a-z])(?=[A-Z])", "_", operation).lower(), None
+        )
         if method is None:
             self.refused.append(operation)
-            return 400, json.dumps({"errors": [{"message": f"{operation} is not covered"}]}).encode()
-        return 200, json.dumps({"data": method(SimpleNamespace(**variables.get("input", variables)))}).encode()
+            return 400, json.dumps(
+                {"errors": [{"message": f"{operation} is not covered"}]}
+            ).encode()
+        return 200, json.dumps(
+            {"data": method(SimpleNamespace(**variables.get("input", variables)))}
+        ).encode()
 
     # --- GraphQL: a method for each operation. The client ignores fields that it did not ask for. ---------------------
 
     def _on_viewer(self, given: Any) -> Fields:
-        return {"viewer": {**USER, "entity": ENTITY, "deletedAt": None, "apiKeys": None, "teams": {"edges": []}}}
+        return {
+            "viewer": {
+                **USER,
+                "entity": ENTITY,
+                "deletedAt": None,
+                "apiKeys": None,
+                "teams": {"edges": []},
+            }
+        }
 
     _on_get_viewer = _on_get_default_entity = _on_viewer
 
@@ -232,7 +280,10 @@ class WandbServer:
         return {"upsertBucket": {"bucket": _run(run), "inserted": inserted}}
 
     def _on_create_run_files(self, given: Any) -> Fields:
-        files = [{"name": name, "uploadUrl": f"{self.url}/run/{given.run}/{quote(name)}"} for name in given.files]
+        files = [
+            {"name": name, "uploadUrl": f"{self.url}/run/{given.run}/{quote(name)}"}
+            for name in given.files
+        ]
         return {"createRunFiles": {"runID": given.run, "uploadHeaders": [], "files": files}}
 
     def _on_run(self, given: Any) -> Fields:
@@ -263,8 +314,14 @@ class WandbServer:
         return {"createArtifactFiles": {"files": _edges(nodes)}}
 
     def _on_create_artifact_manifest(self, given: Any) -> Fields:
-        file = {"id": MANIFEST, "uploadUrl": self._url(given.artifactID, MANIFEST), "uploadHeaders": []}
-        return {"createArtifactManifest": {"artifactManifest": {"id": given.artifactID, "file": file}}}
+        file = {
+            "id": MANIFEST,
+            "uploadUrl": self._url(given.artifactID, MANIFEST),
+            "uploadHeaders": [],
+        }
+        return {
+            "createArtifactManifest": {"artifactManifest": {"id": given.artifactID, "file": file}}
+        }
 
     def _on_commit_artifact(self, given: Any) -> Fields:
         version = self._by_id(given.artifactID)
@@ -293,22 +350,37 @@ class WandbServer:
         return {"project": {"artifactCollectionMembership": version and _membership(version)}}
 
     def _on_project_artifacts(self, given: Any) -> Fields:
-        versions = [v for v in self.collection(given.collection, given.project) if v.type == given.type]
-        artifacts = {**_edges([_artifact(v) for v in reversed(versions)]), "totalCount": len(versions)}
+        versions = [
+            v for v in self.collection(given.collection, given.project) if v.type == given.type
+        ]
+        artifacts = {
+            **_edges([_artifact(v) for v in reversed(versions)]),
+            "totalCount": len(versions),
+        }
         for edge in artifacts["edges"]:
             edge["version"] = f"v{edge['node']['versionIndex']}"
         collection = {"__typename": "ArtifactSequence", "artifacts": artifacts}
-        return {"project": {"artifactType": {"artifactCollection": collection if versions else None}}}
+        return {
+            "project": {"artifactType": {"artifactCollection": collection if versions else None}}
+        }
 
     def _on_fetch_artifact_manifest(self, given: Any) -> Fields:
-        return {"artifact": {"currentManifest": {"file": {"directUrl": self._url(given.id, MANIFEST)}}}}
+        return {
+            "artifact": {"currentManifest": {"file": {"directUrl": self._url(given.id, MANIFEST)}}}
+        }
 
     def _on_get_artifact_membership_file_urls(self, given: Any) -> Fields:
         version = self.find(f"{given.collection}:{given.alias}", given.project)
         if version is None:
             return {"project": {"artifactCollection": None}}
-        files = [{"__typename": "File", "name": n, "directUrl": self._url(version.id, n)} for n in version.files]
-        membership = {"__typename": "ArtifactSequence", "artifactMembership": {"files": _edges(files)}}
+        files = [
+            {"__typename": "File", "name": n, "directUrl": self._url(version.id, n)}
+            for n in version.files
+        ]
+        membership = {
+            "__typename": "ArtifactSequence",
+            "artifactMembership": {"files": _edges(files)},
+        }
         return {"project": {"artifactCollection": membership}}
 
     def _on_add_aliases(self, given: Any) -> Fields:
@@ -365,7 +437,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _edges(nodes: list[Fields]) -> Fields:
-    return {"pageInfo": {"endCursor": None, "hasNextPage": False}, "edges": [{"node": node} for node in nodes]}
+    return {
+        "pageInfo": {"endCursor": None, "hasNextPage": False},
+        "edges": [{"node": node} for node in nodes],
+    }
 
 
 def _project(name: str) -> Fields:
@@ -392,7 +467,11 @@ def _run(run: Run) -> Fields:
 
 
 def _artifact(version: Version) -> Fields:
-    sequence = {"__typename": "ArtifactSequence", "name": version.collection, "project": _project(version.project)}
+    sequence = {
+        "__typename": "ArtifactSequence",
+        "name": version.collection,
+        "project": _project(version.project),
+    }
     return {
         "__typename": "Artifact",
         "id": version.id,
@@ -413,7 +492,10 @@ def _artifact(version: Version) -> Fields:
 
 
 def _aliases(version: Version) -> list[Fields]:
-    return [{"__typename": "ArtifactAlias", "id": alias, "alias": alias} for alias in sorted(version.aliases)]
+    return [
+        {"__typename": "ArtifactAlias", "id": alias, "alias": alias}
+        for alias in sorted(version.aliases)
+    ]
 
 
 def _membership(version: Version) -> Fields:

@@ -38,7 +38,11 @@ class Dataset:
 
     def files(self, split: str) -> list[Path]:
         """The Parquet files of train, val or test, in their order."""
-        return [self.path / name for name in self.manifest["files"] if name.startswith(f"interactions/{split}/")]
+        return [
+            self.path / name
+            for name in self.manifest["files"]
+            if name.startswith(f"interactions/{split}/")
+        ]
 
     def batches(self, split: str) -> Iterator[pd.DataFrame]:
         """The interactions in order, a row group at a time: user_id, item_id, [timestamp], [rating], sorted by time.
@@ -47,16 +51,24 @@ class Dataset:
         """
         for file in self.files(split):
             reader = pq.ParquetFile(file, read_dictionary=["user_id", "item_id"])
-            yield from (reader.read_row_group(group).to_pandas() for group in range(reader.num_row_groups))
+            yield from (
+                reader.read_row_group(group).to_pandas() for group in range(reader.num_row_groups)
+            )
 
     def interactions(self, split: str) -> pd.DataFrame:
         """All of them at once, with ids as strings."""
-        return pd.concat(self.batches(split), ignore_index=True).astype({"user_id": object, "item_id": object})
+        return pd.concat(self.batches(split), ignore_index=True).astype(
+            {"user_id": object, "item_id": object}
+        )
 
     def counts(self, split: str, column: str) -> pd.Series:
         """How many interactions each user_id or item_id has, in order of ids; a file at a time."""
-        tables = (pq.read_table(file, columns=[column], partitioning=None) for file in self.files(split))
-        found = pa.concat_tables([table.group_by(column).aggregate([([], "count_all")]) for table in tables])
+        tables = (
+            pq.read_table(file, columns=[column], partitioning=None) for file in self.files(split)
+        )
+        found = pa.concat_tables(
+            [table.group_by(column).aggregate([([], "count_all")]) for table in tables]
+        )
         return found.to_pandas().groupby(column)["count_all"].sum()
 
     def users(self) -> pd.DataFrame:
@@ -72,15 +84,16 @@ def open_dataset(path: str | Path) -> Dataset:
     """Opens a dataset directory. Raises UserError if it is none, is of another format version, or lacks a file."""
     file = Path(path) / "dataset.json"
     if not file.is_file():
-        hint = (
-            f"run `python -m rec.data_prep.dummy --output-dir {path}` first, or movielens or tabular in place of dummy"
-        )
+        command = f"python -m rec.data_prep.dummy --output-dir {path}"
+        hint = f"run `{command}` first, or movielens or tabular in place of dummy"
         raise UserError(f"{path} is not a dataset directory, it has no dataset.json: {hint}")
     content = file.read_bytes()
     try:
         manifest = json.loads(content)
         if manifest["format_version"] != FORMAT_VERSION:
-            raise UserError(f"{file} is not of format version {FORMAT_VERSION}: prepare the dataset again")
+            raise UserError(
+                f"{file} is not of format version {FORMAT_VERSION}: prepare the dataset again"
+            )
         for name in manifest["files"]:
             if not (file.parent / name).is_file():
                 raise UserError(f"{file.parent / name} is missing: prepare the dataset again")
@@ -88,14 +101,18 @@ def open_dataset(path: str | Path) -> Dataset:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise UserError(f"{file} is damaged: prepare the dataset again") from None
     identity = hashlib.sha256(content).hexdigest()
-    return Dataset(file.parent, manifest, identity, "timestamp" in columns, "rating" in columns, strategy)
+    return Dataset(
+        file.parent, manifest, identity, "timestamp" in columns, "rating" in columns, strategy
+    )
 
 
 def verify(dataset: Dataset) -> None:
     """Compares every file with the manifest's sha256. Raises UserError that names a missing or damaged file."""
     for name, expected in open_dataset(dataset.path).manifest["files"].items():
         if digest(dataset.path / name) != expected:
-            raise UserError(f"{dataset.path / name} is damaged (its sha256 differs): prepare the dataset again")
+            raise UserError(
+                f"{dataset.path / name} is damaged (its sha256 differs): prepare the dataset again"
+            )
 
 
 def digest(file: Path, algorithm: str = "sha256") -> str:

@@ -28,7 +28,18 @@ SEQUEL = 0.4  # how often an item is followed by its sequel, where it has one
 FOLLOW = 0.3  # otherwise: how often its genre is followed by that genre's usual successor, not by the user's taste
 
 SEGMENTS = ["student", "commuter", "parent", "collector", "gamer", "retiree"]
-GENRES = ["Adventure", "Comedy", "Crime", "Documentary", "Drama", "Fantasy", "Horror", "Mystery", "Romance", "Space"]
+GENRES = [
+    "Adventure",
+    "Comedy",
+    "Crime",
+    "Documentary",
+    "Drama",
+    "Fantasy",
+    "Horror",
+    "Mystery",
+    "Romance",
+    "Space",
+]
 GENRES += ["War", "Western"]
 ADJECTIVES = """Silver Crimson Hidden Broken Quiet Golden Savage Frozen Electric Lonely Wandering Midnight Velvet
     Burning Distant Forgotten Restless Emerald Hollow Paper Iron Scarlet Sleeping Secret Wild Gentle Bitter Lucky Final
@@ -41,7 +52,9 @@ def generate(users: int, items: int, interactions_per_user: int, seed: int) -> d
     rng = np.random.default_rng(seed)
     genre, sequel, item_table = _make_items(items, rng)
     taste, user_table = _make_users(users, rng)
-    per_user = np.clip(rng.gamma(2.0, interactions_per_user / 2.0, users).astype(int), 3, max(items // 2, 3))
+    per_user = np.clip(
+        rng.gamma(2.0, interactions_per_user / 2.0, users).astype(int), 3, max(items // 2, 3)
+    )
     user, item = _walk(taste, genre, sequel, per_user, rng)
     time = _times(user, rng)
 
@@ -65,17 +78,31 @@ def _make_items(items: int, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
 
     genre = rng.integers(len(GENRES), size=items)[series]
     second = np.where(rng.random(items) < 0.4, rng.integers(len(GENRES), size=items), genre)[series]
-    genres = [list(dict.fromkeys([GENRES[a], GENRES[b]])) for a, b in zip(genre, second, strict=True)]
+    genres = [
+        list(dict.fromkeys([GENRES[a], GENRES[b]])) for a, b in zip(genre, second, strict=True)
+    ]
 
     adjectives, places = ADJECTIVES.split(), ["", *(f" of {place}" for place in PLACES.split())]
-    name_of = rng.permutation(series[-1] + 1)[series]  # each series has its own among 680, then they come again
+    name_of = rng.permutation(series[-1] + 1)[
+        series
+    ]  # each series has its own among 680, then they come again
     titles = [
-        adjectives[number % 40] + f" {GENRES[kind]}{places[number // 40 % 17]}" + (f" {nth}" if nth > 1 else "")
+        adjectives[number % 40]
+        + f" {GENRES[kind]}{places[number // 40 % 17]}"
+        + (f" {nth}" if nth > 1 else "")
         for number, kind, nth in zip(name_of, genre, volume, strict=True)
     ]
     price = rng.uniform(5.0, 40.0, len(GENRES))[genre] * rng.lognormal(0.0, 0.25, items)
-    released = START - 3 * YEAR - rng.integers(3650, size=items)[series] * DAY + (volume - 1) * 120 * DAY
-    columns = [[f"i{number + 1}" for number in range(items)], titles, genres, price.round(2), released]
+    released = (
+        START - 3 * YEAR - rng.integers(3650, size=items)[series] * DAY + (volume - 1) * 120 * DAY
+    )
+    columns = [
+        [f"i{number + 1}" for number in range(items)],
+        titles,
+        genres,
+        price.round(2),
+        released,
+    ]
     return genre, sequel, pa.table(columns, ["item_id", "title", "genres", "price", "released"])
 
 
@@ -83,15 +110,25 @@ def _make_users(users: int, rng: np.random.Generator) -> tuple[np.ndarray, pa.Ta
     """Taste [users, genres], rows of probabilities, and the table of features."""
     centre = rng.dirichlet(np.full(len(GENRES), 0.3), len(SEGMENTS))
     segment = rng.integers(len(SEGMENTS), size=users)
-    taste = rng.standard_gamma(8.0 * centre[segment] + 0.05) + 1e-3  # a Dirichlet draw, once normalised
+    taste = (
+        rng.standard_gamma(8.0 * centre[segment] + 0.05) + 1e-3
+    )  # a Dirichlet draw, once normalised
     taste /= taste.sum(axis=1, keepdims=True)
     age = np.clip(np.linspace(20, 68, len(SEGMENTS))[segment] + rng.normal(0.0, 5.0, users), 14, 90)
-    columns = [[f"u{number + 1}" for number in range(users)], age.astype(np.int64), np.array(SEGMENTS)[segment]]
+    columns = [
+        [f"u{number + 1}" for number in range(users)],
+        age.astype(np.int64),
+        np.array(SEGMENTS)[segment],
+    ]
     return taste, pa.table(columns, ["user_id", "age", "segment"])
 
 
 def _walk(
-    taste: np.ndarray, genre: np.ndarray, sequel: np.ndarray, per_user: np.ndarray, rng: np.random.Generator
+    taste: np.ndarray,
+    genre: np.ndarray,
+    sequel: np.ndarray,
+    per_user: np.ndarray,
+    rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
     """User and item [interactions] of all users' walks through the catalogue, all users a step at a time.
 
@@ -119,10 +156,17 @@ def _walk(
         if step:
             follower = successor[genre[here]]
             wanted = np.where((chance[1] < FOLLOW) & has_items[follower], follower, wanted)
-        position = np.searchsorted(cumulative, low[wanted] + chance[2] * (high - low)[wanted], side="right") - 1
+        position = (
+            np.searchsorted(
+                cumulative, low[wanted] + chance[2] * (high - low)[wanted], side="right"
+            )
+            - 1
+        )
         item[active] = by_genre[np.clip(position, starts[wanted], starts[wanted + 1] - 1)]
         if step:
-            item[active] = np.where((chance[3] < SEQUEL) & (sequel[here] >= 0), sequel[here], item[active])
+            item[active] = np.where(
+                (chance[3] < SEQUEL) & (sequel[here] >= 0), sequel[here], item[active]
+            )
         parts.append(pd.DataFrame({"user": active, "item": item[active]}))
     walk = pd.concat(parts).drop_duplicates().sort_values("user", kind="stable")
     walk = walk[(walk.groupby("user").cumcount() < per_user[walk["user"]]).to_numpy()]
@@ -132,7 +176,9 @@ def _walk(
 def _times(user: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Seconds since 1970, rising within a user (whose rows lie together): minutes in a session, days between."""
     minutes = 60.0 + rng.exponential(900.0, len(user))
-    gap = np.where(rng.random(len(user)) < 0.75, minutes, rng.exponential(6.0 * DAY, len(user)) + 3600.0)
+    gap = np.where(
+        rng.random(len(user)) < 0.75, minutes, rng.exponential(6.0 * DAY, len(user)) + 3600.0
+    )
     elapsed = np.cumsum(gap)
     begins, ends = np.searchsorted(user, user), np.searchsorted(user, user, side="right") - 1
     elapsed, span = elapsed - elapsed[begins], elapsed[ends] - elapsed[begins]
@@ -153,11 +199,15 @@ def main() -> None:
     args = parser.parse_args()
     for name, least in (("users", 10), ("items", 20), ("interactions_per_user", 3), ("seed", 0)):
         if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+            raise UserError(
+                f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}"
+            )
 
     def load(con: Connection, scratch: Path) -> dict[str, int]:
         note(f"generating {args.users:,} users and {args.items:,} items")
-        for name, table in generate(args.users, args.items, args.interactions_per_user, args.seed).items():
+        for name, table in generate(
+            args.users, args.items, args.interactions_per_user, args.seed
+        ).items():
             con.from_arrow(table).create(name)
         return {}
 

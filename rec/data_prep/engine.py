@@ -25,7 +25,11 @@ from duckdb import DuckDBPyConnection as Connection
 
 from rec.errors import UserError
 
-SPARK = {"spark.sql.session.timeZone": "UTC", "spark.ui.enabled": "false", "spark.log.level": "ERROR"}
+SPARK = {
+    "spark.sql.session.timeZone": "UTC",
+    "spark.ui.enabled": "false",
+    "spark.log.level": "ERROR",
+}
 
 
 class Engine:
@@ -33,7 +37,9 @@ class Engine:
 
     def __init__(self, con: Connection, scratch: Path) -> None:
         """Takes over `interactions`, and `users` and `items` or empty ones; `scratch` is for temporary files."""
-        con.execute("create table if not exists users (user_id text); create table if not exists items (item_id text)")
+        con.execute(
+            "create table if not exists users (user_id text); create table if not exists items (item_id text)"
+        )
         self.con, self.scratch, self.columns = con, scratch, con.table("interactions").columns
 
     def rows(self, select: str) -> list[tuple]:
@@ -67,8 +73,12 @@ class Spark(Engine):
 
             self.session = SparkSession.builder.appName("rec").config(map={**SPARK}).getOrCreate()
         except Exception as error:  # not installed, no Java, a configuration that does not work
-            why = (re.findall(r"^\S.*", log.read_text(), re.M) or [error])[-1]  # Java's last word, but for its stack
-            raise UserError(f"Spark did not start (`pip install -r requirements-spark.txt`, Java 17): {why}") from None
+            why = (re.findall(r"^\S.*", log.read_text(), re.M) or [error])[
+                -1
+            ]  # Java's last word, but for its stack
+            raise UserError(
+                f"Spark did not start (`pip install -r requirements-spark.txt`, Java 17): {why}"
+            ) from None
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
@@ -76,7 +86,9 @@ class Spark(Engine):
         for table in ("interactions", "users", "items"):
             con.table(table).write_parquet(path := str(scratch / f"{table}.parquet"))
             # Spark takes a path that it reads for a pattern.
-            self.session.read.parquet("file://" + re.sub(r"([][{}*?\\])", r"\\\1", path)).createOrReplaceTempView(table)
+            self.session.read.parquet(
+                "file://" + re.sub(r"([][{}*?\\])", r"\\\1", path)
+            ).createOrReplaceTempView(table)
 
     def rows(self, select: str) -> list[tuple]:
         with _in_a_sentence():
@@ -92,8 +104,12 @@ class Spark(Engine):
     def reader(self, select: str, size: int) -> pa.RecordBatchReader:
         path = f"{self.scratch}/sorted"
         with _in_a_sentence():
-            self.session.sql(select).write.parquet(f"file://{path}", mode="overwrite")  # named in order of the rows
-        return self.con.read_parquet(f"{glob.escape(path)}/*.parquet", hive_partitioning=False).to_arrow_reader(size)
+            self.session.sql(select).write.parquet(
+                f"file://{path}", mode="overwrite"
+            )  # named in order of the rows
+        return self.con.read_parquet(
+            f"{glob.escape(path)}/*.parquet", hive_partitioning=False
+        ).to_arrow_reader(size)
 
 
 @contextmanager
@@ -102,7 +118,9 @@ def _in_a_sentence() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        causes = re.findall(r"^(?:: |Caused by: )(.*)", str(error), re.M) or str(error).splitlines()[:1]
+        causes = (
+            re.findall(r"^(?:: |Caused by: )(.*)", str(error), re.M) or str(error).splitlines()[:1]
+        )
         raise UserError(f"Spark failed: {causes[-1]}") from None
 
 

@@ -30,8 +30,28 @@ from rec.data_prep.write import note, output_parser, prepare
 from rec.errors import UserError, run_command
 
 BASE_URL = "https://files.grouplens.org/datasets/movielens"
-FLAGS = ["Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy"]
-FLAGS += ["Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"]
+FLAGS = [
+    "Action",
+    "Adventure",
+    "Animation",
+    "Children's",
+    "Comedy",
+    "Crime",
+    "Documentary",
+    "Drama",
+    "Fantasy",
+]
+FLAGS += [
+    "Film-Noir",
+    "Horror",
+    "Musical",
+    "Mystery",
+    "Romance",
+    "Sci-Fi",
+    "Thriller",
+    "War",
+    "Western",
+]
 FORMATS = {  # file -> its delimiter and columns; a CSV names them in its first line
     "u.data": ("\t", "userId movieId rating timestamp"),
     "u.item": ("|", f"movieId title date video url unknown {' '.join(FLAGS)}"),
@@ -62,14 +82,18 @@ def load(con: Connection, scratch: Path, name: str, source: Path) -> dict[str, i
     load_features(con, movies, "items", "movieId", ["genres"])
     genres = "list_filter(genres, lambda genre: genre <> '(no genres listed)')"
     if name == "100k":
-        flags = ", ".join(f"""case when "{flag}" = 1 then '{flag.replace("'", "''")}' end""" for flag in FLAGS)
+        flags = ", ".join(
+            f"""case when "{flag}" = 1 then '{flag.replace("'", "''")}' end""" for flag in FLAGS
+        )
         genres = f"list_filter([{flags}], lambda genre: genre is not null)"
     con.execute(f"""
         create or replace table items as select item_id, trim(regexp_replace(title, '{YEAR}', '')) as title,
             try_cast(regexp_extract(title, '{YEAR}', 1) as bigint) as year, {genres} as genres from items""")
     for file in people:
         load_features(con, file, "users", "userId")
-        con.execute("alter table users drop zip; alter table users alter occupation type varchar")  # 1m numbers them
+        con.execute(
+            "alter table users drop zip; alter table users alter occupation type varchar"
+        )  # 1m numbers them
     return {}
 
 
@@ -81,9 +105,15 @@ def _find(name: str, file: str, source: Path, scratch: Path) -> RawFile:
         if source.is_file():
             with zipfile.ZipFile(source) as archive:
                 member = f"{folder}/{file}"
-                found = [Path(archive.extract(member, scratch)) for each in archive.namelist() if each == member]
+                found = [
+                    Path(archive.extract(member, scratch))
+                    for each in archive.namelist()
+                    if each == member
+                ]
     except (zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{source} is no intact zip file ({error}): delete it and run the command again") from None
+        raise UserError(
+            f"{source} is no intact zip file ({error}): delete it and run the command again"
+        ) from None
     if not found:
         raise UserError(f"{source} holds no {file}: is it really {folder}?")
     path, (delimiter, columns) = found[0], FORMATS[file]
@@ -103,7 +133,9 @@ def download(url: str, target: Path) -> None:
     part = target.with_name(f"{target.name}.part")
     try:
         _receive(url, part)
-        with urllib.request.urlopen(f"{url}.md5", timeout=30) as response:  # "MD5 (ml-1m.zip) = c4d9eecf..."
+        with urllib.request.urlopen(
+            f"{url}.md5", timeout=30
+        ) as response:  # "MD5 (ml-1m.zip) = c4d9eecf..."
             published = re.findall(r"\b[0-9a-f]{32}\b", response.read().decode())
     except (OSError, http.client.HTTPException) as error:  # no connection and timeouts are OSErrors
         if not (isinstance(error, urllib.error.HTTPError) and error.code == 404 and part.is_file()):
@@ -113,7 +145,9 @@ def download(url: str, target: Path) -> None:
         published = []
     if published and digest(part, "md5") != published[0]:
         part.unlink()
-        raise UserError(f"{url} arrived damaged (its md5 is not {published[0]}): run the command again")
+        raise UserError(
+            f"{url} arrived damaged (its md5 is not {published[0]}): run the command again"
+        )
     part.rename(target)
 
 
@@ -127,9 +161,14 @@ def _receive(url: str, part: Path) -> None:
         if error.code == 416:  # there is no more than we have
             return
         raise
-    with response, open(part, "ab" if response.status == 206 else "wb") as file:  # a server may not know ranges
+    with (
+        response,
+        open(part, "ab" if response.status == 206 else "wb") as file,
+    ):  # a server may not know ranges
         total = file.tell() + int(response.headers.get("Content-Length") or 0)
-        with tqdm.wrapattr(response, "read", desc=part.stem, initial=file.tell(), total=total) as received:
+        with tqdm.wrapattr(
+            response, "read", desc=part.stem, initial=file.tell(), total=total
+        ) as received:
             shutil.copyfileobj(received, file)
         if file.tell() < total:
             raise OSError(f"broken off after {file.tell():,} of {total:,} bytes")
@@ -154,7 +193,16 @@ def main() -> None:
         download(f"{args.base_url}/{archive}", source)
     where = f"MovieLens {args.name}, https://grouplens.org/datasets/movielens/"
     reader = functools.partial(load, name=args.name, source=source)
-    prepare(args.output_dir, reader, f"ml-{args.name}", where, args.split, 0, (args.min_rating, 1), args.engine)
+    prepare(
+        args.output_dir,
+        reader,
+        f"ml-{args.name}",
+        where,
+        args.split,
+        0,
+        (args.min_rating, 1),
+        args.engine,
+    )
 
 
 if __name__ == "__main__":

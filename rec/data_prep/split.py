@@ -21,7 +21,9 @@ STRATEGIES = {  # each with what to do where it leaves a part empty
 }
 
 
-def filter_interactions(engine: Engine, min_rating: float | None, min_interactions: int) -> dict[str, int]:
+def filter_interactions(
+    engine: Engine, min_rating: float | None, min_interactions: int
+) -> dict[str, int]:
     """Keeps some rows of table `interactions`; returns how many each filter dropped.
 
     In this order: ratings below `min_rating`; a (user, item) pair that comes again, of which the earliest is kept
@@ -29,18 +31,31 @@ def filter_interactions(engine: Engine, min_rating: float | None, min_interactio
     fewer than `min_interactions` in all splits together. Raises UserError if nothing is left.
     """
     rated = f"rating >= cast('{min_rating}' as float)" if min_rating is not None else "true"
-    keys = {"split": "case split when 'train' then 1 when 'val' then 2 else 3 end", "timestamp": "timestamp"}
-    order = ", ".join([*(key for name, key in keys.items() if name in engine.columns), "source_row"])
+    keys = {
+        "split": "case split when 'train' then 1 when 'val' then 2 else 3 end",
+        "timestamp": "timestamp",
+    }
+    order = ", ".join(
+        [*(key for name, key in keys.items() if name in engine.columns), "source_row"]
+    )
     nth = f"row_number() over (partition by user_id, item_id order by {order})"
     total, good = engine.count(), engine.count(rated)
     numbered = f"(select *, {nth} as nth from interactions where {rated}) as numbered"
-    firsts = left = engine.replace(f"select {', '.join(engine.columns)} from {numbered} where nth = 1")
+    firsts = left = engine.replace(
+        f"select {', '.join(engine.columns)} from {numbered} where nth = 1"
+    )
     if min_interactions > 1:
         active = f"select user_id from interactions group by user_id having count(*) >= {min_interactions}"
         left = engine.replace(f"select * from interactions where user_id in ({active})")
     if not left:
-        raise UserError(f"nothing is left of {total:,} interactions: loosen --min-rating or --min-interactions")
-    return {"below_min_rating": total - good, "duplicates": good - firsts, "of_inactive_users": firsts - left}
+        raise UserError(
+            f"nothing is left of {total:,} interactions: loosen --min-rating or --min-interactions"
+        )
+    return {
+        "below_min_rating": total - good,
+        "duplicates": good - firsts,
+        "of_inactive_users": firsts - left,
+    }
 
 
 def split_interactions(engine: Engine, strategy: str, seed: int) -> dict[str, str | int]:
@@ -59,20 +74,28 @@ def split_interactions(engine: Engine, strategy: str, seed: int) -> dict[str, st
 
     def is_later(second: int) -> bool:
         """Most of test is."""
-        return 2 * engine.count(f"split = 'test' and timestamp >= {second}") > engine.count("split = 'test'")
+        return 2 * engine.count(f"split = 'test' and timestamp >= {second}") > engine.count(
+            "split = 'test'"
+        )
 
     if strategy == "temporal":
         if not ordered:
             hint = "leave_one_out (which then draws at random) or your own files with --train and --test"
-            raise UserError(f"the temporal split needs timestamps: name --timestamp-col, or use --split {hint}")
+            raise UserError(
+                f"the temporal split needs timestamps: name --timestamp-col, or use --split {hint}"
+            )
         facts |= {"val_from": second_after(0.8), "test_from": second_after(0.9)}
-        when = "timestamp < {val_from} then 'train' when timestamp < {test_from} then 'val' else 'test'".format(**facts)
+        when = "timestamp < {val_from} then 'train' when timestamp < {test_from} then 'val' else 'test'".format(
+            **facts
+        )
     elif strategy == "leave_one_out":
         facts |= {} if ordered else {"seed": seed}
         latest = "timestamp desc, source_row desc" if ordered else f"{drawn}, source_row"
         recency = f"row_number() over (partition by user_id order by {latest})"
         history = "count(*) over (partition by user_id)"
-        when = f"{history} < 3 or {recency} > 2 then 'train' when {recency} = 1 then 'test' else 'val'"
+        when = (
+            f"{history} < 3 or {recency} > 2 then 'train' when {recency} = 1 then 'test' else 'val'"
+        )
     elif engine.count("split = 'val'"):
         when = "true then split"
     elif ordered and is_later(val_from := second_after(0.9)):
@@ -87,6 +110,10 @@ def split_interactions(engine: Engine, strategy: str, seed: int) -> dict[str, st
     found = engine.rows("select distinct split from interactions")
     if empty := [part for part in SPLITS if (part,) not in found]:
         raise UserError(f"the {strategy} split leaves {empty[0]} empty: {STRATEGIES[strategy]}")
-    if not engine.count("split = 'test' and item_id in (select item_id from interactions where split = 'train')"):
-        raise UserError("no item of test occurs in train, so nothing can be learnt: compare the item ids of both")
+    if not engine.count(
+        "split = 'test' and item_id in (select item_id from interactions where split = 'train')"
+    ):
+        raise UserError(
+            "no item of test occurs in train, so nothing can be learnt: compare the item ids of both"
+        )
     return facts

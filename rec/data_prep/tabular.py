@@ -38,7 +38,10 @@ RATING = "case when isfinite(try_cast(rating as float)) then cast(rating as floa
 VALUES = {  # column of `interactions` -> its value, null if the text is malformed, and what is wrong then
     "user_id": (ID.format("user_id"), "is empty or holds a line break"),
     "item_id": (ID.format("item_id"), "is empty or holds a line break"),
-    "timestamp": (TIME, "is neither seconds since 1970 (milliseconds are not taken) nor an ISO 8601 time"),
+    "timestamp": (
+        TIME,
+        "is neither seconds since 1970 (milliseconds are not taken) nor an ISO 8601 time",
+    ),
     "rating": (RATING, "is not a number"),
 }
 
@@ -49,13 +52,17 @@ class RawFile:
 
     path: Path
     delimiter: str  # "" for Parquet
-    header: tuple[str, ...] = ()  # column names of a file without quotes; none: the first line holds them
+    header: tuple[
+        str, ...
+    ] = ()  # column names of a file without quotes; none: the first line holds them
 
     @classmethod
     def of(cls, path: Path) -> "RawFile":
         """A user's file. Raises UserError if its extension does not tell the format, or it is empty or none."""
         if path.suffix.lower() not in DELIMITERS:
-            raise UserError(f"{path}: the name must end in .csv, .tsv or .parquet, so that the format is known")
+            raise UserError(
+                f"{path}: the name must end in .csv, .tsv or .parquet, so that the format is known"
+            )
         if not path.is_file() or not path.stat().st_size:
             raise UserError(f"{path} {'is empty' if path.is_file() else 'is not a file'}")
         return cls(path, DELIMITERS[path.suffix.lower()])
@@ -83,27 +90,50 @@ class RawFile:
         if len({name.lower() for name in names}) < len(names):
             raise UserError(f"{self.path} cannot be read: two of its columns have the same name")
         quote, columns = "" if self.header else '"', dict.fromkeys(names, "VARCHAR")
-        form: dict[str, Any] = {"sep": self.delimiter, "quotechar": quote, "escapechar": quote, "columns": columns}
-        return con.read_csv(path, header=not self.header, auto_detect=False, store_rejects=True, **form)
+        form: dict[str, Any] = {
+            "sep": self.delimiter,
+            "quotechar": quote,
+            "escapechar": quote,
+            "columns": columns,
+        }
+        return con.read_csv(
+            path, header=not self.header, auto_detect=False, store_rejects=True, **form
+        )
 
 
 def load_interactions(
-    con: Connection, file: RawFile, columns: Sequence[str | None], split: str | None = None, skip: bool = False
+    con: Connection,
+    file: RawFile,
+    columns: Sequence[str | None],
+    split: str | None = None,
+    skip: bool = False,
 ) -> int:
     """Adds a file's rows to table `interactions`, under `split` if given; returns how many malformed ones it skipped.
 
     `columns` is what the file calls the user id, item id, time and rating; None for what it does not have. Raises
     UserError for a missing column, or a malformed row unless `skip`.
     """
-    skipped = _read(con, file, {name: column for name, column in zip(VALUES, columns, strict=True) if column}, skip)
+    skipped = _read(
+        con,
+        file,
+        {name: column for name, column in zip(VALUES, columns, strict=True) if column},
+        skip,
+    )
     rows = f"select *, '{split}' as split from raw" if split else "from raw"
-    con.execute(f"create table if not exists interactions as {rows} limit 0; insert into interactions {rows}")
+    con.execute(
+        f"create table if not exists interactions as {rows} limit 0; insert into interactions {rows}"
+    )
     con.execute("drop table raw")
     return skipped
 
 
 def load_features(
-    con: Connection, file: RawFile, table: str, column: str, lists: Sequence[str] = (), skip: bool = False
+    con: Connection,
+    file: RawFile,
+    table: str,
+    column: str,
+    lists: Sequence[str] = (),
+    skip: bool = False,
 ) -> int:
     """Creates table `users` or `items` from a file; returns how many malformed rows it skipped.
 
@@ -113,10 +143,14 @@ def load_features(
     key = {"users": "user_id", "items": "item_id"}[table]
     skipped = _read(con, file, {key: column}, skip, features=True)
     values, raw = [key], con.table("raw")
-    for name, kind in zip(raw.columns[2:], map(str, raw.types[2:]), strict=True):  # after source_row and the key
+    for name, kind in zip(
+        raw.columns[2:], map(str, raw.types[2:]), strict=True
+    ):  # after source_row and the key
         text = _quoted(name)
         if file.delimiter:
-            fits = ", ".join(f"bool_and(regexp_full_match({text}, '{pattern}'))" for pattern in (WHOLE, NUMBER))
+            fits = ", ".join(
+                f"bool_and(regexp_full_match({text}, '{pattern}'))" for pattern in (WHOLE, NUMBER)
+            )
             whole, number = raw.aggregate(fits).fetchall()[0]
             kind = "BIGINT" if whole else "DOUBLE" if number else "VARCHAR"
         if kind.endswith("[]"):
@@ -134,7 +168,9 @@ def load_features(
     return skipped
 
 
-def _read(con: Connection, file: RawFile, columns: dict[str, str], skip: bool, features: bool = False) -> int:
+def _read(
+    con: Connection, file: RawFile, columns: dict[str, str], skip: bool, features: bool = False
+) -> int:
     """Creates table `raw` of a file's well-formed rows, numbered; returns how many are malformed.
 
     `columns`: a name in `raw` -> what the file calls that column, which is read as text. With `features` the other
@@ -149,34 +185,62 @@ def _read(con: Connection, file: RawFile, columns: dict[str, str], skip: bool, f
                 hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(kinds)}"
                 raise UserError(f"{file.path} has no column {column}: {hint}")
             if name.endswith("_id") and (kind := kinds[column]).startswith(FRACTIONS):
-                raise UserError(f"{file.path}: column {column} holds fractions ({kind}); ids are text or whole numbers")
+                raise UserError(
+                    f"{file.path}: column {column} holds fractions ({kind}); ids are text or whole numbers"
+                )
             if features and name != column and name in map(str.lower, kinds):
-                raise UserError(f"{file.path} has a column {name} beside its id column {column}: rename one of them")
+                raise UserError(
+                    f"{file.path} has a column {name} beside its id column {column}: rename one of them"
+                )
         checks = [(name, f"{VALUES[name][0]} is null", VALUES[name][1]) for name in columns]
         if features:
             (key,) = columns
-            checks.append((key, f"row_number() over (partition by {key} order by source_row) > 1", "came before"))
+            checks.append(
+                (
+                    key,
+                    f"row_number() over (partition by {key} order by source_row) > 1",
+                    "came before",
+                )
+            )
         others = [_quoted(name) for name in kinds if features and name not in columns.values()]
-        texts = [f"cast({_quoted(column)} as varchar) as {name}" for name, column in columns.items()]
+        texts = [
+            f"cast({_quoted(column)} as varchar) as {name}" for name, column in columns.items()
+        ]
         values = [f"{VALUES[name][0]} as {name}" for name in columns]
-        bad = " ".join(f"when {wrong} then ['{at}', {name}]" for at, (name, wrong, _) in enumerate(checks))
-        numbered = source.project(", ".join(["row_number() over () as source_row", *texts, *others]))
-        numbered.project(", ".join(["source_row", *values, *others, f"case {bad} end as bad_row"])).create("raw")
+        bad = " ".join(
+            f"when {wrong} then ['{at}', {name}]" for at, (name, wrong, _) in enumerate(checks)
+        )
+        numbered = source.project(
+            ", ".join(["row_number() over () as source_row", *texts, *others])
+        )
+        numbered.project(
+            ", ".join(["source_row", *values, *others, f"case {bad} end as bad_row"])
+        ).create("raw")
     except duckdb.Error as error:
-        hint = "; all its lines must end alike, and quotes inside fields be doubled" if file.delimiter else ""
+        hint = (
+            "; all its lines must end alike, and quotes inside fields be doubled"
+            if file.delimiter
+            else ""
+        )
         raise UserError(f"{file.path} cannot be read: {str(error).splitlines()[0]}{hint}") from None
     found = []  # of each kind of malformed rows: the line of the first, what is wrong with it, how many there are
     if file.delimiter:  # the rows that DuckDB could not read, and did not number
         first = "min(line), arg_min(lower(error_type), [line, column_idx])"
-        row, reason, count = con.execute(f"select {first}, count(distinct line) from reject_errors").fetchall()[0]
+        row, reason, count = con.execute(
+            f"select {first}, count(distinct line) from reject_errors"
+        ).fetchall()[0]
         con.execute("drop table reject_errors; drop table reject_scans")
         if count:  # this row counts blank lines, and the header
             found.append((file.record(row - (not file.header), blank_too=True)[0], reason, count))
     first = "min(source_row), arg_min(bad_row, source_row)"
-    row, bad, count = con.execute(f"select {first}, count(*) from raw where bad_row is not null").fetchall()[0]
+    row, bad, count = con.execute(
+        f"select {first}, count(*) from raw where bad_row is not null"
+    ).fetchall()[0]
     if count:  # its line is right if all rows before it were read; if not, it is beyond the line found above
         name, _, wrong = checks[int(bad[0])]
-        found.append((file.record(row)[0], f"{columns[name]} {(bad[1] or '')[:60]!r} {wrong}", count))
+        found.append(
+            (file.record(row)[0], f"{columns[name]} {(bad[1] or '')[:60]!r} {wrong}", count)
+        )
     if not found and not len(con.table("raw")):
         raise UserError(f"{file.path} has no rows")
     con.execute("delete from raw where bad_row is not null; alter table raw drop bad_row")
@@ -200,31 +264,57 @@ def main() -> None:
     add = parser.add_argument
     add("--interactions", type=Path, help="all interactions, to be split")
     add("--train", type=Path, help="interactions that are split already; needs --test")
-    add("--val", type=Path, help="default: a tenth of --train, the latest if --test is later, else drawn")
+    add(
+        "--val",
+        type=Path,
+        help="default: a tenth of --train, the latest if --test is later, else drawn",
+    )
     add("--test", type=Path)
     add("--user-col", default="user_id", help="its name in every file that has it")
     add("--item-col", default="item_id", help="its name in every file that has it")
-    add("--timestamp-col", help="seconds since 1970, or ISO 8601; without it the data are unordered")
+    add(
+        "--timestamp-col", help="seconds since 1970, or ISO 8601; without it the data are unordered"
+    )
     add("--rating-col", help="a number")
     add("--min-rating", type=float, help="drop interactions rated lower")
     add("--min-interactions", type=int, default=1, help="drop users with fewer, before the split")
     add("--users", type=Path, help="features of users; users without interactions are left out")
     add("--items", type=Path, help="features of items; all of them make up the catalogue")
-    add("--list-col", action="append", default=[], help='a text feature with several values, "a|b|c"; repeatable')
-    add("--split", choices=list(STRATEGIES), help="default: temporal, or given where there is --train")
+    add(
+        "--list-col",
+        action="append",
+        default=[],
+        help='a text feature with several values, "a|b|c"; repeatable',
+    )
+    add(
+        "--split",
+        choices=list(STRATEGIES),
+        help="default: temporal, or given where there is --train",
+    )
     add("--seed", type=int, default=42, help="of what is drawn where data without times are split")
     add("--skip-bad-rows", dest="skip", action="store_true", help="drop and count malformed rows")
     args = parser.parse_args()
 
-    strategy, given = args.split or ("temporal" if args.interactions else "given"), args.train or args.val or args.test
+    strategy, given = (
+        args.split or ("temporal" if args.interactions else "given"),
+        args.train or args.val or args.test,
+    )
     if bool(given) == bool(args.interactions) or bool(given) != (strategy == "given"):
         raise UserError("name --interactions, or --train and --test where the split is `given`")
     if given and not (args.train and args.test):
-        raise UserError(f"--{'test' if args.train else 'train'} is missing: a given split needs --train and --test")
+        raise UserError(
+            f"--{'test' if args.train else 'train'} is missing: a given split needs --train and --test"
+        )
     if args.min_rating is not None and not args.rating_col:
         raise UserError("--min-rating needs --rating-col")
-    files = {part: RawFile.of(path) for part in ("interactions", *SPLITS) if (path := getattr(args, part))}
-    features = {table: RawFile.of(path) for table in ("users", "items") if (path := getattr(args, table))}
+    files = {
+        part: RawFile.of(path)
+        for part in ("interactions", *SPLITS)
+        if (path := getattr(args, part))
+    }
+    features = {
+        table: RawFile.of(path) for table in ("users", "items") if (path := getattr(args, table))
+    }
 
     def load(con: Connection, scratch: Path) -> dict[str, int]:
         bad_rows, known = 0, []
@@ -237,12 +327,19 @@ def main() -> None:
             bad_rows += load_features(con, file, table, key, args.list_col, args.skip)
             known += con.table(table).columns
         for name in set(args.list_col) - set(known):
-            near = "".join(f": did you mean {near}?" for near in difflib.get_close_matches(name, known, 1))
-            raise UserError(f"--list-col {name}: neither --users nor --items has such a column{near}")
+            near = "".join(
+                f": did you mean {near}?" for near in difflib.get_close_matches(name, known, 1)
+            )
+            raise UserError(
+                f"--list-col {name}: neither --users nor --items has such a column{near}"
+            )
         return {"bad_rows": bad_rows}
 
     every = [file.path for file in (*files.values(), *features.values())]
-    source, filters = ", ".join(path.name for path in every), (args.min_rating, args.min_interactions)
+    source, filters = (
+        ", ".join(path.name for path in every),
+        (args.min_rating, args.min_interactions),
+    )
     prepare(args.output_dir, load, every[0].stem, source, strategy, args.seed, filters, args.engine)
 
 

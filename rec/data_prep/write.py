@@ -26,7 +26,11 @@ from rec.data_prep.split import SPLITS, filter_interactions, split_interactions
 from rec.errors import UserError, command_parser
 
 GROUP_ROWS = 2**17  # rows a row group: what a streaming reader holds at a time
-SHARDS = {"max_rows_per_file": 2**20, "min_rows_per_group": GROUP_ROWS, "max_rows_per_group": GROUP_ROWS}
+SHARDS = {
+    "max_rows_per_file": 2**20,
+    "min_rows_per_group": GROUP_ROWS,
+    "max_rows_per_group": GROUP_ROWS,
+}
 MEMORY = "2GB"  # DuckDB spills to disk beyond this, so that a laptop prepares what a server does
 REASONS = {
     "bad_rows": "malformed rows",
@@ -39,7 +43,9 @@ JOINS = {"users": "left", "items": "full"}
 CASTS = {"timestamp": "cast(floor(timestamp) as bigint)", "rating": "cast(rating as float)"}
 
 Load = Callable[[duckdb.DuckDBPyConnection, Path], dict[str, int]]
-Filters = tuple[float | None, int]  # the least rating of an interaction, and the fewest interactions of a user
+Filters = tuple[
+    float | None, int
+]  # the least rating of an interaction, and the fewest interactions of a user
 
 
 def note(line: str) -> None:
@@ -50,15 +56,28 @@ def note(line: str) -> None:
 def output_parser(module: str, text: str | None) -> argparse.ArgumentParser:
     """The parser of a command that ends in `prepare`, with the options that all of them have."""
     parser = command_parser(module, text)
-    parser.add_argument("--output-dir", required=True, type=Path, help="the dataset directory to write")
-    parser.add_argument("--engine", choices=ENGINES, default="duckdb", help="filters, splits, sorts; default: duckdb")
+    parser.add_argument(
+        "--output-dir", required=True, type=Path, help="the dataset directory to write"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="duckdb",
+        help="filters, splits, sorts; default: duckdb",
+    )
     return parser
 
 
 def prepare(
-    output_dir: Path, load: Load, name: str, source: str, strategy: str, seed: int, filters: Filters = (None, 1),
+    output_dir: Path,
+    load: Load,
+    name: str,
+    source: str,
+    strategy: str,
+    seed: int,
+    filters: Filters = (None, 1),
     engine: str = "duckdb",
-) -> None:  # fmt: skip
+) -> None:
     """Writes a dataset directory, and prints the counts and the JSON line that end every command.
 
     `load` gets a database of DuckDB's and a directory for temporary files. It creates table `interactions` (user_id,
@@ -70,7 +89,9 @@ def prepare(
     with staging(output_dir) as directory:
         try:
             with duckdb.connect(directory.parent / "work.duckdb") as con:
-                con.execute(f"set memory_limit = '{MEMORY}'; set TimeZone = 'UTC'; set enable_progress_bar = false")
+                con.execute(
+                    f"set memory_limit = '{MEMORY}'; set TimeZone = 'UTC'; set enable_progress_bar = false"
+                )
                 dropped = load(con, directory.parent)
                 db = ENGINES[engine](con, directory.parent)
                 note("filtering and splitting")
@@ -81,9 +102,16 @@ def prepare(
                     note("warning: no user of test occurs in train, so all of them are new")
                 note("writing")
                 counts, columns = _write_tables(db, directory)
-        except (duckdb.IOException, duckdb.OutOfMemoryException) as error:  # above all: no space left on the disk
-            raise UserError(f"preparing {output_dir} failed: {str(error).splitlines()[0]}") from None
-        parts = sorted(directory.rglob("*.parquet"), key=lambda file: (len(file.name), file))  # 00009 before 000010
+        except (
+            duckdb.IOException,
+            duckdb.OutOfMemoryException,
+        ) as error:  # above all: no space left on the disk
+            raise UserError(
+                f"preparing {output_dir} failed: {str(error).splitlines()[0]}"
+            ) from None
+        parts = sorted(
+            directory.rglob("*.parquet"), key=lambda file: (len(file.name), file)
+        )  # 00009 before 000010
         files = {str(file.relative_to(directory)): digest(file) for file in parts}
         manifest = {"format_version": FORMAT_VERSION, "name": name, "source": source}
         manifest |= {"filters": {"min_rating": filters[0], "min_interactions": filters[1]}}
@@ -96,7 +124,16 @@ def prepare(
     note(f"{output_dir}: {name}, {split}")
     for part, count in counts.items():
         note(f"  {part:<6}{count:>12,}")
-    print(json.dumps({"dataset": str(output_dir), "id": open_dataset(output_dir).id, **counts, "dropped": dropped}))
+    print(
+        json.dumps(
+            {
+                "dataset": str(output_dir),
+                "id": open_dataset(output_dir).id,
+                **counts,
+                "dropped": dropped,
+            }
+        )
+    )
 
 
 @contextmanager
@@ -108,10 +145,18 @@ def staging(output_dir: Path) -> Iterator[Path]:
     final = output_dir.resolve()  # a link stays a link
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     for leftover in final.parent.glob(f".{glob.escape(final.name)}.*.tmp"):
-        if leftover == temporary or not Path("/proc", leftover.suffixes[-2][1:]).exists():  # its process was killed
+        if (
+            leftover == temporary or not Path("/proc", leftover.suffixes[-2][1:]).exists()
+        ):  # its process was killed
             _discard(leftover, final)
-    if final.exists() and not (final / "dataset.json").is_file() and (final.is_file() or any(final.iterdir())):
-        raise UserError(f"{output_dir} exists and is no dataset: remove it, or choose another --output-dir")
+    if (
+        final.exists()
+        and not (final / "dataset.json").is_file()
+        and (final.is_file() or any(final.iterdir()))
+    ):
+        raise UserError(
+            f"{output_dir} exists and is no dataset: remove it, or choose another --output-dir"
+        )
     new = temporary / "new"
     new.mkdir(parents=True)
     try:
@@ -130,13 +175,19 @@ def _discard(temporary: Path, final: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_tables(engine: Engine, directory: Path) -> tuple[dict[str, int], dict[str, dict[str, str]]]:
+def _write_tables(
+    engine: Engine, directory: Path
+) -> tuple[dict[str, int], dict[str, dict[str, str]]]:
     """Writes all three tables as Parquet; returns the counts of rows and the columns' types."""
     counts, schemas = {}, {}
     for table, join in JOINS.items():
         key = f"{table[:-1]}_id"
         joined = f"(select distinct {key} from interactions) as occurring {join} join {table} using ({key})"
-        rows = engine.reader(f"select * from {joined} order by {key}", GROUP_ROWS).read_all().combine_chunks()
+        rows = (
+            engine.reader(f"select * from {joined} order by {key}", GROUP_ROWS)
+            .read_all()
+            .combine_chunks()
+        )
         pq.write_table(rows, directory / f"{table}.parquet")
         counts[table], schemas[table] = len(rows), rows.schema
     has = [name for name in engine.columns if name not in ("source_row", "split")]
@@ -146,10 +197,17 @@ def _write_tables(engine: Engine, directory: Path) -> tuple[dict[str, int], dict
         rows = f"select {selected} from interactions where split = '{part}' order by {order}"
         reader = engine.reader(rows, GROUP_ROWS)  # its batches end wherever the threads did
         names = {"format": "parquet", "basename_template": "0000{i}.parquet"}
-        pyarrow.dataset.write_dataset(reader, directory / "interactions" / part, preserve_order=True, **names, **SHARDS)
+        pyarrow.dataset.write_dataset(
+            reader, directory / "interactions" / part, preserve_order=True, **names, **SHARDS
+        )
         files = (directory / "interactions" / part).iterdir()
-        counts[part], schemas["interactions"] = sum(pq.read_metadata(file).num_rows for file in files), reader.schema
+        counts[part], schemas["interactions"] = (
+            sum(pq.read_metadata(file).num_rows for file in files),
+            reader.schema,
+        )
     columns = {}
     for table, schema in schemas.items():
-        columns[table] = {field.name: str(field.type).replace("list<l: ", "list<") for field in schema}
+        columns[table] = {
+            field.name: str(field.type).replace("list<l: ", "list<") for field in schema
+        }
     return counts, columns

@@ -20,7 +20,10 @@ Tensors = list[tf.Tensor]
 def _mlp(config: Ranking, widths: tuple[int, ...], name: str) -> tf.keras.Sequential:
     layers: list[tf.keras.layers.Layer] = []
     for width in widths:
-        layers += [tf.keras.layers.Dense(width, activation="relu"), tf.keras.layers.Dropout(config.dropout)]
+        layers += [
+            tf.keras.layers.Dense(width, activation="relu"),
+            tf.keras.layers.Dropout(config.dropout),
+        ]
     return tf.keras.Sequential(layers, name=name)
 
 
@@ -34,7 +37,9 @@ class Mlp(tf.keras.layers.Layer):
         self._dropout = tf.keras.layers.Dropout(config.dropout)
         self._top = _mlp(config, config.hidden[1:], "top")
 
-    def call(self, fields: Tensors, shared: Tensors, numbers: tf.Tensor, training: bool = False) -> tf.Tensor:
+    def call(
+        self, fields: Tensors, shared: Tensors, numbers: tf.Tensor, training: bool = False
+    ) -> tf.Tensor:
         each = self._each(_rows(tf.concat([*fields, numbers], 2)))
         by_list = tf.reshape(each, [-1, tf.shape(numbers)[1], each.shape[1]])
         first = tf.nn.relu(by_list + self._shared(tf.concat(shared, 1))[:, None])
@@ -51,7 +56,9 @@ class Dlrm(tf.keras.layers.Layer):
         self._interact = tfrs.layers.feature_interaction.DotInteraction()
         self._top = _mlp(config, config.hidden, "top")
 
-    def call(self, fields: Tensors, shared: Tensors, numbers: tf.Tensor, training: bool = False) -> tf.Tensor:
+    def call(
+        self, fields: Tensors, shared: Tensors, numbers: tf.Tensor, training: bool = False
+    ) -> tf.Tensor:
         dense, every = self._bottom(_rows(numbers)), _every(fields, shared)
         pairs = self._interact([*every, dense])
         pairs = tf.ensure_shape(pairs, [None, (len(every) + 1) * len(every) // 2])
@@ -66,7 +73,9 @@ class Dcn(tf.keras.layers.Layer):
         self._crosses = [tfrs.layers.dcn.Cross(projection_dim=dim) for _ in range(2)]
         self._top = _mlp(config, config.hidden, "top")
 
-    def call(self, fields: Tensors, shared: Tensors, numbers: tf.Tensor, training: bool = False) -> tf.Tensor:
+    def call(
+        self, fields: Tensors, shared: Tensors, numbers: tf.Tensor, training: bool = False
+    ) -> tf.Tensor:
         start = crossed = tf.concat([*_every(fields, shared), _rows(numbers)], 1)
         for cross in self._crosses:
             crossed = cross(start, crossed)
@@ -80,7 +89,10 @@ def _rows(by_list: tf.Tensor) -> tf.Tensor:
 
 def _every(fields: Tensors, shared: Tensors) -> Tensors:
     """All vectors of each candidate, each [R, d]."""
-    return [_rows(x) for x in [*fields, *(tf.broadcast_to(x[:, None], tf.shape(fields[0])) for x in shared)]]
+    return [
+        _rows(x)
+        for x in [*fields, *(tf.broadcast_to(x[:, None], tf.shape(fields[0])) for x in shared)]
+    ]
 
 
 ARCHS: dict[str, Any] = {"mlp": Mlp, "dlrm": Dlrm, "dcn": Dcn}

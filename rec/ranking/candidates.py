@@ -17,7 +17,9 @@ from rec.features import PAD, recent_items
 from rec.pipeline import Corpus, Sequences
 from rec.retrieval.model import LOWEST, RetrievalModel, best_unseen, users_at_once
 
-Queries = tuple[np.ndarray, np.ndarray]  # users [Q], and the places among their labels before which they ask [Q]
+Queries = tuple[
+    np.ndarray, np.ndarray
+]  # users [Q], and the places among their labels before which they ask [Q]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ def hold_out(corpus: Corpus, share: float, seed: int) -> tuple[Sequences, Sequen
     else:
         train = train if corpus.ordered else train.shuffled(np.random.default_rng(seed))
         lengths = train.lengths
-        kept = lengths - np.clip(np.ceil(share * lengths), 1, np.maximum(lengths - 1, 0)).astype(np.int64)
+        kept = lengths - np.clip(np.ceil(share * lengths), 1, np.maximum(lengths - 1, 0)).astype(
+            np.int64
+        )
         held = np.arange(len(train.items)) - train.offsets[train.users] >= kept[train.users]
     return train.select(~held), train.select(held)
 
@@ -86,13 +90,21 @@ def mine(
     lengths, matrix = labels.lengths, model.candidates()
     parts: list[CandidateLists] = []
     step = users_at_once(len(matrix))
-    for begin in tqdm(range(0, len(queries[0]), step), desc="mining candidates", unit="batch", leave=False):
+    for begin in tqdm(
+        range(0, len(queries[0]), step), desc="mining candidates", unit="batch", leave=False
+    ):
         user, place = (part[begin : begin + step] for part in queries)
-        before = np.concatenate([past.last(user), labels.between(user, np.zeros_like(place), place)], 1)
+        before = np.concatenate(
+            [past.last(user), labels.between(user, np.zeros_like(place), place)], 1
+        )
         right = labels.between(user, place, lengths[user] if whole else place + 1)
         later = labels.between(user, place + 1, place + 1 if whole else lengths[user])
         seen = np.concatenate([before, later], 1)
-        time = np.zeros(len(user), np.int64) if labels.times is None else labels.times[labels.offsets[user] + place]
+        time = (
+            np.zeros(len(user), np.int64)
+            if labels.times is None
+            else labels.times[labels.offsets[user] + place]
+        )
         scores = model.score_catalogue_compiled(user, before, matrix, time)
         best, items = (part.numpy() for part in best_unseen(scores, seen, n))
         hit = ((items[:, :, None] == right[:, None, :]) & (items != PAD)[:, :, None]).any(-1)
@@ -103,7 +115,9 @@ def mine(
     return CandidateLists(**{**joined, "history": joined["history"][:, :longest]})
 
 
-def rated_lists(sequences: Sequences, at: np.ndarray, known: Sequences | None, width: int) -> CandidateLists:
+def rated_lists(
+    sequences: Sequences, at: np.ndarray, known: Sequences | None, width: int
+) -> CandidateLists:
     """Interactions number `at` as lists of one, labelled with their ratings.
 
     The history is the `width` interactions before it; or, where `known` is given, the user's last ones of that, without
@@ -123,13 +137,20 @@ def rated_lists(sequences: Sequences, at: np.ndarray, known: Sequences | None, w
 
 
 def list_batches(
-    take: Callable[[np.ndarray], CandidateLists], counts: Counter, n: int, batch_size: int, rng: np.random.Generator
+    take: Callable[[np.ndarray], CandidateLists],
+    counts: Counter,
+    n: int,
+    batch_size: int,
+    rng: np.random.Generator,
 ) -> tf.data.Dataset:
     """Lists 0..n-1 in shuffled batches: dicts of `CandidateLists`' fields and their `counts` [B, N, NUMBERS].
 
     `take` makes lists from their numbers."""
     first = take(np.arange(0))
-    signature = {name: tf.TensorSpec([None, *values.shape[1:]], values.dtype) for name, values in vars(first).items()}
+    signature = {
+        name: tf.TensorSpec([None, *values.shape[1:]], values.dtype)
+        for name, values in vars(first).items()
+    }
     signature["counts"] = tf.TensorSpec([None, first.items.shape[1], NUMBERS], tf.float32)
     order = rng.permutation(n)
 

@@ -35,7 +35,9 @@ def _implicit(y_true: tf.Tensor, y_pred: tf.Tensor, sample_weight: tf.Tensor) ->
 def _listwise(y_true: tf.Tensor, y_pred: tf.Tensor, sample_weight: tf.Tensor) -> tf.Tensor:
     """Which of the list: softmax cross-entropy, divided between the right ones."""
     shares = y_true / tf.reduce_sum(y_true, 1, keepdims=True)
-    return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(shares, tf.where(sample_weight > 0, y_pred, -1e9)))
+    return tf.reduce_mean(
+        tf.nn.softmax_cross_entropy_with_logits(shares, tf.where(sample_weight > 0, y_pred, -1e9))
+    )
 
 
 def _rating(y_true: tf.Tensor, y_pred: tf.Tensor, sample_weight: tf.Tensor) -> tf.Tensor:
@@ -76,20 +78,33 @@ class RankingModel(tfrs.Model):
         if self._is_rating and ratings is None:
             raise UserError("ranking.objective: rating needs ratings, which the dataset has not")
         start = float(np.mean(ratings)) if self._is_rating and ratings is not None else 0.0
-        self._bias = self.add_weight(name="bias", shape=[], initializer=tf.keras.initializers.Constant(start))
+        self._bias = self.add_weight(
+            name="bias", shape=[], initializer=tf.keras.initializers.Constant(start)
+        )
         self._scale = self.add_weight(name="scale", shape=[], initializer="ones")
         if self._is_rating:
-            rows = [vocabulary.first + vocabulary.trained for vocabulary in (corpus.users, corpus.items)]
-            self._user_bias, self._item_bias = (tf.keras.layers.Embedding(n, 1, "zeros") for n in rows)
+            rows = [
+                vocabulary.first + vocabulary.trained for vocabulary in (corpus.users, corpus.items)
+            ]
+            self._user_bias, self._item_bias = (
+                tf.keras.layers.Embedding(n, 1, "zeros") for n in rows
+            )
         self.task = tfrs.tasks.Ranking(loss=OBJECTIVES[config.objective])
         one = tf.ones([1, 1], tf.int32)
-        self.score(one[0], one, one, tf.zeros([1, 1]), tf.zeros([1, 1, NUMBERS]))  # creates every weight
+        self.score(
+            one[0], one, one, tf.zeros([1, 1]), tf.zeros([1, 1, NUMBERS])
+        )  # creates every weight
         self.score_compiled = tf.function(self.score, reduce_retracing=True)
 
     def score(
-        self, user: tf.Tensor, history: tf.Tensor, items: tf.Tensor, scores: tf.Tensor, counts: tf.Tensor,
+        self,
+        user: tf.Tensor,
+        history: tf.Tensor,
+        items: tf.Tensor,
+        scores: tf.Tensor,
+        counts: tf.Tensor,
         training: bool = False,
-    ) -> tf.Tensor:  # fmt: skip
+    ) -> tf.Tensor:
         """The candidates' scores: logits, or ratings.
 
         Args:
@@ -102,33 +117,60 @@ class RankingModel(tfrs.Model):
         Returns:
           [B, N] float32.
         """
-        candidate, past = self.items(items, training=training), self.items(history, training=training)
+        candidate, past = (
+            self.items(items, training=training),
+            self.items(history, training=training),
+        )
         present = tf.cast(history != PAD, tf.float32)
         length = tf.reduce_sum(present, 1)
         mean = tf.reduce_sum(past * present[..., None], 1) / tf.maximum(length, 1.0)[:, None]
         about_user = self.users(user, training=training)
-        if self._is_rating:  # retrieval scores and counts have seen the very interactions that are rated
-            base = self._factorised(user, items, about_user + mean * tf.sqrt(length)[:, None], candidate)
-            retrieved, rank, counts = tf.zeros_like(scores), tf.zeros_like(scores), tf.zeros_like(counts)
+        if (
+            self._is_rating
+        ):  # retrieval scores and counts have seen the very interactions that are rated
+            base = self._factorised(
+                user, items, about_user + mean * tf.sqrt(length)[:, None], candidate
+            )
+            retrieved, rank, counts = (
+                tf.zeros_like(scores),
+                tf.zeros_like(scores),
+                tf.zeros_like(counts),
+            )
             about_user = tf.stop_gradient(about_user)
         else:
             retrieved, rank = _retrieved(scores)
             base = self._scale * retrieved
         # The architecture reads the items' vectors as they are: trained with it, they would fit the few labels' noise.
         candidate, past, mean = (tf.stop_gradient(vectors) for vectors in (candidate, past, mean))
-        back = tf.cast(tf.cumsum(present, 1, exclusive=True, reverse=True), tf.int32)  # how many items came since
-        affinity = tf.einsum("bnd,bhd->bnh", candidate, past) / self._dim**0.5 + tf.gather(self._recency, back)[:, None]
+        back = tf.cast(
+            tf.cumsum(present, 1, exclusive=True, reverse=True), tf.int32
+        )  # how many items came since
+        affinity = (
+            tf.einsum("bnd,bhd->bnh", candidate, past) / self._dim**0.5
+            + tf.gather(self._recency, back)[:, None]
+        )
         attention = tf.nn.softmax(affinity + (1 - present)[:, None] * -1e9)
-        attended = tf.einsum("bnh,bhd->bnd", tf.ensure_shape(attention, [None, None, None]), past * present[..., None])
+        attended = tf.einsum(
+            "bnh,bhd->bnd",
+            tf.ensure_shape(attention, [None, None, None]),
+            past * present[..., None],
+        )
         numbers = [retrieved, rank, tf.broadcast_to(tf.math.log1p(length)[:, None], tf.shape(rank))]
         numbers = tf.concat([tf.stack(numbers, 2), counts], 2)
-        added = self._out(self._arch([candidate, attended], [mean, about_user], numbers, training=training))
+        added = self._out(
+            self._arch([candidate, attended], [mean, about_user], numbers, training=training)
+        )
         return tf.reshape(added, tf.shape(items)) + base + self._bias
 
-    def _factorised(self, user: tf.Tensor, items: tf.Tensor, taste: tf.Tensor, candidate: tf.Tensor) -> tf.Tensor:
+    def _factorised(
+        self, user: tf.Tensor, items: tf.Tensor, taste: tf.Tensor, candidate: tf.Tensor
+    ) -> tf.Tensor:
         """Biases and the product of the user's taste [B, d] with candidates [B, N, d] (Koren 2008, SVD++): [B, N]."""
         parts = (self._user_bias, user[:, None], UNKNOWN_USER), (self._item_bias, items, UNKNOWN)
-        biases = [layer(tf.where(rows < layer.input_dim, rows, unknown))[..., 0] for layer, rows, unknown in parts]
+        biases = [
+            layer(tf.where(rows < layer.input_dim, rows, unknown))[..., 0]
+            for layer, rows, unknown in parts
+        ]
         return biases[0] + biases[1] + tf.einsum("bd,bnd->bn", taste, candidate)
 
     def compute_loss(self, batch: dict[str, tf.Tensor], training: bool = False) -> tf.Tensor:
@@ -139,7 +181,9 @@ class RankingModel(tfrs.Model):
         if self._is_rating:
             vectors = tf.concat([self.users(user), self.items(items[:, 0])], 1)
             loss += self.config.l2 * tf.reduce_mean(tf.reduce_sum(tf.square(vectors), 1))
-        return loss / self.distribute_strategy.num_replicas_in_sync  # the mean of the workers' means
+        return (
+            loss / self.distribute_strategy.num_replicas_in_sync
+        )  # the mean of the workers' means
 
     def start_from(self, retrieval: RetrievalModel) -> None:
         """Takes over the retrieval model's item embeddings, and its user embeddings where it has them.
@@ -162,13 +206,20 @@ def _retrieved(scores: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Retrieval scores [B, N] as log-probabilities among the candidates, and the logs of their ranks, both [B, N]."""
     found = scores > LOWEST
     better = tf.reduce_sum(tf.cast(scores[:, None] > scores[:, :, None], tf.float32), 2)
-    return tf.where(found, tf.nn.log_softmax(tf.where(found, scores, -1e9)), 0.0), tf.math.log1p(better)
+    return tf.where(found, tf.nn.log_softmax(tf.where(found, scores, -1e9)), 0.0), tf.math.log1p(
+        better
+    )
 
 
 def score_candidates(
-    model: RankingModel, counts: Counts, user: tf.Tensor, history: tf.Tensor, items: tf.Tensor, retrieved: tf.Tensor,
+    model: RankingModel,
+    counts: Counts,
+    user: tf.Tensor,
+    history: tf.Tensor,
+    items: tf.Tensor,
+    retrieved: tf.Tensor,
     time: tf.Tensor | None = None,
-) -> tf.Tensor:  # fmt: skip
+) -> tf.Tensor:
     """The ranker's scores of candidates.
 
     Args:
@@ -185,11 +236,19 @@ def score_candidates(
     return tf.where(items == PAD, LOWEST, scores)
 
 
-def score_lists(model: RankingModel, lists: CandidateLists, counts: Counter, batch_size: int = 256) -> np.ndarray:
+def score_lists(
+    model: RankingModel, lists: CandidateLists, counts: Counter, batch_size: int = 256
+) -> np.ndarray:
     """The model's scores of all lists, [Q, N] float32, LOWEST at empty places."""
     parts = []
     for begin in range(0, len(lists.user), batch_size):
         part = lists.take(np.arange(begin, min(begin + batch_size, len(lists.user))))
-        inputs = (part.user, part.history, part.items, part.scores, counts(part.history, part.items, part.time))
+        inputs = (
+            part.user,
+            part.history,
+            part.items,
+            part.scores,
+            counts(part.history, part.items, part.time),
+        )
         parts.append(np.where(part.items == PAD, LOWEST, model.score_compiled(*inputs).numpy()))
     return np.concatenate(parts)

@@ -26,10 +26,16 @@ from rec.errors import UserError
 
 LOWEST = float(np.finfo(np.float32).min)  # the score of "nothing": finite, so that it survives JSON
 MIN_SCANN_ROWS = 16  # ScaNN trains 16 centres a block and fails with fewer rows
-SAMPLE = 500  # queries to search settings on, and as many to measure with: standard error about 0.004
+SAMPLE = (
+    500  # queries to search settings on, and as many to measure with: standard error about 0.004
+)
 REORDER_FACTORS = (1.5, 2, 3, 5, 10, 20, 50)  # rows that are scored again, as a multiple of k
-REORDER_COST = 25  # an exact score costs as much as so many quantised ones (measured: 35 ns against 1.3 ns)
-LEAF_STEPS = 24  # numbers of leaves to try, from the fewest that hold enough rows to all, in equal ratios
+REORDER_COST = (
+    25  # an exact score costs as much as so many quantised ones (measured: 35 ns against 1.3 ns)
+)
+LEAF_STEPS = (
+    24  # numbers of leaves to try, from the fewest that hold enough rows to all, in equal ratios
+)
 
 
 class ExactIndex(tf.Module):
@@ -37,7 +43,9 @@ class ExactIndex(tf.Module):
 
     def __init__(self, embeddings: np.ndarray) -> None:
         super().__init__(name="exact_index")
-        self.embeddings = tf.Variable(embeddings, trainable=False, dtype=tf.float32, name="embeddings")
+        self.embeddings = tf.Variable(
+            embeddings, trainable=False, dtype=tf.float32, name="embeddings"
+        )
 
     def search(self, queries: tf.Tensor, depth: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The `depth` rows with the largest inner products, best first; of equal ones the lower row first.
@@ -51,7 +59,9 @@ class ExactIndex(tf.Module):
             that is not finite) the score is float32's lowest finite value and the row is -1.
         """
         scores = tf.matmul(queries, self.embeddings, transpose_b=True)
-        scores, rows = tf.math.top_k(scores, tf.minimum(tf.cast(depth, tf.int32), tf.shape(scores)[1]))
+        scores, rows = tf.math.top_k(
+            scores, tf.minimum(tf.cast(depth, tf.int32), tf.shape(scores)[1])
+        )
         return _fill(scores, rows, queries, depth)
 
 
@@ -67,7 +77,9 @@ class ScannIndex(tf.Module):
         super().__init__(name="scann_index")
         self.tensors = [tf.Variable(tensor, trainable=False) for tensor in tensors]
         self.rows, self.leaves, self.k = tensors[-1].shape[0], leaves, k
-        self.settings = tf.Variable([leaves, self.rows], trainable=False, dtype=tf.int32, name="settings")
+        self.settings = tf.Variable(
+            [leaves, self.rows], trainable=False, dtype=tf.int32, name="settings"
+        )
         content = b"".join(np.asarray(tensor.numpy()).tobytes() for tensor in tensors)
         # Signatures that name the searcher alike share it instead of building one each (1.6 s and 0.3 GiB for
         # a million rows); the hash keeps two versions in one process apart.
@@ -77,7 +89,9 @@ class ScannIndex(tf.Module):
         """As `ExactIndex.search`, but may miss a row for one that scores less, or where the leaves run out."""
         depth = tf.cast(depth, tf.int32)
         leaves, reorder = tf.unstack(self.settings)
-        deeper = tf.maximum(tf.cast(depth, tf.float32) / self.k, 1.0)  # keeps the recall beyond depth k
+        deeper = tf.maximum(
+            tf.cast(depth, tf.float32) / self.k, 1.0
+        )  # keeps the recall beyond depth k
         reorder = tf.cast(tf.minimum(tf.cast(reorder, tf.float32) * deeper, self.rows), tf.int32)
         count = tf.shape(queries)[0]
         # ScaNN fails on an empty batch, and a whole batch fails by one NaN: it gets zeros instead.
@@ -93,20 +107,28 @@ class ScannIndex(tf.Module):
     @tf.function(input_signature=[])
     def release(self) -> None:
         """Frees the searcher's memory, which a Python process otherwise keeps after it drops the bundle."""
-        tf.raw_ops.DestroyResourceOp(resource=self._searcher().searcher_handle, ignore_lookup_error=True)
+        tf.raw_ops.DestroyResourceOp(
+            resource=self._searcher().searcher_handle, ignore_lookup_error=True
+        )
 
     def _searcher(self) -> Any:
         """The shared searcher; builds it from the variables where there is none yet."""
-        from scann.scann_ops.py import scann_ops  # here, because the exact index has to work without ScaNN
+        from scann.scann_ops.py import (
+            scann_ops,
+        )  # here, because the exact index has to work without ScaNN
 
         *state, embeddings = self.tensors
         handle = scann_ops.tensors_to_scann(embeddings, *state, shared_name=self.shared_name)
         return scann_ops.ScannSearcher(handle)
 
 
-def _fill(scores: tf.Tensor, rows: tf.Tensor, queries: tf.Tensor, depth: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def _fill(
+    scores: tf.Tensor, rows: tf.Tensor, queries: tf.Tensor, depth: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Marks places without a row and widens to `depth`. (ScaNN pads with NaN and row 0, or not at all.)"""
-    found = tf.math.is_finite(scores) & tf.reduce_all(tf.math.is_finite(queries), axis=1, keepdims=True)
+    found = tf.math.is_finite(scores) & tf.reduce_all(
+        tf.math.is_finite(queries), axis=1, keepdims=True
+    )
     columns = [[0, 0], [0, tf.cast(depth, tf.int32) - tf.shape(scores)[1]]]
     scores = tf.pad(tf.where(found, scores, LOWEST), columns, constant_values=LOWEST)
     rows = tf.pad(tf.where(found, rows, -1), columns, constant_values=-1)
@@ -121,7 +143,13 @@ def _fewest_leaves(depth: tf.Tensor, rows: int, leaves: int) -> tf.Tensor:
 
 
 def build_index(
-    embeddings: np.ndarray, queries: np.ndarray, *, kind: str, recall_target: float, k: int, seed: int
+    embeddings: np.ndarray,
+    queries: np.ndarray,
+    *,
+    kind: str,
+    recall_target: float,
+    k: int,
+    seed: int,
 ) -> tuple[ExactIndex | ScannIndex, dict[str, Any]]:
     """Builds the index over `embeddings` and measures its recall@k against exact search.
 
@@ -145,7 +173,9 @@ def build_index(
         bad = np.flatnonzero(~np.isfinite(np.einsum("nd,nd->n", matrix, matrix)))
         if len(bad):
             found = f"{len(bad)} of {len(matrix)} {name} embeddings are not finite, the first in row {bad[0]}"
-            raise UserError(f"{found}: the model has diverged, train it again with a lower learning rate")
+            raise UserError(
+                f"{found}: the model has diverged, train it again with a lower learning rate"
+            )
     exact, metadata = ExactIndex(embeddings), {"kind": "exact", f"recall@{k}": 1.0}
     if kind == "exact":
         return exact, metadata
@@ -172,7 +202,9 @@ def _build_scann(embeddings: np.ndarray, k: int) -> ScannIndex:
     builder = scann_ops.builder(embeddings, k, "dot_product").tree(leaves, leaves)
     builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(5 * k)
     with _without_stderr():
-        return ScannIndex(scann_ops.scann_to_tensors(builder.build().searcher_handle), leaves=leaves, k=k)
+        return ScannIndex(
+            scann_ops.scann_to_tensors(builder.build().searcher_handle), leaves=leaves, k=k
+        )
 
 
 @contextmanager
@@ -186,7 +218,9 @@ def _without_stderr() -> Iterator[None]:
             os.dup2(kept.fileno(), 2)
 
 
-def _tune(index: ScannIndex, exact: ExactIndex, queries: np.ndarray, target: float) -> dict[str, Any] | None:
+def _tune(
+    index: ScannIndex, exact: ExactIndex, queries: np.ndarray, target: float
+) -> dict[str, Any] | None:
     """Leaves `index` with the cheapest settings that reach the target on one half of the queries and on the other.
 
     Recall is the share of scores that reach the exact k-th best one: equal scores are interchangeable, as to a user.
@@ -195,7 +229,9 @@ def _tune(index: ScannIndex, exact: ExactIndex, queries: np.ndarray, target: flo
         The settings, and the recall on the second half; None if no settings reach the target.
     """
     rows, leaves, k = index.rows, index.leaves, tf.constant(min(index.k, index.rows))
-    parts = np.array_split(queries, 1 + len(queries) * rows // 2**25)  # a matrix of all scores takes at most 128 MB
+    parts = np.array_split(
+        queries, 1 + len(queries) * rows // 2**25
+    )  # a matrix of all scores takes at most 128 MB
     kth_best = np.concatenate([exact.search(part, k)[0].numpy()[:, -1:] for part in parts])
     kth_best -= 1e-5 * np.abs(kth_best)  # float32: ScaNN adds up an inner product in another order
     tuning, measuring = np.array_split(np.arange(len(queries)), 2)
@@ -206,8 +242,13 @@ def _tune(index: ScannIndex, exact: ExactIndex, queries: np.ndarray, target: flo
 
     fewest = int(_fewest_leaves(k, rows, leaves))
     searched = np.unique(np.geomspace(fewest, leaves, LEAF_STEPS).round().astype(int)).tolist()
-    reorders = [reorder for factor in REORDER_FACTORS if (reorder := round(factor * index.k)) < rows]
-    cost = {pair: rows * pair[0] / leaves + REORDER_COST * pair[1] for pair in product(searched, reorders)}
+    reorders = [
+        reorder for factor in REORDER_FACTORS if (reorder := round(factor * index.k)) < rows
+    ]
+    cost = {
+        pair: rows * pair[0] / leaves + REORDER_COST * pair[1]
+        for pair in product(searched, reorders)
+    }
     for settings in sorted(cost, key=cost.__getitem__):
         index.settings.assign(settings)
         if recall(tuning) >= target and (measured := recall(measuring)) >= target:

@@ -72,8 +72,12 @@ class SampledSoftmax(tfrs.tasks.Retrieval):
             grouped = tf.reshape(pool, [tf.shape(score_mask)[0], -1, tf.shape(pool)[1]])
             pool = tf.reshape(tf.where(score_mask[:, None], grouped, MASKED), tf.shape(pool))
         logits = tf.concat([positive, pool], 1)
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.zeros([tf.shape(logits)[0]], tf.int32), logits)
-        return tf.reduce_sum(weights * losses) / tf.maximum(of_all_workers(tf.reduce_sum(weights)), 1.0)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
+            tf.zeros([tf.shape(logits)[0]], tf.int32), logits
+        )
+        return tf.reduce_sum(weights * losses) / tf.maximum(
+            of_all_workers(tf.reduce_sum(weights)), 1.0
+        )
 
 
 class RetrievalModel(tfrs.Model):
@@ -92,14 +96,21 @@ class RetrievalModel(tfrs.Model):
         prior = best_prior(corpus, train)
         self._prior = tf.Variable(prior, trainable=False, name="prior")
         popular = FIRST_ITEM + np.argsort(-prior[FIRST_ITEM:], kind="stable")
-        self.popular = tf.Variable(popular.astype(np.int32), trainable=False, name="popular")  # rows, best prior first
+        self.popular = tf.Variable(
+            popular.astype(np.int32), trainable=False, name="popular"
+        )  # rows, best prior first
         probability = sampling_probability(corpus, config, train)
         self.probability = tf.Variable(probability, trainable=False, name="probability")
         self.leaning = {"lean_share": 1.0, "lean_weight": 0.0}
         self._build()
         rows, lists = tf.TensorSpec([None], tf.int32), tf.TensorSpec([None, None], tf.int32)
         self.query_compiled = tf.function(self.query, [rows, lists])
-        signature = [rows, lists, tf.TensorSpec([None, None], tf.float32), tf.TensorSpec([None], tf.int64)]
+        signature = [
+            rows,
+            lists,
+            tf.TensorSpec([None, None], tf.float32),
+            tf.TensorSpec([None], tf.int64),
+        ]
         self.score_catalogue_compiled = tf.function(self.score_catalogue, signature)
 
     @property
@@ -137,9 +148,14 @@ class RetrievalModel(tfrs.Model):
         probability = tf.nn.embedding_lookup(self.probability, rows)
         # Targets of PAD have weight 0: to leave them out costs more than to compute them.
         return self.task.sampled_loss(
-            tf.reshape(queries, [p, -1]), wanted, pool, probability[:p], probability[p:],
-            tf.cast(rows[:p] != PAD, tf.float32), self._score_mask(batch, rows[:p]),
-        )  # fmt: skip
+            tf.reshape(queries, [p, -1]),
+            wanted,
+            pool,
+            probability[:p],
+            probability[p:],
+            tf.cast(rows[:p] != PAD, tf.float32),
+            self._score_mask(batch, rows[:p]),
+        )
 
     def _hidden_loss(self, batch: dict[str, tf.Tensor], training: bool) -> tf.Tensor:
         """Hides half of each user's items, at random; 1 is the right score for them, 0 for items of no interaction.
@@ -149,13 +165,18 @@ class RetrievalModel(tfrs.Model):
         """
         items, pool = batch["tokens"][:, 1:], batch["negatives"]
         is_hidden = tf.random.uniform(tf.shape(items)) < 0.5
-        inputs, weights = tf.where(is_hidden, PAD, items), tf.cast(is_hidden & (items != PAD), tf.float32)
+        inputs, weights = (
+            tf.where(is_hidden, PAD, items),
+            tf.cast(is_hidden & (items != PAD), tf.float32),
+        )
         time = batch["time"][:, :1] if "time" in batch else None
         query = self.query_tower(batch["user"], inputs, time, training=training)[:, 0]
         wanted = tf.einsum("bd,bld->bl", query, self.candidate_tower(items, training=training))
         others = tf.matmul(query, self.candidate_tower(pool, training=training), transpose_b=True)
         is_other = ~tf.reduce_any(batch["tokens"][:, :, None] == pool, 1)
-        stands_for = UNOBSERVED / (tf.nn.embedding_lookup(self.probability, pool) * tf.cast(tf.size(pool), tf.float32))
+        stands_for = UNOBSERVED / (
+            tf.nn.embedding_lookup(self.probability, pool) * tf.cast(tf.size(pool), tf.float32)
+        )
         errors = tf.reduce_sum(tf.where(is_other, tf.square(others) * stands_for, 0.0))
         hidden = of_all_workers(tf.reduce_sum(weights))
         return (tf.reduce_sum(weights * tf.square(1 - wanted)) + errors) / tf.maximum(hidden, 1.0)
@@ -166,13 +187,17 @@ class RetrievalModel(tfrs.Model):
             return ~tf.reduce_any(batch["tokens"][:, :, None] == batch["negatives"], 1)
         return targets[:, None] != batch["negatives"]
 
-    def query(self, user: tf.Tensor, history: tf.Tensor, time: tf.Tensor | None = None) -> tf.Tensor:
+    def query(
+        self, user: tf.Tensor, history: tf.Tensor, time: tf.Tensor | None = None
+    ) -> tf.Tensor:
         """user [B] rows, history [B, H] item rows (oldest first, PAD anywhere) -> queries [B, d + 1].
 
         time: [B] int64 seconds, of the request; now if not given.
         """
         tokens, last = history_tokens(history, self.config.window)
-        longest = tf.reduce_max(last) + 1  # nothing to compute behind the longest history of the batch
+        longest = (
+            tf.reduce_max(last) + 1
+        )  # nothing to compute behind the longest history of the batch
         tokens = tokens[:, :longest]
         time = now(user) if time is None else time
         return self.query_tower(user, tokens, time[:, None], last)[:, 0]
@@ -196,14 +221,22 @@ class RetrievalModel(tfrs.Model):
         """The score of items for a cold user: how popular they are (`best_prior`)."""
         return tf.nn.embedding_lookup(self._prior, rows)
 
-    def score(self, user: tf.Tensor, history: tf.Tensor, rows: tf.Tensor, time: tf.Tensor | None = None) -> tf.Tensor:
+    def score(
+        self, user: tf.Tensor, history: tf.Tensor, rows: tf.Tensor, time: tf.Tensor | None = None
+    ) -> tf.Tensor:
         """The scores of given items: rows [B, N] -> [B, N], LOWEST where a row is PAD. The rest as for `query`."""
-        scores = tf.einsum("bd,bnd->bn", self.query(user, history, time), self.candidate_tower(rows))
+        scores = tf.einsum(
+            "bd,bnd->bn", self.query(user, history, time), self.candidate_tower(rows)
+        )
         scores = tf.where(self.is_cold(user, history)[:, None], self.prior(rows), scores)
         return tf.where(rows == PAD, LOWEST, scores)
 
     def score_catalogue(
-        self, user: tf.Tensor, history: tf.Tensor, candidates: tf.Tensor, time: tf.Tensor | None = None
+        self,
+        user: tf.Tensor,
+        history: tf.Tensor,
+        candidates: tf.Tensor,
+        time: tf.Tensor | None = None,
     ) -> tf.Tensor:
         """The scores of the whole catalogue, whose vectors are `self.candidates()`: [B, catalogue]."""
         scores = tf.matmul(self.query(user, history, time), candidates, transpose_b=True)
@@ -220,8 +253,13 @@ def best_prior(corpus: Corpus, train: Sequences) -> np.ndarray:
     users = np.flatnonzero(corpus.val.lengths)
     cold = users[train.lengths[users] == 0]
     users = (cold if len(cold) >= 30 else users)[:CALIBRATION_USERS]
-    relevant, seen = corpus.val.matrix(users, corpus.items.rows), train.matrix(users, corpus.items.rows).astype(bool)
-    depth = 100 + int(train.lengths[users].max(initial=0))  # of one order for all, from which each leaves out the seen
+    relevant, seen = (
+        corpus.val.matrix(users, corpus.items.rows),
+        train.matrix(users, corpus.items.rows).astype(bool),
+    )
+    depth = 100 + int(
+        train.lengths[users].max(initial=0)
+    )  # of one order for all, from which each leaves out the seen
 
     def ndcg(prior: np.ndarray) -> float:
         order = FIRST_ITEM + np.argsort(-prior[FIRST_ITEM:], kind="stable")[:depth]
@@ -231,7 +269,9 @@ def best_prior(corpus: Corpus, train: Sequences) -> np.ndarray:
         k = ranked.shape[1]  # 100, or a smaller catalogue
         return float(per_user(ranked, relevant, ks=(k,))[f"ndcg@{k}"].sum())
 
-    return max((recent_popularity(train, share, corpus.items.rows) for share in _shares(train)), key=ndcg)
+    return max(
+        (recent_popularity(train, share, corpus.items.rows) for share in _shares(train)), key=ndcg
+    )
 
 
 def calibrate(model: RetrievalModel, corpus: Corpus) -> dict[str, float]:
@@ -244,7 +284,10 @@ def calibrate(model: RetrievalModel, corpus: Corpus) -> dict[str, float]:
     users = np.flatnonzero((corpus.val.lengths > 0) & (train.lengths > 0)).astype(np.int32)
     users = np.random.default_rng(0).permutation(users)[:CALIBRATION_USERS]
     choices = [(1.0, 0.0), *product(_shares(train), LEANINGS)]
-    popularity = {share: recent_popularity(train, share, corpus.items.rows)[FIRST_ITEM:] for share in _shares(train)}
+    popularity = {
+        share: recent_popularity(train, share, corpus.items.rows)[FIRST_ITEM:]
+        for share in _shares(train)
+    }
     leans = [weight * popularity[share] for share, weight in choices]
 
     def scores(part: np.ndarray) -> Iterator[tf.Tensor]:
@@ -255,7 +298,9 @@ def calibrate(model: RetrievalModel, corpus: Corpus) -> dict[str, float]:
     best = 0
     if len(users):
         ndcg = _ndcg(corpus, train, users, scores)
-        gain = ndcg - ndcg[0]  # the best of many choices is often luck: what counts is the gain less a standard error
+        gain = (
+            ndcg - ndcg[0]
+        )  # the best of many choices is often luck: what counts is the gain less a standard error
         best = int(np.argmax(gain.mean(1) - gain.std(1) / len(users) ** 0.5))
     model.lean(train, *choices[best])
     return model.leaning
@@ -266,26 +311,39 @@ def recent_popularity(train: Sequences, share: float, item_rows: int) -> np.ndar
 
     Where these are equal, the count of all interactions decides.
     """
-    order = np.arange(len(train.items)) if train.times is None else np.argsort(train.times, kind="stable")
+    order = (
+        np.arange(len(train.items))
+        if train.times is None
+        else np.argsort(train.times, kind="stable")
+    )
     recent = np.bincount(train.items[order[round((1 - share) * len(order)) :]], minlength=item_rows)
     all_time = np.bincount(train.items, minlength=item_rows) / (len(order) + 1)
     return np.log1p(recent + all_time).astype(np.float32)
 
 
 def _shares(train: Sequences) -> tuple[float, ...]:
-    return (1.0,) if train.times is None else SHARES[::-1]  # where several are as good, the largest is taken
+    return (
+        (1.0,) if train.times is None else SHARES[::-1]
+    )  # where several are as good, the largest is taken
 
 
 def _ndcg(
-    corpus: Corpus, train: Sequences, users: np.ndarray, scores: Callable[[np.ndarray], Iterator[Any]]
+    corpus: Corpus,
+    train: Sequences,
+    users: np.ndarray,
+    scores: Callable[[np.ndarray], Iterator[Any]],
 ) -> np.ndarray:
     """[choices, U]: NDCG@100 on validation data; `scores` gives some users' by each choice, [part, catalogue]."""
     parts = []
     step = users_at_once(len(corpus.items.ids))
     for part in np.array_split(users, np.arange(step, len(users), step)):
         seen, relevant = train.last(part), corpus.val.matrix(part, corpus.items.rows)
-        ranked = (best_unseen(tf.cast(each, tf.float32), seen, 100)[1].numpy() for each in scores(part))
-        parts.append([per_user(np.where(r == PAD, -1, r), relevant, ks=(100,))["ndcg@100"] for r in ranked])
+        ranked = (
+            best_unseen(tf.cast(each, tf.float32), seen, 100)[1].numpy() for each in scores(part)
+        )
+        parts.append(
+            [per_user(np.where(r == PAD, -1, r), relevant, ks=(100,))["ndcg@100"] for r in ranked]
+        )
     return np.concatenate(parts, 1)
 
 

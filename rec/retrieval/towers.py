@@ -32,7 +32,9 @@ class Average(HistoryEncoder):
     def __init__(self, config: Retrieval) -> None:
         super().__init__(name="average")
 
-    def call(self, vectors: tf.Tensor, tokens: tf.Tensor, last: tf.Tensor | None, training: bool) -> tf.Tensor:
+    def call(
+        self, vectors: tf.Tensor, tokens: tf.Tensor, last: tf.Tensor | None, training: bool
+    ) -> tf.Tensor:
         """vectors [B, L, d] of tokens [B, L] -> [B, L, d]: at t, what predicts number t + 1 (START if none).
 
         last: [B] positions; then the result is of these alone, [B, 1, d].
@@ -42,7 +44,9 @@ class Average(HistoryEncoder):
         # Products with these weights: on a CPU, cumsum takes three times as long as all of it.
         weights = tf.cast((position <= at) & (tokens > START)[:, None], tf.float32)
         count = tf.reduce_sum(weights, 2, keepdims=True)
-        return tf.where(count > 0, tf.matmul(weights / tf.maximum(count, 1.0) ** 0.5, vectors), vectors[:, :1])
+        return tf.where(
+            count > 0, tf.matmul(weights / tf.maximum(count, 1.0) ** 0.5, vectors), vectors[:, :1]
+        )
 
 
 class Autoencoder(HistoryEncoder):
@@ -56,9 +60,13 @@ class Autoencoder(HistoryEncoder):
 
     def __init__(self, config: Retrieval) -> None:
         super().__init__(name="autoencoder")
-        self._dense = tf.keras.layers.Dense(config.embedding_dim, use_bias=False, kernel_initializer="identity")
+        self._dense = tf.keras.layers.Dense(
+            config.embedding_dim, use_bias=False, kernel_initializer="identity"
+        )
 
-    def call(self, vectors: tf.Tensor, tokens: tf.Tensor, last: tf.Tensor | None, training: bool) -> tf.Tensor:
+    def call(
+        self, vectors: tf.Tensor, tokens: tf.Tensor, last: tf.Tensor | None, training: bool
+    ) -> tf.Tensor:
         """vectors [B, L, d] of tokens [B, L], PAD anywhere -> [B, 1, d]; zeros for no history."""
         weights = tf.cast(tokens > START, tf.float32)
         count = tf.maximum(tf.reduce_sum(weights, 1, keepdims=True), 1.0)
@@ -78,12 +86,16 @@ class Gru(HistoryEncoder):
         ]
         self._dense = tf.keras.layers.Dense(config.embedding_dim)
 
-    def call(self, vectors: tf.Tensor, tokens: tf.Tensor, last: tf.Tensor | None, training: bool) -> tf.Tensor:
+    def call(
+        self, vectors: tf.Tensor, tokens: tf.Tensor, last: tf.Tensor | None, training: bool
+    ) -> tf.Tensor:
         """As `Average.call`. PAD stands behind the items only, so it needs no mask."""
         hidden = self._dropout(vectors, training=training)
         for layer in self._layers:
             hidden = self._dropout(layer(hidden), training=training)
-        return self._dense(hidden if last is None else tf.gather(hidden, last, batch_dims=1)[:, None])
+        return self._dense(
+            hidden if last is None else tf.gather(hidden, last, batch_dims=1)[:, None]
+        )
 
 
 class Transformer(HistoryEncoder):
@@ -98,7 +110,9 @@ class Transformer(HistoryEncoder):
         super().__init__(name="transformer")
         dim, keras = config.embedding_dim, tf.keras.layers
         if dim % config.heads:
-            raise UserError(f"retrieval.heads: {config.heads} heads do not divide retrieval.embedding_dim {dim}")
+            raise UserError(
+                f"retrieval.heads: {config.heads} heads do not divide retrieval.embedding_dim {dim}"
+            )
         self._dim, self._heads = dim, config.heads
         self._dropout = keras.Dropout(config.dropout)
         self._blocks = [
@@ -113,18 +127,30 @@ class Transformer(HistoryEncoder):
             for _ in range(config.layers)
         ]
         self._distance_bias = [
-            self.add_weight(name=f"distance_bias_{j}", shape=[config.heads, config.window], initializer="zeros")
+            self.add_weight(
+                name=f"distance_bias_{j}", shape=[config.heads, config.window], initializer="zeros"
+            )
             for j in range(config.layers)
         ]
         self._norm = keras.LayerNormalization(epsilon=1e-6)
 
-    def call(self, vectors: tf.Tensor, tokens: tf.Tensor, last: tf.Tensor | None, training: bool) -> tf.Tensor:
+    def call(
+        self, vectors: tf.Tensor, tokens: tf.Tensor, last: tf.Tensor | None, training: bool
+    ) -> tf.Tensor:
         """As `Average.call`. PAD stands behind the items only: the causal mask hides it from them."""
         position = tf.range(tf.shape(tokens)[1])
-        hidden = self._dropout(tf.reshape(vectors, [-1, self._dim]) * self._dim**0.5, training=training)  # [B x L, d]
-        reads = [None] * (len(self._blocks) - 1) + [last]  # nothing follows the last block that needs other positions
-        for block, distance_bias, asked in zip(self._blocks, self._distance_bias, reads, strict=True):
-            query, key, value = tf.split(block["query_key_value"](block["norm_attention"](hidden)), 3, 1)
+        hidden = self._dropout(
+            tf.reshape(vectors, [-1, self._dim]) * self._dim**0.5, training=training
+        )  # [B x L, d]
+        reads = [None] * (len(self._blocks) - 1) + [
+            last
+        ]  # nothing follows the last block that needs other positions
+        for block, distance_bias, asked in zip(
+            self._blocks, self._distance_bias, reads, strict=True
+        ):
+            query, key, value = tf.split(
+                block["query_key_value"](block["norm_attention"](hidden)), 3, 1
+            )
             at = position[None]
             if asked is not None:
                 at, rows = asked[:, None], tf.range(tf.size(asked)) * tf.size(position) + asked
@@ -133,8 +159,12 @@ class Transformer(HistoryEncoder):
             bias = tf.where(back >= 0, tf.gather(distance_bias, tf.maximum(back, 0), axis=1), -1e9)
             query = self._by_head(query, tf.shape(at)[1])
             key, value = (self._by_head(x, tf.size(position)) for x in (key, value))
-            weights = tf.nn.softmax(tf.matmul(query, key, transpose_b=True) / query.shape[-1] ** 0.5 + bias)
-            heads = tf.transpose(tf.matmul(self._dropout(weights, training=training), value), [1, 2, 0, 3])
+            weights = tf.nn.softmax(
+                tf.matmul(query, key, transpose_b=True) / query.shape[-1] ** 0.5 + bias
+            )
+            heads = tf.transpose(
+                tf.matmul(self._dropout(weights, training=training), value), [1, 2, 0, 3]
+            )
             attended = block["attended"](tf.reshape(heads, [-1, self._dim]))
             hidden += self._dropout(attended, training=training)
             fed = block["feed_out"](block["feed_in"](block["norm_feed"](hidden)))
@@ -143,10 +173,17 @@ class Transformer(HistoryEncoder):
 
     def _by_head(self, x: tf.Tensor, length: tf.Tensor) -> tf.Tensor:
         """[B x L, d] -> [heads, B, L, d / heads]."""
-        return tf.transpose(tf.reshape(x, [-1, length, self._heads, self._dim // self._heads]), [2, 0, 1, 3])
+        return tf.transpose(
+            tf.reshape(x, [-1, length, self._heads, self._dim // self._heads]), [2, 0, 1, 3]
+        )
 
 
-ENCODERS: dict[str, Any] = {"two_tower": Average, "gru4rec": Gru, "sasrec": Transformer, "autoencoder": Autoencoder}
+ENCODERS: dict[str, Any] = {
+    "two_tower": Average,
+    "gru4rec": Gru,
+    "sasrec": Transformer,
+    "autoencoder": Autoencoder,
+}
 
 
 class CandidateTower(tf.keras.layers.Layer):
@@ -155,13 +192,20 @@ class CandidateTower(tf.keras.layers.Layer):
     def __init__(self, config: Retrieval, corpus: Corpus) -> None:
         super().__init__(name="candidate_tower")
         self.items = Encoder(
-            corpus.items, corpus.item_columns, corpus.item_table, config.embedding_dim, UNKNOWN,
-            id_dropout=0.02 if corpus.item_columns else 0.0, name="items",
-        )  # fmt: skip
+            corpus.items,
+            corpus.item_columns,
+            corpus.item_table,
+            config.embedding_dim,
+            UNKNOWN,
+            id_dropout=0.02 if corpus.item_columns else 0.0,
+            name="items",
+        )
         self._trained_rows = corpus.items.first + corpus.items.trained
         self._bias = tf.keras.layers.Embedding(self._trained_rows, 1, "zeros", name="bias")
         # What is added to the bias for popularity after training (model.calibrate).
-        self.lean = self.add_weight(name="lean", shape=[self._trained_rows, 1], initializer="zeros", trainable=False)
+        self.lean = self.add_weight(
+            name="lean", shape=[self._trained_rows, 1], initializer="zeros", trainable=False
+        )
 
     def call(self, rows: tf.Tensor, training: bool = False) -> tf.Tensor:
         """int32 item rows [...] -> [..., d + 1]."""
@@ -178,18 +222,30 @@ class QueryTower(tf.keras.layers.Layer):
         super().__init__(name="query_tower")
         self._items = items
         self._encoder = ENCODERS[config.arch](config)
-        self.of_sets = self._encoder.of_sets  # then there is one query for all positions, linear in the history
+        self.of_sets = (
+            self._encoder.of_sets
+        )  # then there is one query for all positions, linear in the history
         self._query_time = config.query_time
         self.users = None
         if config.user_id or corpus.user_columns:
             self.users = Encoder(
-                corpus.users, corpus.user_columns, corpus.user_table, config.embedding_dim, UNKNOWN_USER,
-                use_id=config.user_id, id_dropout=0.1, name="users",
-            )  # fmt: skip
+                corpus.users,
+                corpus.user_columns,
+                corpus.user_table,
+                config.embedding_dim,
+                UNKNOWN_USER,
+                use_id=config.user_id,
+                id_dropout=0.1,
+                name="users",
+            )
         # One mask for all positions of a window: drawing random numbers would take a quarter of a two_tower step.
         self._dropout = tf.keras.layers.Dropout(config.dropout, noise_shape=(None, 1, None))
-        self._context = tf.keras.layers.Dense(2 * config.embedding_dim, activation="relu", name="context")
-        self._dense = tf.keras.layers.Dense(config.embedding_dim, kernel_initializer="zeros", name="add_context")
+        self._context = tf.keras.layers.Dense(
+            2 * config.embedding_dim, activation="relu", name="context"
+        )
+        self._dense = tf.keras.layers.Dense(
+            config.embedding_dim, kernel_initializer="zeros", name="add_context"
+        )
 
     def call(
         self,

@@ -39,8 +39,12 @@ class Backend(Protocol):
     users: list[str]
     metadata: dict[str, dict[str, Any]]
 
-    def answer(self, user_ids: Sequence[str], histories: Sequence[Any], excluded: Sequence[list[str]]) -> Arrays: ...
-    def answer_within(self, user_id: str, history: list[str] | None, rows: np.ndarray) -> Arrays | None: ...
+    def answer(
+        self, user_ids: Sequence[str], histories: Sequence[Any], excluded: Sequence[list[str]]
+    ) -> Arrays: ...
+    def answer_within(
+        self, user_id: str, history: list[str] | None, rows: np.ndarray
+    ) -> Arrays | None: ...
     def similar(self, item_ids: list[str]) -> tuple[np.ndarray, np.ndarray]: ...
     def histories(self, user_ids: list[str]) -> list[list[str]]: ...
     def cosines(self, items: list[str], others: list[str]) -> np.ndarray: ...
@@ -69,7 +73,9 @@ class Catalogue:
         self.ids: list[str] = self._table["item_id"].to_pylist()
         self.row_of = {item: row for row, item in enumerate(self.ids)}
         self._text = lru_cache(100_000)(self._write)
-        self._rows_by_value = lru_cache(None)(self._collect)  # a million items: 0.3 s when a filter first names genres
+        self._rows_by_value = lru_cache(None)(
+            self._collect
+        )  # a million items: 0.3 s when a filter first names genres
 
     def rows(self, items: Iterable[str]) -> list[int]:
         """Of the items that there are."""
@@ -84,14 +90,23 @@ class Catalogue:
         return f"{begin}{'null' if score_or_none(score) is None else score}{end}{explain}}}"
 
     def _write(self, row: int) -> tuple[str, str]:
-        shown = {name: value for name, value in self.item(row).items() if name not in ("item_id", "score", "explain")}
-        return f'{{"item_id":{to_json(self.ids[row])},"score":', f",{to_json(shown)[1:-1]}" if shown else ""
+        shown = {
+            name: value
+            for name, value in self.item(row).items()
+            if name not in ("item_id", "score", "explain")
+        }
+        return (
+            f'{{"item_id":{to_json(self.ids[row])},"score":',
+            f",{to_json(shown)[1:-1]}" if shown else "",
+        )
 
     def matching(self, wanted: dict[str, list[Any]]) -> np.ndarray:
         """[M] rows, ascending, that have one of the values in every one of the columns."""
         rows = np.arange(len(self.ids))
         for name, values in wanted.items():
-            found = [row for value in set(values) for row in self._rows_by_value(name).get(value, ())]
+            found = [
+                row for value in set(values) for row in self._rows_by_value(name).get(value, ())
+            ]
             rows = np.intersect1d(rows, np.array(found, int))
         return rows
 
@@ -104,7 +119,9 @@ class Catalogue:
 
     def find(self, text: str, limit: int) -> list[int]:
         """The rows of the most popular items with this text in their title (without titles: id), in any case."""
-        column = pc.cast(self._table["title" if "title" in self.columns else "item_id"], pa.string())
+        column = pc.cast(
+            self._table["title" if "title" in self.columns else "item_id"], pa.string()
+        )
         found = pc.match_substring(column, text, ignore_case=True).fill_null(False)
         return np.flatnonzero(found.to_numpy())[:limit].tolist()
 
@@ -121,7 +138,10 @@ class Place(NamedTuple):
 def places_of(found: Arrays, width: int) -> list[list[Place]]:
     """The first `width` places of each row of what was found."""
     parts = (found[name][:, :width].tolist() for name in ("rows", "scores", "ranks", "retrieved"))
-    return [[Place(*each) for each in zip(*row, strict=True) if each[0] >= 0] for row in zip(*parts, strict=True)]
+    return [
+        [Place(*each) for each in zip(*row, strict=True) if each[0] >= 0]
+        for row in zip(*parts, strict=True)
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,9 +161,14 @@ class Engine:
         engine = cls(backend, Catalogue(backend.items))
         first = engine.catalogue.ids[0]
         user = backend.users[0] if backend.users else None
-        requests = [RecommendRequest(user_id=user, explain=True), RecommendRequest(history=[first], exclude=[first])]
+        requests = [
+            RecommendRequest(user_id=user, explain=True),
+            RecommendRequest(history=[first], exclude=[first]),
+        ]
         for answer in map(json.loads, engine.recommend(requests)):
-            if len(engine.catalogue.ids) > 1 and not any(item["score"] is not None for item in answer["items"]):
+            if len(engine.catalogue.ids) > 1 and not any(
+                item["score"] is not None for item in answer["items"]
+            ):
                 raise UserError(f"the bundles {engine.versions} answer without a single score")
         backend.answer_within("", [first], np.arange(1))
         engine.similar([(first, 1)])
@@ -161,28 +186,43 @@ class Engine:
     def check(self, k: int, columns: Iterable[str] = ()) -> None:
         """Raises UserError if the bundle does not retrieve k items, or the catalogue has no such column."""
         if k > self.max_k:
-            raise UserError(f"k: must be at most {self.max_k}, which is as many as the bundle retrieves")
+            raise UserError(
+                f"k: must be at most {self.max_k}, which is as many as the bundle retrieves"
+            )
         for name in columns:
             if name not in self.catalogue.columns:
-                nearest = difflib.get_close_matches(name[:64], self.catalogue.columns, n=1, cutoff=0.0)[0]
-                raise UserError(f"filter: there is no column {name[:64]!r}; did you mean {nearest}?")
+                nearest = difflib.get_close_matches(
+                    name[:64], self.catalogue.columns, n=1, cutoff=0.0
+                )[0]
+                raise UserError(
+                    f"filter: there is no column {name[:64]!r}; did you mean {nearest}?"
+                )
 
     def recommend(self, requests: Sequence[RecommendRequest]) -> list[str]:
         """The answers (schemas.Recommendations) to a batch of requests, in its order."""
         start = time.perf_counter()
-        users, histories = [request.user_id or "" for request in requests], [request.history for request in requests]
+        users, histories = (
+            [request.user_id or "" for request in requests],
+            [request.history for request in requests],
+        )
         found = self.backend.answer(users, histories, [request.exclude for request in requests])
         called = time.perf_counter()
         STAGE_SECONDS.labels("model").observe(called - start)
         COLD.inc(int(found["cold"].sum()))
         model, answers = to_json(self.versions), []
         width = max(self.max_k if request.filter else request.k for request in requests)
-        for request, places, cold in zip(requests, places_of(found, width), found["cold"].tolist(), strict=True):
+        for request, places, cold in zip(
+            requests, places_of(found, width), found["cold"].tolist(), strict=True
+        ):
             if request.filter or len(places) < request.k:
                 places = self._choose(request, places)
-            more, reasons = self._explained(request, places[: request.k], cold) if request.explain else ("", [])
+            more, reasons = (
+                self._explained(request, places[: request.k], cold) if request.explain else ("", [])
+            )
             show = zip(places[: request.k], reasons or [""] * request.k, strict=False)
-            shown = ",".join([self.catalogue.show(place.row, place.score, reason) for place, reason in show])
+            shown = ",".join(
+                [self.catalogue.show(place.row, place.score, reason) for place, reason in show]
+            )
             rest = f'"cold_start":{"true" if cold else "false"},"model":{model}{more}'
             answers.append(f'{{"user_id":{to_json(request.user_id)},"items":[{shown}],{rest}}}')
         STAGE_SECONDS.labels("answer").observe(time.perf_counter() - called)
@@ -193,15 +233,25 @@ class Engine:
         model, answers = to_json(self.versions), []
         rows, scores = self.backend.similar([item for item, _ in wanted])
         for (item, k), *found in zip(wanted, rows.tolist(), scores.tolist(), strict=True):
-            shown = [self.catalogue.show(row, score) for row, score in zip(*found, strict=True) if row >= 0][:k]
-            answers.append(f'{{"item_id":{to_json(item)},"items":[{",".join(shown)}],"model":{model}}}')
+            shown = [
+                self.catalogue.show(row, score)
+                for row, score in zip(*found, strict=True)
+                if row >= 0
+            ][:k]
+            answers.append(
+                f'{{"item_id":{to_json(item)},"items":[{",".join(shown)}],"model":{model}}}'
+            )
         return answers
 
     def histories(self, users: Sequence[str]) -> list[str]:
         """The answers: what the bundle stores of each user."""
         found = zip(users, self.backend.histories(list(users)), strict=True)
-        shown = ((user, map(self.catalogue.show, self.catalogue.rows(items))) for user, items in found)
-        return [f'{{"user_id":{to_json(user)},"items":[{",".join(items)}]}}' for user, items in shown]
+        shown = (
+            (user, map(self.catalogue.show, self.catalogue.rows(items))) for user, items in found
+        )
+        return [
+            f'{{"user_id":{to_json(user)},"items":[{",".join(items)}]}}' for user, items in shown
+        ]
 
     def close(self, _: Sequence[None]) -> list[None]:
         self.backend.close()
@@ -214,21 +264,31 @@ class Engine:
         """The k best items that the filter lets pass, of the candidates if they are enough."""
         allowed = self.catalogue.matching(request.filter)
         passing = np.isin([place.row for place in places], allowed)
-        places = [place for place, passes in zip(places, passing, strict=True) if passes][: request.k]
+        places = [place for place, passes in zip(places, passing, strict=True) if passes][
+            : request.k
+        ]
         if len(places) == request.k:
             return places
-        taken = self.catalogue.rows([*request.exclude, *(request.history or ()), *self._stored(request)])
+        taken = self.catalogue.rows(
+            [*request.exclude, *(request.history or ()), *self._stored(request)]
+        )
         rest = np.setdiff1d(allowed, taken)
         if request.filter and len(rest) > len(places):
-            deeper = self.backend.answer_within(request.user_id or "", request.history, rest[:DEEPEST])
+            deeper = self.backend.answer_within(
+                request.user_id or "", request.history, rest[:DEEPEST]
+            )
             places = places if deeper is None else places_of(deeper, request.k)[0]
         popular = np.setdiff1d(rest, [place.row for place in places])[: request.k - len(places)]
         return [*places, *map(Place, popular.tolist())]
 
-    def _explained(self, request: RecommendRequest, places: list[Place], cold: bool) -> tuple[str, list[str]]:
+    def _explained(
+        self, request: RecommendRequest, places: list[Place], cold: bool
+    ) -> tuple[str, list[str]]:
         """The history, and of each item where it comes from (schemas.Item), both as JSON to add."""
         catalogue = self.catalogue
-        history = catalogue.rows(self._stored(request) if request.history is None else request.history)
+        history = catalogue.rows(
+            self._stored(request) if request.history is None else request.history
+        )
         near, latest = np.full((len(places), 1), LOWEST), history[-COMPARED:]
         if latest and places:
             ids = [catalogue.ids[place.row] for place in places]
@@ -242,6 +302,11 @@ class Engine:
                 nearest = {name: item[name] for name in ("item_id", "title") if name in item}
                 nearest["similarity"] = float(near[at, best])
             ranked = place.score if "ranking" in self.backend.metadata and not cold else None
-            scores = {"retrieval_score": score_or_none(place.retrieved), "ranking_score": score_or_none(ranked)}
-            reasons.append(f',"explain":{to_json({"retrieval_rank": place.rank, **scores, "nearest": nearest})}')
+            scores = {
+                "retrieval_score": score_or_none(place.retrieved),
+                "ranking_score": score_or_none(ranked),
+            }
+            reasons.append(
+                f',"explain":{to_json({"retrieval_rank": place.rank, **scores, "nearest": nearest})}'
+            )
         return f',"history":[{",".join(map(catalogue.show, history))}]', reasons

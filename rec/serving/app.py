@@ -28,7 +28,17 @@ from rec.serving.gate import BATCH, RELOAD, Gate, Tokens
 from rec.serving.schemas import BatchRequest, Problem, RecommendRequest
 from rec.serving.service import Service
 
-SHOWN = ("version", "id", "architecture", "metrics", "index", "built_from", "dataset", "created", "libraries")
+SHOWN = (
+    "version",
+    "id",
+    "architecture",
+    "metrics",
+    "index",
+    "built_from",
+    "dataset",
+    "created",
+    "libraries",
+)
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -38,7 +48,11 @@ PAGE_HEADERS = {
 
 
 def create_app(
-    service: Service, tokens: Tokens, follow: float = 0, origins: tuple[str, ...] = (), access_log: bool = False
+    service: Service,
+    tokens: Tokens,
+    follow: float = 0,
+    origins: tuple[str, ...] = (),
+    access_log: bool = False,
 ) -> ASGIApp:
     """The application; it answers /v1/* with 503 until the service has loaded its engine.
 
@@ -58,35 +72,57 @@ def create_app(
         gate.flush()
 
     app = FastAPI(
-        title="rec", version=rec.__version__, summary="Recommendations", redirect_slashes=False, lifespan=lifespan,
-        exception_handlers={HTTPException: _refused, UserError: _refused, RequestValidationError: _invalid,
-                            Exception: _failed},
-    )  # fmt: skip
+        title="rec",
+        version=rec.__version__,
+        summary="Recommendations",
+        redirect_slashes=False,
+        lifespan=lifespan,
+        exception_handlers={
+            HTTPException: _refused,
+            UserError: _refused,
+            RequestValidationError: _invalid,
+            Exception: _failed,
+        },
+    )
     app.state.service = service
     app.include_router(v1)
     app.include_router(around)
     gate = Gate(Fast(app, service), tokens, access_log)
-    return CORSMiddleware(gate, origins, allow_methods=["*"], allow_headers=["*"]) if origins else gate
+    return (
+        CORSMiddleware(gate, origins, allow_methods=["*"], allow_headers=["*"]) if origins else gate
+    )
 
 
 class Fast:
     """The address that most requests are for, in plain ASGI: FastAPI's way to the same answer takes 90 microseconds
     more, a quarter of all that a request costs. Whatever is unusual goes FastAPI's way."""
 
-    PATH, QUERY = re.compile(r"/v1/users/(.{1,512})/recommendations"), re.compile(rb"(?:k=([1-9]\d{0,3}))?")
+    PATH, QUERY = (
+        re.compile(r"/v1/users/(.{1,512})/recommendations"),
+        re.compile(rb"(?:k=([1-9]\d{0,3}))?"),
+    )
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         user = k = None
-        if scope["type"] == "http" and scope["method"] == "GET" and self._service.engine is not None:
-            user, k = self.PATH.fullmatch(scope["path"]), self.QUERY.fullmatch(scope["query_string"])
+        if (
+            scope["type"] == "http"
+            and scope["method"] == "GET"
+            and self._service.engine is not None
+        ):
+            user, k = (
+                self.PATH.fullmatch(scope["path"]),
+                self.QUERY.fullmatch(scope["query_string"]),
+            )
         if user is None or k is None:
             return await self._app(scope, receive, send)
         scope["address"] = "/v1/users/{user_id:path}/recommendations"
         try:
-            answer = await recommend(RecommendRequest(user_id=user[1], k=int(k[1] or 10)), self._service)
+            answer = await recommend(
+                RecommendRequest(user_id=user[1], k=int(k[1] or 10)), self._service
+            )
         except (UserError, HTTPException) as error:
             answer = await _refused(None, error)
         except Exception as error:
@@ -107,11 +143,15 @@ class Json(Response):
 # Addresses
 
 Serving = Annotated[Service, Depends(_service)]
-InPath = Annotated[str, Path(min_length=1, max_length=512)]  # may hold slashes, as they are or as %2F
+InPath = Annotated[
+    str, Path(min_length=1, max_length=512)
+]  # may hold slashes, as they are or as %2F
 K = Annotated[int, Query(ge=1, description="How many items; at most max_k of /v1/models.")]
 Limit = Annotated[int, Query(ge=1, le=100)]
 
-PROBLEMS: dict[int | str, dict[str, Any]] = {s: {"model": Problem} for s in (400, 401, 403, 404, 409, 413, 422, 503)}
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    s: {"model": Problem} for s in (400, 401, 403, 404, 409, 413, 422, 503)
+}
 v1 = APIRouter(prefix="/v1", responses=PROBLEMS)
 around = APIRouter(responses={status: PROBLEMS[status] for status in (401, 403, 503)})
 
@@ -136,7 +176,9 @@ async def recommend_to_many(body: BatchRequest, service: Serving) -> Response:
     engine = service.ready
     for request in body.requests:
         engine.check(request.k, request.filter)
-    return Json(f'{{"answers":[{",".join(await service.ask(engine, "recommend", *body.requests))}]}}')
+    return Json(
+        f'{{"answers":[{",".join(await service.ask(engine, "recommend", *body.requests))}]}}'
+    )
 
 
 @v1.get("/items/{item_id:path}/similar", response_model=schemas.Similar)
@@ -150,7 +192,9 @@ async def similar(item_id: InPath, service: Serving, k: K = 10) -> Response:
 
 
 @v1.get("/items", response_model=schemas.Items)
-def find_items(service: Serving, q: Annotated[str, Query(max_length=100)] = "", limit: Limit = 20) -> Response:
+def find_items(
+    service: Serving, q: Annotated[str, Query(max_length=100)] = "", limit: Limit = 20
+) -> Response:
     """The most popular items with this text in their title (without titles: in their id), in upper or lower case."""
     catalogue = service.ready.catalogue
     return Json(f'{{"items":[{",".join(map(catalogue.show, catalogue.find(q, limit)))}]}}')
@@ -173,9 +217,17 @@ async def models(service: Serving) -> Response:
     """What answers: each stage's bundle, the largest k, the columns that a filter can name, and what failed to load."""
     engine = service.ready
     stages = engine.backend.metadata.items()
-    found = {stage: {key: metadata[key] for key in SHOWN if key in metadata} for stage, metadata in stages}
+    found = {
+        stage: {key: metadata[key] for key in SHOWN if key in metadata}
+        for stage, metadata in stages
+    }
     catalogue = {"items": len(engine.catalogue.ids), "columns": engine.catalogue.columns}
-    answer = {"models": as_json(found), "catalogue": catalogue, "max_k": engine.max_k, "failed": service.failed}
+    answer = {
+        "models": as_json(found),
+        "catalogue": catalogue,
+        "max_k": engine.max_k,
+        "failed": service.failed,
+    }
     return JSONResponse(answer)
 
 
@@ -210,7 +262,12 @@ def prometheus() -> Response:
 @around.get("/", include_in_schema=False)
 def page() -> Response:
     """The demo page."""
-    return Response((FilePath(__file__).parent / "ui.html").read_bytes(), 200, PAGE_HEADERS, "text/html; charset=utf-8")
+    return Response(
+        (FilePath(__file__).parent / "ui.html").read_bytes(),
+        200,
+        PAGE_HEADERS,
+        "text/html; charset=utf-8",
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -225,19 +282,32 @@ SENTENCES = {  # in place of the framework's two words
 async def _refused(_: Request | None, error: Any) -> JSONResponse:
     if isinstance(error, UserError):
         return JSONResponse({"detail": str(error)}, 422)
-    return JSONResponse({"detail": SENTENCES.get(error.detail, error.detail)}, error.status_code, error.headers)
+    return JSONResponse(
+        {"detail": SENTENCES.get(error.detail, error.detail)}, error.status_code, error.headers
+    )
 
 
 async def _invalid(_: Request, error: Any) -> JSONResponse:
     """The first thing that is wrong with a request. What is quoted from it is cut short, and escaped by repr."""
     first = error.errors()[0]
-    kind, message, place = first["type"], first["msg"], first["loc"][1:4]  # without the type of a union
+    kind, message, place = (
+        first["type"],
+        first["msg"],
+        first["loc"][1:4],
+    )  # without the type of a union
     if kind == "json_invalid":
-        return JSONResponse({"detail": f"the body is not JSON: {first['ctx']['error']} at character {place[0]}"}, 400)
+        return JSONResponse(
+            {"detail": f"the body is not JSON: {first['ctx']['error']} at character {place[0]}"},
+            400,
+        )
     if not place:
-        sentence = "the body must be a JSON object, sent with the header Content-Type: application/json"
+        sentence = (
+            "the body must be a JSON object, sent with the header Content-Type: application/json"
+        )
     elif kind == "extra_forbidden":
-        nearest = difflib.get_close_matches(place[0][:64], RecommendRequest.model_fields, n=1, cutoff=0.0)[0]
+        nearest = difflib.get_close_matches(
+            place[0][:64], RecommendRequest.model_fields, n=1, cutoff=0.0
+        )[0]
         sentence = f"{place[0][:64]!r}: unknown key; did you mean {nearest}?"
     else:
         where = "".join(f"[{at if isinstance(at, int) else at[:64]!r}]" for at in place[1:])

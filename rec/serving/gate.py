@@ -44,7 +44,9 @@ class Tokens:
         values = {**dotenv_values(".env", interpolate=False), **os.environ}
         names = ("REC_API_TOKENS", "API_TOKENS", "REC_ADMIN_TOKENS")
         lists = [(values.get(name) or "").split(",") for name in names]
-        api, fallback, admin = (tuple(token.strip() for token in each if token.strip()) for each in lists)
+        api, fallback, admin = (
+            tuple(token.strip() for token in each if token.strip()) for each in lists
+        )
         return cls(api or fallback, admin, required)
 
     def refusal(self, path: str, authorization: bytes) -> JSONResponse | None:
@@ -54,9 +56,13 @@ class Tokens:
             return None  # the page has no data of its own: it asks for a token, and sends it with what it asks
         accepted = self.admin if path == RELOAD else self.admin + self.api
         if not accepted:
-            return JSONResponse({"detail": "this server was started without the tokens that open this address"}, 403)
+            return JSONResponse(
+                {"detail": "this server was started without the tokens that open this address"}, 403
+            )
         scheme, _, sent = authorization.partition(b" ")
-        equal = [hmac.compare_digest(sent.strip(), known.encode()) for known in accepted]  # all: time tells nothing
+        equal = [
+            hmac.compare_digest(sent.strip(), known.encode()) for known in accepted
+        ]  # all: time tells nothing
         if scheme.lower() == b"bearer" and any(equal):
             return None
         sentence = "this address needs the header Authorization: Bearer TOKEN, with a valid token"
@@ -77,7 +83,9 @@ class Exchange:
         message = await self._receive()
         self._received += len(message.get("body", b""))
         if self._received > self._limit:
-            raise HTTPException(413, f"the body is too long: at most {self._limit:,} bytes are read")
+            raise HTTPException(
+                413, f"the body is too long: at most {self._limit:,} bytes are read"
+            )
         self.is_read = self.is_read or not message.get("more_body", False)
         return message
 
@@ -88,7 +96,11 @@ class Exchange:
         await self._send(message)
 
     async def cancel_if_gone(self) -> None:
-        if self.is_read and self.task and await Request(self.scope, self._receive).is_disconnected():
+        if (
+            self.is_read
+            and self.task
+            and await Request(self.scope, self._receive).is_disconnected()
+        ):
             self.gone = True
             self.task.cancel()
 
@@ -99,10 +111,14 @@ class Exchange:
         REQUESTS.labels(address, self.status).inc()
         REQUEST_SECONDS.labels(address).observe(seconds)
         line = {
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"), "id": self.id.decode(),
-            "client": (self.scope.get("client") or ("",))[0], "method": self.scope["method"],
-            "path": self.scope["path"], "status": self.status, "ms": round(seconds * 1000, 2),
-        }  # fmt: skip
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "id": self.id.decode(),
+            "client": (self.scope.get("client") or ("",))[0],
+            "method": self.scope["method"],
+            "path": self.scope["path"],
+            "status": self.status,
+            "ms": round(seconds * 1000, 2),
+        }
         return json.dumps(line) + "\n"
 
 
@@ -123,7 +139,9 @@ class Gate:
         exchange = Exchange(scope, receive, send, request_id)
         self._open.add(exchange)
         try:
-            app = self._tokens.refusal(scope["path"], headers.get(b"authorization", b"")) or self.app
+            app = (
+                self._tokens.refusal(scope["path"], headers.get(b"authorization", b"")) or self.app
+            )
             await app(scope, exchange.receive, exchange.send)
         except asyncio.CancelledError:
             if not exchange.gone:
@@ -139,7 +157,9 @@ class Gate:
         """For ever: drops the requests of clients that have gone, and writes the log."""
         while True:
             await asyncio.sleep(TICK)
-            for exchange in [each for each in self._open if time.perf_counter() - each.start > TICK]:
+            for exchange in [
+                each for each in self._open if time.perf_counter() - each.start > TICK
+            ]:
                 await exchange.cancel_if_gone()
             self.flush()
 

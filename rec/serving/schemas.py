@@ -6,33 +6,48 @@ from pydantic import BaseModel, ConfigDict, Field
 
 LOWEST = -3.4028234663852886e38  # float32's lowest: the bundles' score of an empty place
 MAX_BODY = 128 * 1024  # bytes: room for the longest history and exclusions with UUIDs as ids
-MAX_BATCH, MAX_BATCH_BODY = 100, 1024 * 1024  # requests, and their bytes, in a body of /v1/recommend/batch
+MAX_BATCH, MAX_BATCH_BODY = (
+    100,
+    1024 * 1024,
+)  # requests, and their bytes, in a body of /v1/recommend/batch
 
 Id = Annotated[str, Field(max_length=512)]
 Ids = Annotated[list[Id], Field(max_length=1000)]
 EXAMPLES: list[Any] = [
     {"user_id": "u7", "k": 3},
-    {"history": ["i1", "i2"], "k": 3, "exclude": ["i5"], "filter": {"genres": ["Comedy"]}, "explain": True},
+    {
+        "history": ["i1", "i2"],
+        "k": 3,
+        "exclude": ["i5"],
+        "filter": {"genres": ["Comedy"]},
+        "explain": True,
+    },
 ]
 
 
 class RecommendRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": EXAMPLES})
 
-    user_id: Id | None = Field(default=None, description="Absent, null, empty or unknown: an anonymous user.")
+    user_id: Id | None = Field(
+        default=None, description="Absent, null, empty or unknown: an anonymous user."
+    )
     history: Ids | None = Field(
-        default=None, description="Items, oldest first, instead of the stored history; unknown ids are ignored."
+        default=None,
+        description="Items, oldest first, instead of the stored history; unknown ids are ignored.",
     )
     k: int = Field(default=10, ge=1, description="How many items; at most max_k of /v1/models.")
     exclude: Ids = Field(default_factory=list, description="Items that must not be in the answer.")
     filter: dict[Id, list[str | int | float | bool]] = Field(
-        default_factory=dict, description="{column: [values]}: items with one of these (a list: in it) in every column."
+        default_factory=dict,
+        description="{column: [values]}: items with one of these (a list: in it) in every column.",
     )
     explain: bool = Field(default=False, description="Say of each item where it comes from.")
 
 
 class BatchRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"requests": EXAMPLES}]})
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"requests": EXAMPLES}]}
+    )
 
     requests: list[RecommendRequest] = Field(min_length=1, max_length=MAX_BATCH)
 
@@ -60,9 +75,13 @@ class Items(BaseModel):
 
 class Recommendations(Items):
     user_id: str | None
-    cold_start: bool = Field(description="Nothing is known of the user: these are the popular items.")
+    cold_start: bool = Field(
+        description="Nothing is known of the user: these are the popular items."
+    )
     model: Versions
-    history: list[Item] | None = Field(default=None, description="With explain: what it rests on, oldest first.")
+    history: list[Item] | None = Field(
+        default=None, description="With explain: what it rests on, oldest first."
+    )
 
 
 class Batch(BaseModel):

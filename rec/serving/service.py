@@ -54,7 +54,9 @@ class Service:
     @property
     def ready(self) -> Engine:
         if self.engine is None:
-            raise HTTPException(503, "the models are being loaded: try again in a few seconds", {"Retry-After": "2"})
+            raise HTTPException(
+                503, "the models are being loaded: try again in a few seconds", {"Retry-After": "2"}
+            )
         return self.engine
 
     # --------------------------------------------------------------------------------------------------------
@@ -67,7 +69,9 @@ class Service:
           HTTPException: 503, because too many requests wait already.
         """
         if self._waiting + len(arguments) > MAX_WAITING:
-            raise HTTPException(503, "the server is overloaded: try again in a second", {"Retry-After": "1"})
+            raise HTTPException(
+                503, "the server is overloaded: try again in a second", {"Retry-After": "1"}
+            )
         loop, now = asyncio.get_running_loop(), time.perf_counter()
         futures = [loop.create_future() for _ in arguments]
         self._waiting += len(futures)
@@ -102,7 +106,9 @@ class Service:
         try:
             answers = function([job.argument for job in group])
         except Exception as error:
-            if len(group) > 1 and not isinstance(error, UnavailableError):  # one is to blame: the others get answers
+            if len(group) > 1 and not isinstance(
+                error, UnavailableError
+            ):  # one is to blame: the others get answers
                 for job in group:
                     self._answer(function, [job])
                 return
@@ -131,13 +137,19 @@ class Service:
         except Exception as error:
             self._refused = None if isinstance(error, UnavailableError) else pair
             named = ", ".join(str(path) for path in pair or () if path)
-            self.failed = {"bundles": named, "error": str(error), "at": datetime.now(UTC).isoformat(timespec="seconds")}
+            self.failed = {
+                "bundles": named,
+                "error": str(error),
+                "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
             RELOADS.labels("failed").inc()
             if isinstance(error, UserError):
                 raise
             if not isinstance(error, UnavailableError):
                 traceback.print_exc()
-            raise UserError(f"{named} cannot be taken into service: {str(error).splitlines()[0]}") from error
+            raise UserError(
+                f"{named} cannot be taken into service: {str(error).splitlines()[0]}"
+            ) from error
         else:
             old, self.engine, self._pair = self.engine, engine, pair  # the step
             self.failed = self._refused = None
@@ -145,7 +157,9 @@ class Service:
             for stage, version in engine.versions.items():
                 VERSION.labels(stage).set(version)
             if old is not None:
-                self._jobs.put(Job(old, "close", engine, None, time.perf_counter()))  # behind all that still need it
+                self._jobs.put(
+                    Job(old, "close", engine, None, time.perf_counter())
+                )  # behind all that still need it
             self._tidy()
         finally:
             self._reloading.release()

@@ -41,7 +41,10 @@ class TfServing:
     _failed: dict[str, float] = field(default_factory=dict)  # when a replica failed last
 
     def answer(
-        self, user_ids: Sequence[str], histories: Sequence[list[str] | None], excluded: Sequence[list[str]]
+        self,
+        user_ids: Sequence[str],
+        histories: Sequence[list[str] | None],
+        excluded: Sequence[list[str]],
     ) -> dict[str, np.ndarray]:
         users, given = list(user_ids), [history is not None for history in histories]
         lists = _padded([history or [] for history in histories])
@@ -51,11 +54,16 @@ class TfServing:
         parts = {"rows": np.array(found["row"]), "retrieved": scores}
         if "ranking" in self.metadata:
             n = self.metadata["ranking"]["config"]["ranking"]["candidates"]
-            ranked = self._call("ranking", "answer", {**asked, "item_id": [row[:n] for row in found["item_id"]]})
+            ranked = self._call(
+                "ranking", "answer", {**asked, "item_id": [row[:n] for row in found["item_id"]]}
+            )
             scores = np.full_like(scores, LOWEST)  # what is not ranked follows in retrieval's order
             scores[:, :n] = np.where(cold[:, None], parts["retrieved"][:, :n], ranked)
         order = np.argsort(-scores, axis=1, kind="stable")
-        ordered = {name: np.take_along_axis(part, order, 1) for name, part in {**parts, "scores": scores}.items()}
+        ordered = {
+            name: np.take_along_axis(part, order, 1)
+            for name, part in {**parts, "scores": scores}.items()
+        }
         return {**ordered, "ranks": order + 1, "cold": cold}
 
     def answer_within(self, user_id: str, history: list[str] | None, rows: np.ndarray) -> None:
@@ -72,7 +80,10 @@ class TfServing:
 
     def cosines(self, items: list[str], others: list[str]) -> np.ndarray:
         """[N, H], known of the items that are among the others' nearest; float32's lowest elsewhere."""
-        near = [dict(zip(*pair, strict=True)) for pair in zip(*(x.tolist() for x in self.similar(others)), strict=True)]
+        near = [
+            dict(zip(*pair, strict=True))
+            for pair in zip(*(x.tolist() for x in self.similar(others)), strict=True)
+        ]
         rows = self.items.index.get_indexer(pd.Index(items)).tolist()
         return np.array([[each.get(row, LOWEST) for each in near] for row in rows], np.float32)
 
@@ -83,20 +94,34 @@ class TfServing:
         """A signature's outputs by name; its only output, without a name."""
         path = f"/v1/models/{stage}/versions/{self.metadata[stage]['version']}:predict"
         self.replicas.append(self.replicas.pop(0))  # each in turn
-        for replica in sorted(self.replicas, key=lambda each: self._failed.get(each, 0) > time.monotonic() - PAUSE):
+        for replica in sorted(
+            self.replicas, key=lambda each: self._failed.get(each, 0) > time.monotonic() - PAUSE
+        ):
             try:
-                answer = self.client.post(replica + path, json={"signature_name": signature, "inputs": inputs})
+                answer = self.client.post(
+                    replica + path, json={"signature_name": signature, "inputs": inputs}
+                )
                 return answer.json()["outputs"]
             except FAILURES as error:
                 reason = str(error) or type(error).__name__
-            except (ValueError, LookupError, TypeError):  # an error is {"error": ..}, a proxy's error a page
+            except (
+                ValueError,
+                LookupError,
+                TypeError,
+            ):  # an error is {"error": ..}, a proxy's error a page
                 reason = f"{answer.status_code} {' '.join(answer.text.split())[:200]}"
             self._failed[replica] = time.monotonic()
-        raise UnavailableError(f"no TF Serving answers for {stage}; the last that was asked, {replica}: {reason}")
+        raise UnavailableError(
+            f"no TF Serving answers for {stage}; the last that was asked, {replica}: {reason}"
+        )
 
 
 def connect(
-    urls: Sequence[str], retrieval: Path, ranking: Path | None, allow_mismatch: bool = False, timeout: float = 2.0
+    urls: Sequence[str],
+    retrieval: Path,
+    ranking: Path | None,
+    allow_mismatch: bool = False,
+    timeout: float = 2.0,
 ) -> TfServing:
     """A fleet that has these bundles loaded.
 
@@ -116,14 +141,19 @@ def connect(
     client, said = httpx.Client(timeout=timeout), []
     for replica in replicas:
         try:
-            answers = [client.get(f"{replica}/v1/models/{s}/versions/{m['version']}") for s, m in metadata.items()]
+            answers = [
+                client.get(f"{replica}/v1/models/{s}/versions/{m['version']}")
+                for s, m in metadata.items()
+            ]
             if all('"AVAILABLE"' in answer.text for answer in answers):
                 return TfServing(replicas, client, *read_catalogue(retrieval), metadata)
             said += [f"{replica}: {' '.join(answer.text.split())[:200]}" for answer in answers]
         except FAILURES as error:
             said.append(f"{replica}: {error}")
     names = " and ".join(f"{stage} version {each['version']}" for stage, each in metadata.items())
-    raise UnavailableError(f"--tf-serving: no replica has {names} loaded ({'; '.join(said) or 'there is no URL'})")
+    raise UnavailableError(
+        f"--tf-serving: no replica has {names} loaded ({'; '.join(said) or 'there is no URL'})"
+    )
 
 
 def _padded(lists: Sequence[list[str]]) -> list[list[str]]:

@@ -24,7 +24,9 @@ def load_six(con: duckdb.DuckDBPyConnection, scratch: Path) -> dict[str, int]:
             ('u', '007', 3.9, 4, 1), ('v', 'b', 2.0, 5, 2), ('u', 'b', 1.0, 3, 3),
             ('u', 'ä, "c"', 3.1, 2, 4), ('v', 'ä, "c"', 9.0, 1, 5), ('v', '007', 1.0, 1, 6)
         ) as rows (user_id, item_id, timestamp, rating, source_row)""")
-    con.execute("create table users as select 'v' as user_id, 30 as age union all select 'stranger', 99")
+    con.execute(
+        "create table users as select 'v' as user_id, 30 as age union all select 'stranger', 99"
+    )
     con.execute("""create table items as select '007' as item_id, 'Bond' as title, ['a', 'b'] as tags
                    union all select 'new', 'Unmet', []""")
     return {"bad_rows": 1}
@@ -46,7 +48,10 @@ def test_interactions_are_typed_and_sorted_by_time_then_source(tmp_path: Path) -
     }
     assert (train["timestamp"].dtype, train["rating"].dtype) == ("int64", "float32")
     assert dataset.interactions("val")["item_id"].tolist() == ["b", 'ä, "c"']
-    assert dataset.interactions("test")["item_id"].tolist() == ["007", 'ä, "c"']  # 3.9 is after 3.1, in second 3 both
+    assert dataset.interactions("test")["item_id"].tolist() == [
+        "007",
+        'ä, "c"',
+    ]  # 3.9 is after 3.1, in second 3 both
     assert dataset.interactions("test")["timestamp"].tolist() == [3, 9]
 
 
@@ -61,12 +66,22 @@ def test_users_that_occur_and_all_items_of_the_catalogue_have_a_row(tmp_path: Pa
     assert items["title"].isna().tolist() == [False, True, False, True]
 
 
-def test_manifest_and_json_line_tell_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_manifest_and_json_line_tell_what_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     dataset = prepare_six(tmp_path / "six")
     counts = {"users": 2, "items": 4, "train": 2, "val": 2, "test": 2}
     assert dataset.manifest["counts"] == counts
-    assert dataset.manifest["columns"]["items"] == {"item_id": "string", "title": "string", "tags": "list<string>"}
-    assert (dataset.ordered, dataset.has_ratings, dataset.split_strategy) == (True, True, "leave_one_out")
+    assert dataset.manifest["columns"]["items"] == {
+        "item_id": "string",
+        "title": "string",
+        "tags": "list<string>",
+    }
+    assert (dataset.ordered, dataset.has_ratings, dataset.split_strategy) == (
+        True,
+        True,
+        "leave_one_out",
+    )
     out, err = capsys.readouterr()
     line = json.loads(out.splitlines()[-1])
     assert line == {
@@ -97,19 +112,35 @@ def test_large_splits_are_several_files_cut_at_the_same_rows_for_any_number_of_t
         con.execute("""create table interactions as select cast(n % 1000 as varchar) as user_id,
             cast(n // 1000 as varchar) as item_id, cast(n * 7919 % 200003 as double) as timestamp, n as source_row
             from range(200000) as numbers (n)""")
-        con.execute("update interactions set item_id = 'x' where source_row % 1000 < 900 and source_row < 1000")
-        con.execute("update interactions set item_id = 'x' where timestamp > 129000 and source_row % 2 = 0")
+        con.execute(
+            "update interactions set item_id = 'x' where source_row % 1000 < 900 and source_row < 1000"
+        )
+        con.execute(
+            "update interactions set item_id = 'x' where timestamp > 129000 and source_row % 2 = 0"
+        )
         return {}
 
     for threads in (1, 4):
-        prepare(tmp_path / str(threads), lambda con, _, n=threads: load_many(con, _, n), "many", "", "temporal", 0)  # type: ignore[misc]
+        prepare(
+            tmp_path / str(threads),
+            lambda con, _, n=threads: load_many(con, _, n),
+            "many",
+            "",
+            "temporal",
+            0,
+        )  # type: ignore[misc]
     one, four = open_dataset(tmp_path / "1"), open_dataset(tmp_path / "4")
     assert one.id == four.id
-    assert [pq.ParquetFile(file).metadata.num_rows for file in one.files("train")][:2] == [50_000, 50_000]
+    assert [pq.ParquetFile(file).metadata.num_rows for file in one.files("train")][:2] == [
+        50_000,
+        50_000,
+    ]
     assert one.interactions("train")["timestamp"].is_monotonic_increasing
 
 
-@pytest.mark.parametrize("name", ["interactions/train/00000.parquet", "users.parquet", "items.parquet"])
+@pytest.mark.parametrize(
+    "name", ["interactions/train/00000.parquet", "users.parquet", "items.parquet"]
+)
 def test_verify_names_the_damaged_file(tmp_path: Path, name: str) -> None:
     dataset = prepare_six(tmp_path / "six")
     verify(dataset)
@@ -158,7 +189,9 @@ def test_an_empty_directory_is_filled_and_a_link_stays_a_link(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("make", [Path.touch, lambda path: (path / "mine").mkdir(parents=True)])
-def test_anything_else_under_the_name_is_never_overwritten(tmp_path: Path, make: Callable[[Path], None]) -> None:
+def test_anything_else_under_the_name_is_never_overwritten(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
     make(tmp_path / "six")
     with pytest.raises(UserError, match="exists and is no dataset"):
         prepare_six(tmp_path / "six")
@@ -178,10 +211,14 @@ def test_a_failure_keeps_the_old_dataset(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["six"]
 
 
-def test_a_killed_command_leaves_nothing_under_the_name_and_the_next_run_works(tmp_path: Path) -> None:
+def test_a_killed_command_leaves_nothing_under_the_name_and_the_next_run_works(
+    tmp_path: Path,
+) -> None:
     command = [sys.executable, "-m", "rec.data_prep.dummy", "--users", "20000", "--items", "2000"]
     command += ["--output-dir", str(tmp_path / "dummy")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("filtering"):  # half-way: the database is filled, nothing is written yet
@@ -211,7 +248,9 @@ def test_the_old_dataset_survives_a_command_stopped_between_its_two_renames(tmp_
 def test_the_temporary_directory_of_a_running_command_is_left_alone(tmp_path: Path) -> None:
     code = "import sys, time, pathlib; from rec.data_prep.write import staging\n"
     code += "with staging(pathlib.Path(sys.argv[1])): print('ready', flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "six")], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "six")], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"

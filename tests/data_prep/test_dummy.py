@@ -21,8 +21,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
-def tables(seed: int = 0, users: int = 400, items: int = 200, per_user: int = 20) -> dict[str, pd.DataFrame]:
-    return {name: table.to_pandas() for name, table in dummy.generate(users, items, per_user, seed).items()}
+def tables(
+    seed: int = 0, users: int = 400, items: int = 200, per_user: int = 20
+) -> dict[str, pd.DataFrame]:
+    return {
+        name: table.to_pandas()
+        for name, table in dummy.generate(users, items, per_user, seed).items()
+    }
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(run) -> None:
@@ -32,7 +37,9 @@ def test_same_seed_same_bytes_other_seed_other_bytes(run) -> None:
 
 
 def test_sizes_are_as_asked_for(run) -> None:
-    dataset = run("--users", "300", "--items", "200", "--interactions-per-user", "12", "--split", "temporal")
+    dataset = run(
+        "--users", "300", "--items", "200", "--interactions-per-user", "12", "--split", "temporal"
+    )
     counts = dataset.manifest["counts"]
     assert (counts["users"], counts["items"]) == (300, 200)
     assert 0.85 < (counts["train"] + counts["val"] + counts["test"]) / (300 * 12) < 1.1
@@ -57,7 +64,11 @@ def test_an_item_is_often_followed_by_its_sequel() -> None:
     number = walk["item_id"].str[1:].astype(int)
     title = walk["item_id"].map(items["title"])
     same_user = walk["user_id"].eq(walk["user_id"].shift(-1))
-    followed = same_user & (number + 1).eq(number.shift(-1)) & title.shift(-1).str.contains(r" \d$", na=False)
+    followed = (
+        same_user
+        & (number + 1).eq(number.shift(-1))
+        & title.shift(-1).str.contains(r" \d$", na=False)
+    )
     assert followed[same_user].mean() > 0.15  # by chance it would be one in 200
 
 

@@ -39,7 +39,10 @@ def csv_files() -> dict[str, bytes]:
         "30,Babylon 5,(no genres listed)\n"
         "40,Fawlty Towers (1975-1979) ,Comedy\n"
     )
-    return {"ratings.csv": f"userId,movieId,rating,timestamp\n{joined(',')}".encode(), "movies.csv": movies.encode()}
+    return {
+        "ratings.csv": f"userId,movieId,rating,timestamp\n{joined(',')}".encode(),
+        "movies.csv": movies.encode(),
+    }
 
 
 def dat_files(encoding: str) -> dict[str, bytes]:
@@ -48,7 +51,10 @@ def dat_files(encoding: str) -> dict[str, bytes]:
 
 
 def flag_files() -> dict[str, bytes]:
-    items = [flagged("10", "Misérables, Les (1995)", "Action", "Children's"), flagged("20", "Land III (1995) (V)")]
+    items = [
+        flagged("10", "Misérables, Les (1995)", "Action", "Children's"),
+        flagged("20", "Land III (1995) (V)"),
+    ]
     items += [flagged("30", 'The "Quote (1996)', "Western")]
     users = "1|24|M|technician|02139\n2|53|F|other|T8H1N\n"
     files = {"u.data": joined("\t"), "u.item": "\n".join([*items, ""]), "u.user": users}
@@ -67,7 +73,9 @@ def zipped(folder: str, files: dict[str, bytes]) -> bytes:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Dataset]:
     def run(*args: str) -> Dataset:
-        monkeypatch.setattr("sys.argv", ["movielens", "--output-dir", str(tmp_path / "data/out"), *args])
+        monkeypatch.setattr(
+            "sys.argv", ["movielens", "--output-dir", str(tmp_path / "data/out"), *args]
+        )
         movielens.main()
         return open_dataset(tmp_path / "data/out")
 
@@ -90,22 +98,35 @@ def test_100k_with_genre_flags_latin1_and_users(run: Run, tmp_path: Path) -> Non
     items = dataset.items().set_index("item_id")
     assert items["title"].tolist() == ["Misérables, Les", "Land III", 'The "Quote']
     assert items["year"].tolist() == [1995, 1995, 1996]
-    assert [list(genres) for genres in items["genres"]] == [["Action", "Children's"], [], ["Western"]]
+    assert [list(genres) for genres in items["genres"]] == [
+        ["Action", "Children's"],
+        [],
+        ["Western"],
+    ]
     assert dataset.users().to_dict("list") == {
         "user_id": ["1", "2"],
         "age": [24, 53],
         "gender": ["M", "F"],
         "occupation": ["technician", "other"],
     }
-    assert dataset.interactions("test")[["user_id", "item_id"]].to_numpy().tolist() == [["1", "30"], ["2", "10"]]
+    assert dataset.interactions("test")[["user_id", "item_id"]].to_numpy().tolist() == [
+        ["1", "30"],
+        ["2", "10"],
+    ]
     assert dataset.manifest["name"] == "ml-100k"
 
 
 def test_1m_with_latin1_titles_and_users(run: Run, tmp_path: Path) -> None:
     files = dat_files("latin-1") | {"users.dat": b"1::F::1::10::48067\n2::M::56::16::70072\n"}
     (tmp_path / "ml-1m.zip").write_bytes(zipped("ml-1m", files))
-    dataset = run("--name", "1m", "--source", str(tmp_path / "ml-1m.zip"), "--split", "leave_one_out")
-    assert dataset.items()["title"].tolist() == ["Misérables, Les", "2001: A Space Odyssey", "X (1)"]
+    dataset = run(
+        "--name", "1m", "--source", str(tmp_path / "ml-1m.zip"), "--split", "leave_one_out"
+    )
+    assert dataset.items()["title"].tolist() == [
+        "Misérables, Les",
+        "2001: A Space Odyssey",
+        "X (1)",
+    ]
     assert dataset.manifest["columns"]["users"] == {
         "user_id": "string",
         "gender": "string",
@@ -125,7 +146,9 @@ def test_10m_with_utf8_titles(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["20m", "25m", "32m", "latest-small"])
 def test_csv_with_quoted_titles(run: Run, tmp_path: Path, name: str) -> None:
     (tmp_path / "m.zip").write_bytes(zipped(f"ml-{name}", csv_files()))
-    items = run("--name", name, "--source", str(tmp_path / "m.zip"), "--split", "leave_one_out").items()
+    items = run(
+        "--name", name, "--source", str(tmp_path / "m.zip"), "--split", "leave_one_out"
+    ).items()
     assert items["title"].tolist() == [
         "City of Lost Children, The (Cité des enfants perdus, La)",
         '"Great Performances" Cats',
@@ -133,17 +156,28 @@ def test_csv_with_quoted_titles(run: Run, tmp_path: Path, name: str) -> None:
         "Fawlty Towers",
     ]
     assert items["year"].fillna(0).tolist() == [1995, 1998, 0, 1975]
-    assert [list(genres) for genres in items["genres"]] == [["Adventure", "Drama"], ["Musical"], [], ["Comedy"]]
+    assert [list(genres) for genres in items["genres"]] == [
+        ["Adventure", "Drama"],
+        ["Musical"],
+        [],
+        ["Comedy"],
+    ]
 
 
-def test_min_rating_keeps_that_rating_and_above(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_min_rating_keeps_that_rating_and_above(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = write(tmp_path / "m", csv_files())
-    dataset = run("--name", "25m", "--source", source, "--split", "leave_one_out", "--min-rating", "2")
+    dataset = run(
+        "--name", "25m", "--source", source, "--split", "leave_one_out", "--min-rating", "2"
+    )
     assert dataset.interactions("train")["rating"].tolist() == [5.0, 2.0, 5.0]
     assert json.loads(capsys.readouterr().out)["dropped"]["below_min_rating"] == 1
 
 
-def test_a_source_of_another_dataset_or_a_broken_zip_is_one_sentence(run: Run, tmp_path: Path) -> None:
+def test_a_source_of_another_dataset_or_a_broken_zip_is_one_sentence(
+    run: Run, tmp_path: Path
+) -> None:
     source = write(tmp_path / "m", csv_files())
     with pytest.raises(UserError, match="m holds no u.data: is it really ml-100k?"):
         run("--name", "100k", "--source", source)
@@ -182,7 +216,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if content is None:
             self.send_error(404)
             return
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.server.ranges else 0
+        start = (
+            int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.server.ranges else 0
+        )
         if start >= len(content):
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(content)}")
@@ -224,14 +260,21 @@ def test_download_is_checked_kept_and_not_repeated(
     fetch: Callable[[], Dataset], server: Server, tmp_path: Path
 ) -> None:
     assert fetch().manifest["counts"]["items"] == 4
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["ml-latest-small.zip", "out"]
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
+        "ml-latest-small.zip",
+        "out",
+    ]
     fetch()
     assert [path for path, _ in server.requests] == [ZIP, f"{ZIP}.md5"]
 
 
-def test_download_resumes_where_it_broke_off(fetch: Callable[[], Dataset], server: Server, tmp_path: Path) -> None:
+def test_download_resumes_where_it_broke_off(
+    fetch: Callable[[], Dataset], server: Server, tmp_path: Path
+) -> None:
     server.most = 300
-    with pytest.raises(UserError, match="broken off after 300 of .*run the command again to resume.*--source"):
+    with pytest.raises(
+        UserError, match="broken off after 300 of .*run the command again to resume.*--source"
+    ):
         fetch()
     assert (tmp_path / PART).stat().st_size == 300
     assert not (tmp_path / "data/out").exists()
@@ -258,7 +301,9 @@ def test_download_from_a_server_without_ranges_begins_again(
     assert fetch().manifest["counts"]["users"] == 2
 
 
-def test_download_with_another_md5_is_thrown_away(fetch: Callable[[], Dataset], server: Server, tmp_path: Path) -> None:
+def test_download_with_another_md5_is_thrown_away(
+    fetch: Callable[[], Dataset], server: Server, tmp_path: Path
+) -> None:
     server.files[ZIP] = server.files[ZIP][:-1] + b"x"
     with pytest.raises(UserError, match="arrived damaged"):
         fetch()

@@ -32,31 +32,58 @@ def split_of(engine: Engine, strategy: str, seed: int = 0) -> dict[str, set[str]
     filter_interactions(engine, None, 1)
     split_interactions(engine, strategy, seed)
     rows = engine.rows("select split, user_id || ' ' || item_id from interactions")
-    return {part: {pair for split, pair in rows if split == part} for part in ("train", "val", "test")}
+    return {
+        part: {pair for split, pair in rows if split == part} for part in ("train", "val", "test")
+    }
 
 
 def test_temporal_cuts_at_80_and_90_percent_of_the_interactions() -> None:
     engine = database(ORDERED, [(f"u{number}", "i", 100.0 + number) for number in range(20)])
     parts = split_of(engine, "temporal")
     assert [len(parts[part]) for part in ("train", "val", "test")] == [16, 2, 2]
-    assert engine.rows("select max(timestamp) from interactions where split = 'train'") == [(115.0,)]
+    assert engine.rows("select max(timestamp) from interactions where split = 'train'") == [
+        (115.0,)
+    ]
 
 
 def test_temporal_cut_never_falls_between_equal_times() -> None:
-    times = [1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 9, 10]  # 80 % of 12 lie at or before the tenth, the last of the eights
-    engine = database(ORDERED, [(f"u{number}", "i", float(time)) for number, time in enumerate(times)])
+    times = [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+        8,
+        8,
+        9,
+        10,
+    ]  # 80 % of 12 lie at or before the tenth, the last of the eights
+    engine = database(
+        ORDERED, [(f"u{number}", "i", float(time)) for number, time in enumerate(times)]
+    )
     filter_interactions(engine, None, 1)
-    assert split_interactions(engine, "temporal", 0) == {"strategy": "temporal", "val_from": 9, "test_from": 10}
+    assert split_interactions(engine, "temporal", 0) == {
+        "strategy": "temporal",
+        "val_from": 9,
+        "test_from": 10,
+    }
     eights = engine.rows("select distinct split from interactions where timestamp = 8")
     assert eights == [("train",)]
 
 
 def test_temporal_cut_keeps_fractions_of_a_second_together() -> None:
     times = [1, 2, 3, 4, 5, 6, 7, 8.25, 9.5, 10.75]
-    engine = database(ORDERED, [(f"u{number}", "i", float(time)) for number, time in enumerate(times)])
+    engine = database(
+        ORDERED, [(f"u{number}", "i", float(time)) for number, time in enumerate(times)]
+    )
     assert split_of(engine, "temporal") == {
-        "train": {f"u{number} i" for number in range(8)}, "val": {"u8 i"}, "test": {"u9 i"},
-    }  # fmt: skip
+        "train": {f"u{number} i" for number in range(8)},
+        "val": {"u8 i"},
+        "test": {"u9 i"},
+    }
 
 
 def test_temporal_without_timestamps_says_what_to_do() -> None:
@@ -71,16 +98,29 @@ def test_temporal_with_one_time_only_is_refused() -> None:
 
 
 def test_leave_one_out_takes_the_last_and_the_last_but_one() -> None:
-    rows = [("u", "c", 3.0), ("u", "a", 1.0), ("u", "b", 2.0), ("v", "b", 9.0), ("v", "c", 8.0), ("w", "c", 1.0)]
+    rows = [
+        ("u", "c", 3.0),
+        ("u", "a", 1.0),
+        ("u", "b", 2.0),
+        ("v", "b", 9.0),
+        ("v", "c", 8.0),
+        ("w", "c", 1.0),
+    ]
     parts = split_of(database(ORDERED, rows + [("w", "b", 2.0), ("w", "a", 0.0)]), "leave_one_out")
     assert parts["test"] == {"u c", "w b"}
     assert parts["val"] == {"u b", "w c"}
-    assert parts["train"] == {"u a", "w a", "v b", "v c"}  # v has two interactions, which stay in train
+    assert parts["train"] == {
+        "u a",
+        "w a",
+        "v b",
+        "v c",
+    }  # v has two interactions, which stay in train
 
 
 def test_leave_one_out_resolves_ties_in_time_by_the_order_of_the_source() -> None:
     parts = split_of(
-        database(ORDERED, [("u", "b", 1.0), ("u", "c", 1.0), ("u", "a", 1.0), ("v", "a", 0.0)]), "leave_one_out"
+        database(ORDERED, [("u", "b", 1.0), ("u", "c", 1.0), ("u", "a", 1.0), ("v", "a", 0.0)]),
+        "leave_one_out",
     )
     assert parts == {"train": {"u b", "v a"}, "val": {"u c"}, "test": {"u a"}}
 
@@ -111,11 +151,19 @@ def test_given_split_keeps_a_pair_only_in_its_earliest_split() -> None:
     assert filter_interactions(engine, None, 1)["duplicates"] == 2
     split_interactions(engine, "given", 0)
     kept = engine.rows("select split, user_id, item_id from interactions order by all")
-    assert kept == [("test", "v", "a"), ("train", "u", "a"), ("train", "v", "b"), ("val", "u", "b"), ("val", "u", "c")]
+    assert kept == [
+        ("test", "v", "a"),
+        ("train", "u", "a"),
+        ("train", "v", "b"),
+        ("val", "u", "b"),
+        ("val", "u", "c"),
+    ]
 
 
 @pytest.mark.parametrize(("test_time", "is_latest"), [(99, True), (30, False)])
-def test_given_split_without_val_takes_a_tenth_of_train_as_test_was_taken(test_time: int, is_latest: bool) -> None:
+def test_given_split_without_val_takes_a_tenth_of_train_as_test_was_taken(
+    test_time: int, is_latest: bool
+) -> None:
     rows = [(f"u{n % 10}", f"i{n}", float(n), "train") for n in range(100)]
     engine = database(f"{ORDERED}, split varchar", rows)
     engine.con.execute(f"insert into interactions values ('u1', 'i2', {test_time}, 'test', 999)")
@@ -126,7 +174,9 @@ def test_given_split_without_val_takes_a_tenth_of_train_as_test_was_taken(test_t
 
 
 def test_given_split_without_val_or_times_draws_a_tenth_and_leaves_every_user_in_train() -> None:
-    rows: list[Row] = [(f"u{user}", f"i{item}", "train") for user in range(100) for item in range(user % 20 + 1)]
+    rows: list[Row] = [
+        (f"u{user}", f"i{item}", "train") for user in range(100) for item in range(user % 20 + 1)
+    ]
     parts = split_of(database(GIVEN, [*rows, ("u1", "i9", "test")]), "given", seed=3)
     assert 0.06 < len(parts["val"]) / len(rows) < 0.12
     assert {pair.split()[0] for pair in parts["train"]} == {f"u{user}" for user in range(100)}
@@ -134,7 +184,9 @@ def test_given_split_without_val_or_times_draws_a_tenth_and_leaves_every_user_in
 
 def test_test_set_that_repeats_train_is_refused() -> None:
     engine = database(GIVEN, [("u", "a", "train"), ("u", "b", "val"), ("u", "a", "test")])
-    with pytest.raises(UserError, match="leaves test empty: all its interactions are in an earlier split"):
+    with pytest.raises(
+        UserError, match="leaves test empty: all its interactions are in an earlier split"
+    ):
         split_of(engine, "given")
 
 
@@ -146,7 +198,11 @@ def test_test_set_without_an_item_of_train_is_refused() -> None:
 
 def test_duplicates_keep_the_earliest_time_and_are_counted() -> None:
     engine = database(ORDERED, [("u", "a", 5.0), ("u", "a", 2.0), ("u", "b", 3.0), ("u", "a", 2.0)])
-    assert filter_interactions(engine, None, 1) == {"below_min_rating": 0, "duplicates": 2, "of_inactive_users": 0}
+    assert filter_interactions(engine, None, 1) == {
+        "below_min_rating": 0,
+        "duplicates": 2,
+        "of_inactive_users": 0,
+    }
     kept = engine.rows("select item_id, timestamp, source_row from interactions order by item_id")
     assert kept == [("a", 2.0, 2), ("b", 3.0, 3)]
 
@@ -163,7 +219,11 @@ def test_min_rating_applies_before_duplicates_and_min_interactions_after() -> No
     ]
     engine = database(columns, rows)
     dropped = filter_interactions(engine, 3.0, 2)
-    assert dropped == {"below_min_rating": 2, "duplicates": 1, "of_inactive_users": 1}  # v is left with one
+    assert dropped == {
+        "below_min_rating": 2,
+        "duplicates": 1,
+        "of_inactive_users": 1,
+    }  # v is left with one
     assert engine.rows("select user_id, item_id, rating from interactions order by item_id") == [
         ("u", "a", 4.0),
         ("u", "b", 3.0),
@@ -177,5 +237,9 @@ def test_filters_that_leave_nothing_are_refused() -> None:
 
 
 def test_min_rating_compares_as_the_ratings_are_stored() -> None:
-    engine = database("user_id varchar, item_id varchar, rating float", [("u", "a", 3.3), ("u", "b", 3.2)])
-    assert filter_interactions(engine, 3.3, 1)["below_min_rating"] == 1  # 3.3 in 32 bits is less than in 64
+    engine = database(
+        "user_id varchar, item_id varchar, rating float", [("u", "a", 3.3), ("u", "b", 3.2)]
+    )
+    assert (
+        filter_interactions(engine, 3.3, 1)["below_min_rating"] == 1
+    )  # 3.3 in 32 bits is less than in 64

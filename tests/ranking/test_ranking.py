@@ -10,7 +10,15 @@ from rec.errors import UserError
 from rec.features import PAD
 from rec.fit import LazyAdam
 from rec.ranking.archs import ARCHS
-from rec.ranking.candidates import CandidateLists, all_queries, first_queries, hold_out, list_batches, mine, rated_lists
+from rec.ranking.candidates import (
+    CandidateLists,
+    all_queries,
+    first_queries,
+    hold_out,
+    list_batches,
+    mine,
+    rated_lists,
+)
 from rec.ranking.model import OBJECTIVES, RankingModel, score_candidates, score_lists
 from rec.retrieval.model import RetrievalModel
 from tests.small import corpus
@@ -21,7 +29,13 @@ NOW = tf.constant([2000, 2000], tf.int64)
 
 
 def retrieval(data=SMALL, **changes: Any) -> RetrievalModel:
-    settings = {"arch": "two_tower", "embedding_dim": 8, "window": 4, "uniform_negatives": 6, **changes}
+    settings = {
+        "arch": "two_tower",
+        "embedding_dim": 8,
+        "window": 4,
+        "uniform_negatives": 6,
+        **changes,
+    }
     return RetrievalModel(Retrieval(**settings), data)
 
 
@@ -42,7 +56,10 @@ def test_a_temporal_data_set_is_held_out_by_time_with_its_new_users():
 
 
 def test_without_order_the_labels_are_drawn():
-    drawn = {tuple(hold_out(corpus([[3, 4, 5, 6]], ordered=False), 0.25, seed)[1].items) for seed in range(20)}
+    drawn = {
+        tuple(hold_out(corpus([[3, 4, 5, 6]], ordered=False), 0.25, seed)[1].items)
+        for seed in range(20)
+    }
     assert drawn == {(3,), (4,), (5,), (6,)}
 
 
@@ -53,7 +70,14 @@ def test_a_list_is_labelled_by_the_next_item_and_holds_nothing_already_or_later_
     assert lists.user.tolist() == [1, 1]
     assert [[i for i in row if i] for row in lists.history.tolist()] == [[3, 4], [3, 4, 5]]
     assert [lists.items[j][lists.labels[j] == 1].tolist() for j in (0, 1)] == [[5], [6]]
-    assert sorted(lists.items[0]) == [PAD, PAD, PAD, 5, 7, 8]  # without 3 and 4 (seen) and 6 (chosen later)
+    assert sorted(lists.items[0]) == [
+        PAD,
+        PAD,
+        PAD,
+        5,
+        7,
+        8,
+    ]  # without 3 and 4 (seen) and 6 (chosen later)
     assert sorted(lists.items[1]) == [PAD, PAD, PAD, 6, 7, 8]
 
 
@@ -87,11 +111,13 @@ def test_an_architecture_learns_to_prefer_the_labelled_item(arch: str):
     vectors.assign(np.random.default_rng(0).normal(size=vectors.shape))
     model.compile(LazyAdam(0.01))
     batch = {
-        "user": np.array([1, 2], np.int32), "history": np.array([[3, 4], [5, PAD]], np.int32),
+        "user": np.array([1, 2], np.int32),
+        "history": np.array([[3, 4], [5, PAD]], np.int32),
         "items": np.array([[5, 6, 7], [6, 7, PAD]], np.int32),
-        "scores": np.zeros((2, 3), np.float32), "counts": np.zeros((2, 3, NUMBERS), np.float32),
+        "scores": np.zeros((2, 3), np.float32),
+        "counts": np.zeros((2, 3, NUMBERS), np.float32),
         "labels": np.array([[0, 0, 1], [1, 0, 0]], np.float32),
-    }  # fmt: skip
+    }
     model.fit(tf.data.Dataset.from_tensors(batch).repeat(60), verbose=0)
     scores = model.score(
         *(tf.constant(batch[name]) for name in ("user", "history", "items", "scores", "counts"))
@@ -106,13 +132,19 @@ def test_candidates_are_scored_the_same_alone_and_in_a_batch():
         weight.assign(np.random.default_rng(1).normal(0, 0.3, weight.shape))
     users, histories = tf.constant([1, 3]), tf.constant([[3, 4, 5], [PAD, PAD, 8]])
 
-    def scores(users: tf.Tensor, histories: tf.Tensor, items: tf.Tensor, *time: tf.Tensor) -> np.ndarray:
+    def scores(
+        users: tf.Tensor, histories: tf.Tensor, items: tf.Tensor, *time: tf.Tensor
+    ) -> np.ndarray:
         retrieved = towers.score(users, histories, items)
         return score_candidates(model, COUNTS, users, histories, items, retrieved, *time).numpy()
 
     both = scores(users, histories, tf.constant([[6, 7], [5, 6]]), NOW)
-    assert scores(users[1:], tf.constant([[8]]), tf.constant([[5, 6]]), NOW[1:])[0] == pytest.approx(both[1], abs=1e-5)
-    assert scores(users, histories, tf.constant([[6, 7], [5, 6]])) == pytest.approx(both, abs=1e-5)  # now is later
+    assert scores(users[1:], tf.constant([[8]]), tf.constant([[5, 6]]), NOW[1:])[
+        0
+    ] == pytest.approx(both[1], abs=1e-5)
+    assert scores(users, histories, tf.constant([[6, 7], [5, 6]])) == pytest.approx(
+        both, abs=1e-5
+    )  # now is later
 
 
 def test_embeddings_can_start_from_retrieval():
@@ -131,7 +163,10 @@ def test_embeddings_of_another_size_are_refused():
 def test_a_loss_looks_only_at_places_that_hold_a_candidate():
     labels, real = tf.constant([[1.0, 0.0, 0.0]]), tf.constant([[1.0, 1.0, 0.0]])
     for name, loss in OBJECTIVES.items():
-        near, far = (float(loss(labels, tf.constant([[0.5, 0.0, last]]), sample_weight=real)) for last in (0.0, 9.0))
+        near, far = (
+            float(loss(labels, tf.constant([[0.5, 0.0, last]]), sample_weight=real))
+            for last in (0.0, 9.0)
+        )
         assert near == far, name
     scores = tf.constant([[0.0, 0.0, 0.0]])
     losses = {name: float(loss(labels, scores, real)) for name, loss in OBJECTIVES.items()}
@@ -140,7 +175,12 @@ def test_a_loss_looks_only_at_places_that_hold_a_candidate():
 
 def test_a_rating_is_predicted_from_the_history_before_it():
     lists = rated_lists(SMALL.train, np.arange(4), None, 2)
-    assert [sorted(i for i in row if i) for row in lists.history.tolist()] == [[], [3], [3, 4], [4, 5]]
+    assert [sorted(i for i in row if i) for row in lists.history.tolist()] == [
+        [],
+        [3],
+        [3, 4],
+        [4, 5],
+    ]
     assert lists.items.tolist() == [[3], [4], [5], [6]]
     later = rated_lists(SMALL.train, np.array([4]), SMALL.train, 2)
     assert sorted(later.history[0]) == [PAD, 5]  # of 4 and 5, without the rated 4 itself
@@ -150,7 +190,9 @@ def test_the_rating_objective_starts_at_the_mean_and_ignores_retrieval_scores():
     model = ranker(objective="rating")
     user, history, items = tf.constant([1]), tf.constant([[3]]), tf.constant([[4, 5]])
     scores = [
-        model.score(user, history, items, tf.constant([[s, s]]), COUNTS(history, items, NOW[:1])).numpy()
+        model.score(
+            user, history, items, tf.constant([[s, s]]), COUNTS(history, items, NOW[:1])
+        ).numpy()
         for s in (0.0, 7.0)
     ]
     assert scores[0] == pytest.approx(np.ones((1, 2)), abs=0.05)  # every rating of the corpus is 1

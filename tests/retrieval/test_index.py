@@ -19,7 +19,9 @@ ROWS, DIMENSION = 5000, 17
 def clustered(seed: int, rows: int, clusters: np.ndarray) -> np.ndarray:
     """Points around cluster centres; the last dimension is a bias of another scale, as an item tower may have."""
     rng = np.random.default_rng(seed)
-    points = clusters[rng.integers(len(clusters), size=rows)] + 0.5 * rng.normal(size=(rows, clusters.shape[1]))
+    points = clusters[rng.integers(len(clusters), size=rows)] + 0.5 * rng.normal(
+        size=(rows, clusters.shape[1])
+    )
     points[:, -1] *= 3
     return points.astype(np.float32)
 
@@ -38,7 +40,9 @@ def queries() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def scann(embeddings: np.ndarray, queries: np.ndarray) -> tuple[ScannIndex, dict]:
-    index, metadata = build_index(embeddings, queries, kind="scann", recall_target=0.95, k=50, seed=3)
+    index, metadata = build_index(
+        embeddings, queries, kind="scann", recall_target=0.95, k=50, seed=3
+    )
     assert isinstance(index, ScannIndex)
     return index, metadata
 
@@ -84,7 +88,9 @@ def test_scann_scores_are_the_exact_inner_products_in_descending_order(
     scann: tuple[ScannIndex, dict], embeddings: np.ndarray, queries: np.ndarray
 ) -> None:
     scores, rows = (tensor.numpy() for tensor in scann[0].search(queries[:20], tf.constant(50)))
-    np.testing.assert_allclose(scores, np.einsum("bd,bkd->bk", queries[:20], embeddings[rows]), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        scores, np.einsum("bd,bkd->bk", queries[:20], embeddings[rows]), rtol=1e-4, atol=1e-5
+    )
     assert (np.diff(scores) <= 0).all()
 
 
@@ -98,7 +104,12 @@ def test_depth_and_batch_size_are_known_only_when_the_graph_runs(
     for size, depth in ((1, 1), (3, 50), (0, 5), (2, 1000), (2, ROWS + 3)):
         scores, rows = search(queries[:size], tf.constant(depth))
         assert scores.shape == rows.shape == (size, depth)
-    assert sorted(rows.numpy()[1]) == [-1, -1, -1, *range(ROWS)]  # deeper than the catalogue: all of it, then nothing
+    assert sorted(rows.numpy()[1]) == [
+        -1,
+        -1,
+        -1,
+        *range(ROWS),
+    ]  # deeper than the catalogue: all of it, then nothing
     np.testing.assert_array_equal(scores.numpy()[:, ROWS:], LOWEST)
 
 
@@ -129,36 +140,60 @@ def test_where_scann_runs_out_of_rows_the_rest_is_padded(
     index, _ = build_index(embeddings[:400], queries, kind="scann", recall_target=0.5, k=2, seed=0)
     assert isinstance(index, ScannIndex)
     index.settings.assign([1, 400])
-    monkeypatch.setattr("rec.retrieval.index._fewest_leaves", lambda *_: 1)  # one leaf of twenty: about 20 rows
+    monkeypatch.setattr(
+        "rec.retrieval.index._fewest_leaves", lambda *_: 1
+    )  # one leaf of twenty: about 20 rows
     scores, rows = (tensor.numpy() for tensor in index.search(queries, tf.constant(300)))
     found = rows >= 0
-    assert found.any() and not found[:, -1].any() and len(set(found.sum(axis=1))) > 1  # some leaf may be empty
+    assert (
+        found.any() and not found[:, -1].any() and len(set(found.sum(axis=1))) > 1
+    )  # some leaf may be empty
     assert (np.diff(found.astype(int)) <= 0).all()  # what was found comes first
     assert (scores[~found] == LOWEST).all()
     expected = np.einsum("bd,bkd->bk", queries, embeddings[rows])
     np.testing.assert_allclose(scores[found], expected[found], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "count", "reason"), [(1, 9, "16 items"), (15, 9, "16 items"), (50, 1, "2 query")])
+@pytest.mark.parametrize(
+    ("rows", "count", "reason"), [(1, 9, "16 items"), (15, 9, "16 items"), (50, 1, "2 query")]
+)
 def test_too_little_for_scann_falls_back_to_exact_and_says_why(
     rows: int, count: int, reason: str, embeddings: np.ndarray, queries: np.ndarray
 ) -> None:
-    index, metadata = build_index(embeddings[:rows], queries[:count], kind="scann", recall_target=0.9, k=10, seed=0)
-    assert isinstance(index, ExactIndex) and metadata["kind"] == "exact" and metadata["recall@10"] == 1
+    index, metadata = build_index(
+        embeddings[:rows], queries[:count], kind="scann", recall_target=0.9, k=10, seed=0
+    )
+    assert (
+        isinstance(index, ExactIndex) and metadata["kind"] == "exact" and metadata["recall@10"] == 1
+    )
     assert reason in metadata["fallback"]
     _, found = index.search(queries[:2], tf.constant(1))
     np.testing.assert_array_equal(found[:, 0], np.argmax(queries[:2] @ embeddings[:rows].T, axis=1))
 
 
 def test_a_target_that_scann_misses_falls_back_to_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rec.retrieval.index.REORDER_FACTORS", (1.5,))  # 30 rows scored again are too few for
-    noise = np.random.default_rng(0).normal(size=(3000, 48)).astype(np.float32)  # what has no clusters
-    index, metadata = build_index(noise[:2000], noise[2000:], kind="scann", recall_target=1.0, k=20, seed=0)
-    assert isinstance(index, ExactIndex) and metadata["kind"] == "exact" and "recall 1.0" in metadata["fallback"]
+    monkeypatch.setattr(
+        "rec.retrieval.index.REORDER_FACTORS", (1.5,)
+    )  # 30 rows scored again are too few for
+    noise = (
+        np.random.default_rng(0).normal(size=(3000, 48)).astype(np.float32)
+    )  # what has no clusters
+    index, metadata = build_index(
+        noise[:2000], noise[2000:], kind="scann", recall_target=1.0, k=20, seed=0
+    )
+    assert (
+        isinstance(index, ExactIndex)
+        and metadata["kind"] == "exact"
+        and "recall 1.0" in metadata["fallback"]
+    )
 
 
-def test_a_catalogue_of_which_all_rows_would_be_scored_falls_back_to_exact(embeddings: np.ndarray) -> None:
-    index, metadata = build_index(embeddings[:100], embeddings, kind="scann", recall_target=0.5, k=100, seed=0)
+def test_a_catalogue_of_which_all_rows_would_be_scored_falls_back_to_exact(
+    embeddings: np.ndarray,
+) -> None:
+    index, metadata = build_index(
+        embeddings[:100], embeddings, kind="scann", recall_target=0.5, k=100, seed=0
+    )
     assert isinstance(index, ExactIndex) and "every item" in metadata["fallback"]
 
 
@@ -171,14 +206,22 @@ def test_sixteen_equal_items_are_enough_for_scann() -> None:
     assert sorted(rows.numpy()[0]) == list(range(16))
 
 
-def test_exact_is_what_was_asked_for_and_not_a_fallback(embeddings: np.ndarray, queries: np.ndarray) -> None:
-    index, metadata = build_index(embeddings, queries, kind="exact", recall_target=0.9, k=10, seed=0)
+def test_exact_is_what_was_asked_for_and_not_a_fallback(
+    embeddings: np.ndarray, queries: np.ndarray
+) -> None:
+    index, metadata = build_index(
+        embeddings, queries, kind="exact", recall_target=0.9, k=10, seed=0
+    )
     assert isinstance(index, ExactIndex) and metadata == {"kind": "exact", "recall@10": 1.0}
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])  # the square of the last is beyond float32
+@pytest.mark.parametrize(
+    "value", [np.nan, np.inf, 1e30]
+)  # the square of the last is beyond float32
 @pytest.mark.parametrize("kind", ["exact", "scann"])
-def test_values_that_would_end_the_process_are_refused(kind: str, value: float, embeddings: np.ndarray) -> None:
+def test_values_that_would_end_the_process_are_refused(
+    kind: str, value: float, embeddings: np.ndarray
+) -> None:
     spoilt = embeddings.copy()
     spoilt[[5, 9], 3] = value
     with pytest.raises(UserError, match="2 of 5000 candidate embeddings .* row 5"):
@@ -244,7 +287,12 @@ def test_a_saved_index_answers_the_same_in_a_fresh_process_composed_again_and_af
     command = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(tmp_path / "bundle")]
     path = str(Path(rec.__file__).parents[1])
     child = subprocess.run(
-        command, input=json.dumps(batch.tolist()), cwd=path, capture_output=True, text=True, check=True
+        command,
+        input=json.dumps(batch.tolist()),
+        cwd=path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     best, worst, composed, rebuilt = json.loads(child.stdout.splitlines()[-1])
     expected = {name: value.numpy().tolist() for name, value in bundle.best(batch).items()}

@@ -53,13 +53,17 @@ def by_hand(temperature: float, logq: bool, mask: np.ndarray | None = None) -> f
 def loss(mask: np.ndarray | None = None, **changes: Any) -> float:
     task = SampledSoftmax(Retrieval(**changes))
     weights = np.ones(2, np.float32)
-    return float(task.sampled_loss(QUERIES, TARGETS, NEGATIVES, TARGET_Q, NEGATIVE_Q, weights, mask))
+    return float(
+        task.sampled_loss(QUERIES, TARGETS, NEGATIVES, TARGET_Q, NEGATIVE_Q, weights, mask)
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
 @pytest.mark.parametrize("logq", [True, False])
 def test_the_loss_is_the_corrected_softmax(temperature: float, logq: bool):
-    assert loss(temperature=temperature, logq=logq) == pytest.approx(by_hand(temperature, logq), rel=1e-5)
+    assert loss(temperature=temperature, logq=logq) == pytest.approx(
+        by_hand(temperature, logq), rel=1e-5
+    )
 
 
 def test_masked_negatives_do_not_count():
@@ -69,7 +73,10 @@ def test_masked_negatives_do_not_count():
 
 def mask_of(**changes: Any) -> list[list[bool]]:
     """Two windows: one predicts 4 after 3, the other 5, then 8. The pool is 4, 5, 3."""
-    batch = {"tokens": tf.constant([[3, 4, PAD], [START, 5, 8]]), "negatives": tf.constant([4, 5, 3])}
+    batch = {
+        "tokens": tf.constant([[3, 4, PAD], [START, 5, 8]]),
+        "negatives": tf.constant([4, 5, 3]),
+    }
     return model(**changes)._score_mask(batch, tf.constant([4, PAD, 5, 8])).numpy().tolist()
 
 
@@ -84,9 +91,15 @@ def test_accidental_hits_are_masked_at_their_own_position_only():
 
 def test_padding_contributes_nothing_to_the_loss():
     built = model(dropout=0.0)
-    batch = {"user": tf.constant([1]), "tokens": tf.constant([[START, 3, 4]]), "negatives": tf.constant([5, 6, 7])}
+    batch = {
+        "user": tf.constant([1]),
+        "tokens": tf.constant([[START, 3, 4]]),
+        "negatives": tf.constant([5, 6, 7]),
+    }
     wider = {**batch, "tokens": tf.constant([[START, 3, 4, PAD, PAD]])}
-    assert float(built.compute_loss(wider)) == pytest.approx(float(built.compute_loss(batch)), rel=1e-5)
+    assert float(built.compute_loss(wider)) == pytest.approx(
+        float(built.compute_loss(batch)), rel=1e-5
+    )
 
 
 def test_windows_share_a_row_of_the_mask():
@@ -110,32 +123,43 @@ def test_a_position_sees_nothing_behind_it(arch: str):
 def test_a_query_is_the_same_alone_and_in_a_batch(arch: str):
     built = model(arch=arch)
     alone = built.query(tf.constant([2]), tf.constant([[4, 5]])).numpy()
-    together = built.query(tf.constant([1, 2]), tf.constant([[3, 4, 5, 6, 7], [PAD, 4, PAD, 5, PAD]])).numpy()
+    together = built.query(
+        tf.constant([1, 2]), tf.constant([[3, 4, 5, 6, 7], [PAD, 4, PAD, 5, PAD]])
+    ).numpy()
     assert together[1] == pytest.approx(alone[0], abs=1e-5)
 
 
 @pytest.mark.parametrize("arch", ["gru4rec", "sasrec"])
 def test_order_matters_where_the_architecture_says_so(arch: str):
     built = model(arch=arch)
-    forth, back = (built.query(tf.constant([1]), tf.constant([items])).numpy() for items in ([3, 4, 5], [5, 4, 3]))
+    forth, back = (
+        built.query(tf.constant([1]), tf.constant([items])).numpy()
+        for items in ([3, 4, 5], [5, 4, 3])
+    )
     assert np.abs(forth - back).max() > 1e-3
 
 
 def test_an_autoencoder_sums_the_history_in_any_order():
     built = model(arch="autoencoder")
-    forth, back, one = (built.query(tf.constant([1]), tf.constant([h])).numpy() for h in ([3, 4], [4, PAD, 3], [3]))
+    forth, back, one = (
+        built.query(tf.constant([1]), tf.constant([h])).numpy() for h in ([3, 4], [4, PAD, 3], [3])
+    )
     assert forth == pytest.approx(back, abs=1e-6)
     other = built.query(tf.constant([1]), tf.constant([[4]])).numpy()
     assert forth[0, :-1] == pytest.approx((one + other)[0, :-1] / 2**LENGTH_POWER, abs=1e-5)
 
 
-def test_an_autoencoder_is_trained_by_the_squared_errors_on_what_it_hides(monkeypatch: pytest.MonkeyPatch):
+def test_an_autoencoder_is_trained_by_the_squared_errors_on_what_it_hides(
+    monkeypatch: pytest.MonkeyPatch,
+):
     drawn = tf.constant([[0.9, 0.1, 0.2, 0.1]])  # of items 3, 4, 5 and no item: 4 and 5 are hidden
     monkeypatch.setattr(tf.random, "uniform", lambda shape: drawn)
     built = model(arch="autoencoder", dropout=0.0)
     tokens = tf.constant([[START, 3, 4, 5, PAD]])
     batch = {"user": tf.constant([1]), "tokens": tokens, "negatives": tf.constant([4, 6, 7])}
-    scores = built.score(tf.constant([1]), tf.constant([[3]]), tf.constant([[4, 5, 6, 7]]))[0].numpy()
+    scores = built.score(tf.constant([1]), tf.constant([[3]]), tf.constant([[4, 5, 6, 7]]))[
+        0
+    ].numpy()
     chances = 3 * built.probability.numpy()[6:8]  # that 6 and 7 stand in a pool of 3
     by_hand = ((1 - scores[:2]) ** 2).sum() + UNOBSERVED * (scores[2:] ** 2 / chances).sum()
     assert float(built.compute_loss(batch)) == pytest.approx(by_hand / 2, rel=1e-4)
@@ -146,7 +170,10 @@ def test_an_autoencoder_starts_from_singular_vectors():
     built = RetrievalModel(Retrieval(arch="autoencoder", embedding_dim=2, window=4), SMALL)
     built.start(train)
     vectors = built.candidate_tower.items.ids.embeddings.numpy()
-    seen = train.matrix(np.arange(4), len(vectors)).toarray() / np.maximum(train.lengths, 1)[:, None] ** LENGTH_POWER
+    seen = (
+        train.matrix(np.arange(4), len(vectors)).toarray()
+        / np.maximum(train.lengths, 1)[:, None] ** LENGTH_POWER
+    )
     best = np.linalg.svd(seen)[2][:2]
     projection = vectors @ np.linalg.pinv(vectors)
     assert projection == pytest.approx(best.T @ best, abs=1e-4)
@@ -154,7 +181,10 @@ def test_an_autoencoder_starts_from_singular_vectors():
 
 def test_only_the_last_window_of_a_history_is_read():
     built = model()
-    long, short = (built.query(tf.constant([1]), tf.constant([h])).numpy() for h in ([7, 8, 3, 4, 5, 6], [3, 4, 5, 6]))
+    long, short = (
+        built.query(tf.constant([1]), tf.constant([h])).numpy()
+        for h in ([7, 8, 3, 4, 5, 6], [3, 4, 5, 6])
+    )
     assert long == pytest.approx(short, abs=1e-6)
 
 
@@ -168,7 +198,8 @@ def test_history_tokens_drop_padding_and_say_where_the_query_is():
 def test_the_time_of_the_request_matters_if_configured():
     built = model(query_time=True)
     night, noon = (
-        built.query(tf.constant([1]), tf.constant([[3]]), tf.constant([t], tf.int64)).numpy() for t in (0, 43_200)
+        built.query(tf.constant([1]), tf.constant([[3]]), tf.constant([t], tf.int64)).numpy()
+        for t in (0, 43_200)
     )
     assert np.abs(night - noon).max() > 1e-3
     still = model()
@@ -176,7 +207,9 @@ def test_the_time_of_the_request_matters_if_configured():
 
 
 def test_heads_must_divide_the_embedding():
-    with pytest.raises(UserError, match="retrieval.heads: 3 heads do not divide retrieval.embedding_dim 8"):
+    with pytest.raises(
+        UserError, match="retrieval.heads: 3 heads do not divide retrieval.embedding_dim 8"
+    ):
         model(arch="sasrec", heads=3)
 
 
@@ -194,9 +227,13 @@ def test_listed_and_catalogue_scores_agree():
 
 def test_a_user_of_whom_nothing_is_known_gets_the_popular_items():
     built = model()
-    scores = built.score_catalogue(tf.constant([0, 0]), tf.constant([[PAD], [3]]), built.candidates()).numpy()
+    scores = built.score_catalogue(
+        tf.constant([0, 0]), tf.constant([[PAD], [3]]), built.candidates()
+    ).numpy()
     # items 3, 4 and 5 occur twice in training, 6 and 8 once, 7 and the two new ones never
-    assert scores[0] == pytest.approx(np.log1p((1 + 1 / 9) * np.array([2, 2, 2, 1, 0, 1, 0, 0])))  # 8 interactions
+    assert scores[0] == pytest.approx(
+        np.log1p((1 + 1 / 9) * np.array([2, 2, 2, 1, 0, 1, 0, 0]))
+    )  # 8 interactions
     assert scores[1] != pytest.approx(scores[0])
 
 

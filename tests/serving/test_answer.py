@@ -29,8 +29,13 @@ def catalogue() -> Catalogue:
 def test_what_json_cannot_hold_is_null(catalogue: Catalogue) -> None:
     shown = [json.loads(catalogue.show(row, 0.5)) for row in range(4)]
     assert shown[0] == {
-        "item_id": "a", "score": 0.5, "genres": ["War", "Drama"], "year": 1999.0, "title": "1999", "popularity": 9
-    }  # fmt: skip
+        "item_id": "a",
+        "score": 0.5,
+        "genres": ["War", "Drama"],
+        "year": 1999.0,
+        "title": "1999",
+        "popularity": 9,
+    }
     assert [item["genres"] for item in shown[1:]] == [[], None, ["Drama", None]]
     assert [item["year"] for item in shown] == [1999.0, None, 2001.0, None]
     assert [item["title"] for item in shown] == ["1999", None, "Zoë", ""]

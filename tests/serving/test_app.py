@@ -87,7 +87,15 @@ def test_a_known_user_gets_what_the_models_rank_highest_with_the_items_columns(
     answer = client.get(f"/v1/users/{USER}/recommendations", params={"k": 5}).json()
     assert [item["item_id"] for item in answer["items"]] == found[:5]
     assert [item["score"] for item in answer["items"]] == scores[:5]
-    assert list(answer["items"][0]) == ["item_id", "score", "title", "genres", "price", "released", "popularity"]
+    assert list(answer["items"][0]) == [
+        "item_id",
+        "score",
+        "title",
+        "genres",
+        "price",
+        "released",
+        "popularity",
+    ]
     assert {name: answer[name] for name in ("user_id", "cold_start", "model")} == {
         "user_id": USER,
         "cold_start": False,
@@ -109,9 +117,21 @@ def test_nothing_comes_back_that_the_user_has_seen(client: TestClient, engine: E
     assert not set(told) & set(ids(asked(client, history=told, k=K)))
 
 
-def test_an_unknown_user_without_a_history_gets_the_popular_items(client: TestClient, engine: Engine) -> None:
-    popular = engine.backend.items["popularity"].sort_values(ascending=False, kind="stable").index[:10].tolist()
-    for body in ({"user_id": "nobody"}, {}, {"user_id": None, "history": None}, {"history": ["no such item"]}):
+def test_an_unknown_user_without_a_history_gets_the_popular_items(
+    client: TestClient, engine: Engine
+) -> None:
+    popular = (
+        engine.backend.items["popularity"]
+        .sort_values(ascending=False, kind="stable")
+        .index[:10]
+        .tolist()
+    )
+    for body in (
+        {"user_id": "nobody"},
+        {},
+        {"user_id": None, "history": None},
+        {"history": ["no such item"]},
+    ):
         answer = asked(client, **body)
         assert ids(answer) == popular
         assert answer.json()["cold_start"] is True
@@ -125,7 +145,9 @@ def test_an_anonymous_user_with_a_history_is_not_cold(client: TestClient, engine
     assert len(ids(answer)) == 10
 
 
-@pytest.mark.parametrize("user", ["a/b", "/", "recommendations/recommendations", "Zoë 東京", "100%", "a?b#c&k=1"])
+@pytest.mark.parametrize(
+    "user", ["a/b", "/", "recommendations/recommendations", "Zoë 東京", "100%", "a?b#c&k=1"]
+)
 def test_a_user_id_is_taken_as_it_is(client: TestClient, user: str) -> None:
     assert client.get(f"/v1/users/{quote(user, safe='')}/recommendations").json()["user_id"] == user
     assert asked(client, user_id=user).json()["user_id"] == user
@@ -155,7 +177,9 @@ def narrow(engine: Engine) -> tuple[str, list[str]]:
     """A genre of which fewer than K items are new to USER, and those items, the most popular first."""
     genres, stored = genres_of(engine), stored_of(engine)
     by_genre = {
-        genre: [item for item in engine.catalogue.ids if genre in genres[item] and item not in stored]
+        genre: [
+            item for item in engine.catalogue.ids if genre in genres[item] and item not in stored
+        ]
         for genre in sorted({name for each in genres.values() for name in each})
     }
     found = set(ranked(engine)[0][:RANKED])
@@ -173,11 +197,22 @@ def narrow(engine: Engine) -> tuple[str, list[str]]:
 def test_a_narrow_filter_scores_all_that_passes(client: TestClient, engine: Engine) -> None:
     genre, passing = narrow(engine)
     ranker = engine.backend.module.ranking  # type: ignore[attr-defined]
-    wanted = dict(zip(passing, ranker.serving_default([USER], [passing])["score"][0].numpy().tolist(), strict=True))
+    wanted = dict(
+        zip(
+            passing,
+            ranker.serving_default([USER], [passing])["score"][0].numpy().tolist(),
+            strict=True,
+        )
+    )
     answer = asked(client, user_id=USER, k=K, filter={"genres": [genre]})
     assert ids(answer) == sorted(passing, key=lambda item: -wanted[item])
-    assert [item["score"] for item in answer.json()["items"]] == pytest.approx(sorted(wanted.values(), reverse=True))
-    assert ids(asked(client, user_id=USER, k=K, filter={"genres": [genre]}, exclude=passing[1:])) == passing[:1]
+    assert [item["score"] for item in answer.json()["items"]] == pytest.approx(
+        sorted(wanted.values(), reverse=True)
+    )
+    assert (
+        ids(asked(client, user_id=USER, k=K, filter={"genres": [genre]}, exclude=passing[1:]))
+        == passing[:1]
+    )
 
 
 class Shallow:
@@ -199,20 +234,28 @@ def test_a_short_answer_is_filled_with_popular_items_that_pass(engine: Engine) -
     [text] = replace(engine, backend=Shallow(engine.backend)).recommend([request])
     items = json.loads(text)["items"]
     first = [item for item in ranked(engine, passing[:1])[0] if item in passing[1:]]
-    assert [item["item_id"] for item in items] == first + [item for item in passing[1:] if item not in first]
+    assert [item["item_id"] for item in items] == first + [
+        item for item in passing[1:] if item not in first
+    ]
     assert 0 < sum(item["score"] is None for item in items) < len(items)
 
 
-def test_items_beyond_the_ranked_ones_follow_in_retrievals_order(client: TestClient, engine: Engine) -> None:
+def test_items_beyond_the_ranked_ones_follow_in_retrievals_order(
+    client: TestClient, engine: Engine
+) -> None:
     answer = asked(client, history=["i1"], k=K, explain=True).json()["items"]
-    assert [item["explain"]["retrieval_rank"] for item in answer[RANKED:]] == list(range(RANKED + 1, K + 1))
+    assert [item["explain"]["retrieval_rank"] for item in answer[RANKED:]] == list(
+        range(RANKED + 1, K + 1)
+    )
     assert [item["score"] for item in answer[RANKED:]] == [None] * (K - RANKED)
 
 
 def test_an_explanation_says_where_each_item_comes_from(client: TestClient, engine: Engine) -> None:
     answer = asked(client, user_id=USER, k=5, explain=True).json()
     plain = asked(client, user_id=USER, k=5).json()
-    assert [{**item, "explain": None} for item in answer["items"]] == [{**i, "explain": None} for i in plain["items"]]
+    assert [{**item, "explain": None} for item in answer["items"]] == [
+        {**i, "explain": None} for i in plain["items"]
+    ]
     assert [item["item_id"] for item in answer["history"]] == stored_of(engine)
     retrieval = engine.backend.module.retrieval  # type: ignore[attr-defined]
     found = retrieval.serving_default([USER])
@@ -220,7 +263,9 @@ def test_an_explanation_says_where_each_item_comes_from(client: TestClient, engi
     for item in answer["items"]:
         explain = item["explain"]
         assert order[explain["retrieval_rank"] - 1] == item["item_id"]
-        assert explain["retrieval_score"] == found["score"][0, explain["retrieval_rank"] - 1].numpy()
+        assert (
+            explain["retrieval_score"] == found["score"][0, explain["retrieval_rank"] - 1].numpy()
+        )
         assert explain["ranking_score"] == item["score"]
         near = engine.backend.cosines([item["item_id"]], stored_of(engine)[-50:])
         assert near is not None and explain["nearest"]["similarity"] == pytest.approx(near.max())
@@ -232,31 +277,47 @@ def test_an_explanation_says_where_each_item_comes_from(client: TestClient, engi
 
 def test_a_batch_is_answered_like_its_requests_one_by_one(client: TestClient) -> None:
     bodies: list[dict[str, Any]] = [
-        {"user_id": "u1"}, {"history": ["i1", "i2"]}, {}, {"user_id": "u2", "history": []}, {"user_id": "u3", "k": 3}
-    ]  # fmt: skip
+        {"user_id": "u1"},
+        {"history": ["i1", "i2"]},
+        {},
+        {"user_id": "u2", "history": []},
+        {"user_id": "u3", "k": 3},
+    ]
     together = client.post("/v1/recommend/batch", json={"requests": bodies})
     assert together.status_code == 200
     for answer, body in zip(together.json()["answers"], bodies, strict=True):
         alone = asked(client, **body).json()
-        assert [item["item_id"] for item in answer["items"]] == [item["item_id"] for item in alone["items"]]
+        assert [item["item_id"] for item in answer["items"]] == [
+            item["item_id"] for item in alone["items"]
+        ]
         assert (answer["user_id"], answer["cold_start"]) == (alone["user_id"], alone["cold_start"])
     assert_refused(client.post("/v1/recommend/batch", json={"requests": bodies * 21}), 422)
     assert_refused(client.post("/v1/recommend/batch", json={"requests": [{"k": K + 1}]}), 422)
 
 
-def test_items_are_found_by_their_title_and_users_with_their_history(client: TestClient, engine: Engine) -> None:
+def test_items_are_found_by_their_title_and_users_with_their_history(
+    client: TestClient, engine: Engine
+) -> None:
     found = client.get("/v1/items", params={"q": "COMEDY OF", "limit": 3}).json()["items"]
     titles = engine.backend.items["title"]
-    assert [item["item_id"] for item in found] == titles.index[titles.str.contains("Comedy of")][:3].tolist()
+    assert [item["item_id"] for item in found] == titles.index[titles.str.contains("Comedy of")][
+        :3
+    ].tolist()
     assert ids(client.get("/v1/items")) == engine.catalogue.ids[:20]
-    assert client.get("/v1/users", params={"limit": 2}).json() == {"users": engine.backend.users[:2]}
+    assert client.get("/v1/users", params={"limit": 2}).json() == {
+        "users": engine.backend.users[:2]
+    }
     assert ids(client.get(f"/v1/users/{USER}/history")) == stored_of(engine)
     assert ids(client.get("/v1/users/nobody/history")) == []
 
 
 def test_every_column_of_a_filter_must_match(client: TestClient, engine: Engine) -> None:
     item = engine.catalogue.item(30)
-    wanted = {"genres": item["genres"][:1], "price": [item["price"], "text", True], "title": [item["title"]]}
+    wanted = {
+        "genres": item["genres"][:1],
+        "price": [item["price"], "text", True],
+        "title": [item["title"]],
+    }
     assert ids(asked(client, filter=wanted)) == [item["item_id"]]
     assert ids(asked(client, filter={**wanted, "title": ["No Such Title"]})) == []
     assert ids(asked(client, filter={"item_id": [item["item_id"]], "genres": []})) == []
@@ -344,15 +405,27 @@ HOSTILE: dict[str, dict[str, Any]] = {
 
 def assert_refused(response: Response, *statuses: int) -> None:
     """A 4xx with one short sentence in JSON."""
-    assert 400 <= response.status_code < 500 and response.status_code in (statuses or range(400, 500)), response.text
-    content = json.loads(response.text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert 400 <= response.status_code < 500 and response.status_code in (
+        statuses or range(400, 500)
+    ), response.text
+    content = json.loads(
+        response.text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")
+    )
     assert list(content) == ["detail"] and isinstance(content["detail"], str)
-    assert 10 < len(content["detail"]) < 500 and "\n" not in content["detail"] and "Traceback" not in content["detail"]
+    assert (
+        10 < len(content["detail"]) < 500
+        and "\n" not in content["detail"]
+        and "Traceback" not in content["detail"]
+    )
 
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_bad_body_is_refused_with_one_sentence(client: TestClient, case: str) -> None:
-    assert_refused(client.post("/v1/recommend", **{"headers": {"Content-Type": "application/json"}, **HOSTILE[case]}))
+    assert_refused(
+        client.post(
+            "/v1/recommend", **{"headers": {"Content-Type": "application/json"}, **HOSTILE[case]}
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -385,7 +458,9 @@ def test_a_bad_body_is_refused_with_one_sentence(client: TestClient, case: str) 
         ("POST", "/v1/models/reload", 403),
     ],
 )
-def test_a_bad_address_is_refused_with_one_sentence(client: TestClient, method: str, path: str, status: int) -> None:
+def test_a_bad_address_is_refused_with_one_sentence(
+    client: TestClient, method: str, path: str, status: int
+) -> None:
     response = client.request(method, path)
     assert_refused(response, status)
     assert status != 405 or response.headers["Allow"]
@@ -395,12 +470,17 @@ def test_a_bad_address_is_refused_with_one_sentence(client: TestClient, method: 
     ("body", "sentence"),
     [
         ({"history": ["i1", 2]}, "history[1]: input should be a valid string"),
-        ({"filter": {"genres": ["Drama", None]}}, "filter['genres'][1]: input should be a valid string"),
+        (
+            {"filter": {"genres": ["Drama", None]}},
+            "filter['genres'][1]: input should be a valid string",
+        ),
         ({"histroy": []}, "'histroy': unknown key; did you mean history?"),
         ({"k": 51}, "k: must be at most 50, which is as many as the bundle retrieves"),
     ],
 )
-def test_the_sentence_says_where_and_what(client: TestClient, body: dict[str, Any], sentence: str) -> None:
+def test_the_sentence_says_where_and_what(
+    client: TestClient, body: dict[str, Any], sentence: str
+) -> None:
     assert asked(client, **body).json()["detail"] == sentence
 
 
@@ -411,11 +491,15 @@ def test_the_largest_request_that_is_allowed_is_answered(client: TestClient) -> 
     assert len(ids(asked(client, **body))) == K
 
 
-@pytest.mark.parametrize("values", [[10**400], [True], ["\ud800"], [1e308, "x", 5, False], [float("inf")]])
+@pytest.mark.parametrize(
+    "values", [[10**400], [True], ["\ud800"], [1e308, "x", 5, False], [float("inf")]]
+)
 def test_odd_values_of_a_filter_match_nothing(client: TestClient, values: list[Any]) -> None:
     # json.dumps escapes half a character and writes Infinity, as a careless client would.
     content = json.dumps({"filter": {"title": values}})
-    response = client.post("/v1/recommend", content=content, headers={"Content-Type": "application/json"})
+    response = client.post(
+        "/v1/recommend", content=content, headers={"Content-Type": "application/json"}
+    )
     assert response.status_code == 422 or ids(response) == []
 
 
@@ -429,7 +513,9 @@ def test_null_bytes_in_ids_are_part_of_the_id(client: TestClient) -> None:
 
 
 def unloaded() -> Service:
-    return Service(lambda: pytest.fail("not to be called"), lambda _: pytest.fail("not to be called"))
+    return Service(
+        lambda: pytest.fail("not to be called"), lambda _: pytest.fail("not to be called")
+    )
 
 
 def test_a_failure_tells_nothing_of_the_inside(engine: Engine) -> None:
@@ -460,11 +546,17 @@ def test_it_is_alive_before_it_is_ready(engine: Engine) -> None:
         assert client.get(path).status_code == 503
         assert client.get(path).json()["detail"].startswith("the models are being loaded")
     loading.engine = engine
-    assert client.get("/readyz").json() == {"status": "ready", "model": {"retrieval": 1, "ranking": 1}}
+    assert client.get("/readyz").json() == {
+        "status": "ready",
+        "model": {"retrieval": 1, "ranking": 1},
+    }
 
 
 def test_a_retrieval_bundle_answers_alone(trained: Trained) -> None:
-    service = Service(lambda: (trained.savedmodels / "retrieval" / "1", None), lambda pair: Recommender.load(*pair))
+    service = Service(
+        lambda: (trained.savedmodels / "retrieval" / "1", None),
+        lambda pair: Recommender.load(*pair),
+    )
     service.load()
     answer = asked(client_of(service), user_id=USER, k=K, explain=True).json()
     assert answer["model"] == {"retrieval": 1}
@@ -484,7 +576,9 @@ class Slow:
         return requests
 
 
-def test_what_queues_while_a_call_runs_shares_the_next_and_what_is_cancelled_costs_nothing() -> None:
+def test_what_queues_while_a_call_runs_shares_the_next_and_what_is_cancelled_costs_nothing() -> (
+    None
+):
     service, slow = unloaded(), Slow()
 
     async def ask() -> list[Any]:
@@ -499,14 +593,18 @@ def test_what_queues_while_a_call_runs_shares_the_next_and_what_is_cancelled_cos
 
     answers = asyncio.run(ask())
     assert slow.batches == [[0], [1, 2, 4, 5]]
-    assert [n for [n] in answers[:3]] == [0, 1, 2] and isinstance(answers[3], asyncio.CancelledError)
+    assert [n for [n] in answers[:3]] == [0, 1, 2] and isinstance(
+        answers[3], asyncio.CancelledError
+    )
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     service, slow = unloaded(), Slow()
 
     async def ask() -> list[Any]:
-        tasks = [asyncio.create_task(service.ask(slow, "recommend", n)) for n in range(MAX_WAITING + 3)]  # type: ignore[arg-type]
+        tasks = [
+            asyncio.create_task(service.ask(slow, "recommend", n)) for n in range(MAX_WAITING + 3)
+        ]  # type: ignore[arg-type]
         await asyncio.sleep(0.1)
         slow.let.set()
         return await asyncio.gather(*tasks, return_exceptions=True)
@@ -526,7 +624,9 @@ def test_health_is_answered_while_the_models_work(engine: Engine) -> None:
 
 
 def test_every_answer_has_the_id_of_its_request(client: TestClient) -> None:
-    assert client.get("/healthz", headers={"X-Request-ID": "abc-1"}).headers["X-Request-ID"] == "abc-1"
+    assert (
+        client.get("/healthz", headers={"X-Request-ID": "abc-1"}).headers["X-Request-ID"] == "abc-1"
+    )
     made = [
         client.get("/healthz", headers={"X-Request-ID": given}).headers["X-Request-ID"]
         for given in ("", "a b", "x" * 129)
@@ -537,9 +637,18 @@ def test_every_answer_has_the_id_of_its_request(client: TestClient) -> None:
 
 def test_only_the_pages_that_are_named_may_call_from_elsewhere(service: Service) -> None:
     asking = {"Origin": "https://shop.example", "Access-Control-Request-Method": "POST"}
-    for origins, allowed in (((), None), (("https://shop.example",), "https://shop.example"), (("https://a.b",), None)):
+    for origins, allowed in (
+        ((), None),
+        (("https://shop.example",), "https://shop.example"),
+        (("https://a.b",), None),
+    ):
         client = TestClient(create_app(service, Tokens(api=("t",)), origins=origins))
-        assert client.options("/v1/recommend", headers=asking).headers.get("Access-Control-Allow-Origin") == allowed
+        assert (
+            client.options("/v1/recommend", headers=asking).headers.get(
+                "Access-Control-Allow-Origin"
+            )
+            == allowed
+        )
 
 
 def test_metrics_count_what_happened(client: TestClient) -> None:
@@ -569,7 +678,9 @@ def copied(trained: Trained, tmp_path: Path) -> Path:
 
 def publish_ranking(savedmodels: Path, version: int, damaged: bool = False) -> None:
     """A copy of the first ranking bundle as another version, published as the registry does."""
-    draft = Path(shutil.copytree(savedmodels / "ranking" / "1", savedmodels / "ranking" / f"draft-{version}"))
+    draft = Path(
+        shutil.copytree(savedmodels / "ranking" / "1", savedmodels / "ranking" / f"draft-{version}")
+    )
     if damaged:
         (draft / "saved_model.pb").write_bytes(b"damaged")
     rewrite(draft, version=version)
@@ -582,7 +693,9 @@ def test_a_reload_takes_the_new_version_and_a_failing_one_keeps_the_old(copied: 
     assert client.post("/v1/models/reload").status_code == 401
 
     publish_ranking(copied, 2)
-    assert client.post("/v1/models/reload", headers=admin).json() == {"model": {"retrieval": 1, "ranking": 2}}
+    assert client.post("/v1/models/reload", headers=admin).json() == {
+        "model": {"retrieval": 1, "ranking": 2}
+    }
     before = client.get(f"/v1/users/{USER}/recommendations").json()
     assert before["model"] == {"retrieval": 1, "ranking": 2}
     assert client.get("/v1/models").json()["failed"] is None

@@ -20,12 +20,16 @@ def never_found() -> Pair:
 SERVICE = Service(never_found, never_found)  # type: ignore[arg-type]
 
 
-def status(tokens: Tokens, path: str, token: str | bytes | None = None, scheme: str = "Bearer") -> int:
+def status(
+    tokens: Tokens, path: str, token: str | bytes | None = None, scheme: str = "Bearer"
+) -> int:
     """Of a server without models, which answers 503 to what it lets pass."""
     client = TestClient(create_app(SERVICE, tokens))
     sent = token.encode() if isinstance(token, str) else token
     headers = {} if sent is None else {b"Authorization": scheme.encode() + b" " + sent}
-    response = client.post(path, headers=headers) if path == RELOAD else client.get(path, headers=headers)
+    response = (
+        client.post(path, headers=headers) if path == RELOAD else client.get(path, headers=headers)
+    )
     assert response.status_code == 200 or isinstance(response.json()["detail"], str)
     assert (response.status_code == 401) == ("WWW-Authenticate" in response.headers)
     return response.status_code
@@ -41,7 +45,17 @@ def test_a_token_is_needed_once_there_is_one() -> None:
     tokens = Tokens(api=("first", "Schlüssel 東"))
     for path in ("/v1/models", "/v1/users/u/recommendations", "/v1/nowhere", "/v1"):
         assert status(tokens, path) == 401
-    for wrong in ("second", "", "firs", "first,", "FIRST", "Schlüssel", "\xff", b"\xff\xfe\x80", "first first"):
+    for wrong in (
+        "second",
+        "",
+        "firs",
+        "first,",
+        "FIRST",
+        "Schlüssel",
+        "\xff",
+        b"\xff\xfe\x80",
+        "first first",
+    ):
         assert status(tokens, "/v1/models", wrong) == 401
     assert status(tokens, "/v1/models", "first", scheme="Basic") == 401
     for right in ("first", "Schlüssel 東", " first "):
@@ -64,7 +78,9 @@ def test_required_tokens_close_everything_but_health() -> None:
     assert status(Tokens(required=True), "/readyz") == NO_MODELS
 
 
-def test_tokens_come_from_the_environment_before_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_come_from_the_environment_before_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("REC_API_TOKENS", "API_TOKENS", "REC_ADMIN_TOKENS"):
         monkeypatch.delenv(name, raising=False)

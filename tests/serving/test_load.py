@@ -39,14 +39,18 @@ class Running:
         command += ["--ranking-bundle", str(savedmodels / "ranking" / "latest")]
         self.log = open(savedmodels / "log", "w+")  # noqa: SIM115  (the process writes it)
         env = environment(REC_ADMIN_TOKENS="boss")
-        self.process = subprocess.Popen(command, env=env, stdout=self.log, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, env=env, stdout=self.log, stderr=subprocess.PIPE, text=True
+        )
         assert self.process.stderr is not None
         said = self.process.stderr.readline()
         self.port = int(said.rpartition(":")[2])
         threading.Thread(target=self.process.stderr.read, daemon=True).start()
         self.wait(lambda: self.ask("GET", "/readyz")[0] == 200)
 
-    def ask(self, method: str, path: str, body: bytes | str | None = None, **headers: str) -> tuple[int, Any]:
+    def ask(
+        self, method: str, path: str, body: bytes | str | None = None, **headers: str
+    ) -> tuple[int, Any]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         connection.request(method, path, body, headers)
         response = connection.getresponse()
@@ -115,12 +119,18 @@ def test_ten_thousand_hostile_requests_are_refused_in_the_same_memory(server: Ru
         content = case.get("content", json.dumps(case["json"]) if "json" in case else "user_id=u7")
         return content.encode() if isinstance(content, str) else content
 
-    bodies = [text(case) for case in HOSTILE.values() if isinstance(case.get("content", ""), (str, bytes))]
+    bodies = [
+        text(case) for case in HOSTILE.values() if isinstance(case.get("content", ""), (str, bytes))
+    ]
     # Bodies beyond the limit end their connection; here each connection serves many.
     bodies = [body for body in bodies if len(body) < 100_000]
     head = "POST /v1/recommend HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: "
-    refused = [f"{head}{len(body)}\r\n\r\n".encode() + body for body in bodies if body not in (b"{}",)]
-    refused += [get(f"/v1/users/u7/recommendations?k={k}") for k in ("0", "-1", "51", "x", "1e9", "")]
+    refused = [
+        f"{head}{len(body)}\r\n\r\n".encode() + body for body in bodies if body not in (b"{}",)
+    ]
+    refused += [
+        get(f"/v1/users/u7/recommendations?k={k}") for k in ("0", "-1", "51", "x", "1e9", "")
+    ]
     load = Load(server.port, lambda n: refused[n % len(refused)])
     while load.sent < 1000:
         load.run(8, 0.5)
@@ -133,9 +143,12 @@ def test_ten_thousand_hostile_requests_are_refused_in_the_same_memory(server: Ru
 
 
 def test_a_client_that_hangs_up_leaves_the_queue(server: Running) -> None:
-    body = json.dumps({"requests": [{"user_id": f"u{n}", "k": 50, "explain": True} for n in range(100)]}).encode()
+    body = json.dumps(
+        {"requests": [{"user_id": f"u{n}", "k": 50, "explain": True} for n in range(100)]}
+    ).encode()
     head = (
-        f"POST /v1/recommend/batch HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        "POST /v1/recommend/batch HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}"
     )
     for _ in range(4):
         with socket.create_connection(("127.0.0.1", server.port)) as client:
@@ -151,18 +164,27 @@ def test_the_log_is_a_json_line_a_request(server: Running) -> None:
 
     def logged() -> bool:
         server.log.seek(0)
-        lines[:] = [json.loads(line) for line in server.log if "find-me" in line and line.endswith("\n")]
+        lines[:] = [
+            json.loads(line) for line in server.log if "find-me" in line and line.endswith("\n")
+        ]
         return bool(lines)
 
     server.wait(logged)
     assert {**lines[0], "time": "", "ms": 0} == {
-        "time": "", "id": "find-me", "client": "127.0.0.1", "method": "GET",
-        "path": "/v1/users/u7/recommendations", "status": 200, "ms": 0,
-    }  # fmt: skip
+        "time": "",
+        "id": "find-me",
+        "client": "127.0.0.1",
+        "method": "GET",
+        "path": "/v1/users/u7/recommendations",
+        "status": 200,
+        "ms": 0,
+    }
 
 
 def test_what_is_in_flight_is_finished_on_sigterm(server: Running) -> None:
-    body = json.dumps({"requests": [{"user_id": f"u{n}", "k": 50, "explain": True} for n in range(100)]})
+    body = json.dumps(
+        {"requests": [{"user_id": f"u{n}", "k": 50, "explain": True} for n in range(100)]}
+    )
     answers: list[tuple[int, Any]] = []
     asking = threading.Thread(
         target=lambda: answers.append(
@@ -178,11 +200,15 @@ def test_what_is_in_flight_is_finished_on_sigterm(server: Running) -> None:
 
 
 def test_several_workers_share_a_port_and_their_numbers(trained: Trained, tmp_path: Path) -> None:
-    running = Running(Path(shutil.copytree(trained.savedmodels, tmp_path / "savedmodels")), "--workers", "2")
+    running = Running(
+        Path(shutil.copytree(trained.savedmodels, tmp_path / "savedmodels")), "--workers", "2"
+    )
     try:
         load = Load(running.port, lambda n: get(f"/v1/users/u{n % 200}/recommendations"))
         load.run(16, 1.0)
-        counted = running.metric('rec_requests_total{address="/v1/users/{user_id:path}/recommendations",status="200"}')
+        counted = running.metric(
+            'rec_requests_total{address="/v1/users/{user_id:path}/recommendations",status="200"}'
+        )
         assert set(load.statuses) <= {200, 503} and counted >= load.statuses[200] > 0
         with contextlib.suppress(OSError):
             os.kill(running.process.pid, signal.SIGTERM)
@@ -193,9 +219,15 @@ def test_several_workers_share_a_port_and_their_numbers(trained: Trained, tmp_pa
 
 def test_the_api_the_bundle_and_the_c_api_answer_alike(trained: Trained) -> None:
     users = [f"u{n}" for n in range(1000)]  # of which 200 are known
-    pair = Recommender.load(trained.savedmodels / "retrieval" / "1", trained.savedmodels / "ranking" / "1")
+    pair = Recommender.load(
+        trained.savedmodels / "retrieval" / "1", trained.savedmodels / "ranking" / "1"
+    )
     offline = [
-        row[:10] for row in pair.module.serving_default(tf.constant(users))["item_id"].numpy().astype(str).tolist()
+        row[:10]
+        for row in pair.module.serving_default(tf.constant(users))["item_id"]
+        .numpy()
+        .astype(str)
+        .tolist()
     ]
     request = json.dumps({"signature": "serving_default", "inputs": {"user_id": users}})
     command = [sys.executable, "tests/c_api.py", str(trained.savedmodels / "recommender" / "1")]
@@ -217,9 +249,17 @@ def test_the_api_the_bundle_and_the_c_api_answer_alike(trained: Trained) -> None
 
 def test_answers_keep_to_the_schema(trained: Trained) -> None:
     """No 5xx, no status or body that the OpenAPI schema does not tell of, whatever the schema lets a client send."""
-    api = schemathesis.openapi.from_asgi("/openapi.json", create_app(service_of(trained.savedmodels), Tokens()))
-    limits = settings(max_examples=15, deadline=None, derandomize=True, database=None,
-                      phases=[Phase.generate], suppress_health_check=list(HealthCheck))  # fmt: skip
+    api = schemathesis.openapi.from_asgi(
+        "/openapi.json", create_app(service_of(trained.savedmodels), Tokens())
+    )
+    limits = settings(
+        max_examples=15,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     operations: list[Any] = [each.ok() for each in api.get_all_operations()]  # type: ignore[union-attr]
     assert len(operations) >= 12
     for operation in operations:
@@ -227,6 +267,8 @@ def test_answers_keep_to_the_schema(trained: Trained) -> None:
         @limits
         @given(case=operation.as_strategy())
         def keeps_to_it(case: Any) -> None:
-            case.call_and_validate(excluded_checks=[positive_data_acceptance])  # max_k and columns are the bundle's
+            case.call_and_validate(
+                excluded_checks=[positive_data_acceptance]
+            )  # max_k and columns are the bundle's
 
         keeps_to_it()

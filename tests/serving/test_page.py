@@ -21,7 +21,9 @@ from rec.serving.gate import Tokens
 from rec.serving.service import Service
 from tests.conftest import Trained, rewrite
 
-selenium = pytest.importorskip("selenium", reason="the page's test needs selenium (requirements-dev.txt)")
+selenium = pytest.importorskip(
+    "selenium", reason="the page's test needs selenium (requirements-dev.txt)"
+)
 from selenium.webdriver import Chrome, ChromeOptions  # noqa: E402
 from selenium.webdriver.chrome.service import Service as Driver  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
@@ -29,7 +31,8 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="the page's test needs a browser: apt install chromium chromium-driver"
+    not (CHROMIUM and DRIVER),
+    reason="the page's test needs a browser: apt install chromium chromium-driver",
 )
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -43,7 +46,9 @@ HOSTILE = "<img src=x onerror=\"document.title='owned'\">'\"&amp;"
 def running(service: Service, tokens: Tokens) -> Iterator[str]:
     """The address of a server with this service."""
     listener = serve.listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(create_app(service, tokens), lifespan="off", log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(service, tokens), lifespan="off", log_level="warning")
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -56,7 +61,9 @@ def running(service: Service, tokens: Tokens) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def service(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Service:
     """The trained pair, whose most popular item has a title that would be dangerous as HTML."""
-    bundles = Path(shutil.copytree(trained.savedmodels, tmp_path_factory.mktemp("page") / "savedmodels"))
+    bundles = Path(
+        shutil.copytree(trained.savedmodels, tmp_path_factory.mktemp("page") / "savedmodels")
+    )
     path = bundles / "retrieval" / "1" / "items.parquet"
     items = pd.read_parquet(path)
     items.loc[0, "title"] = HOSTILE
@@ -91,9 +98,16 @@ class Page:
     def __init__(self, browser: Chrome, url: str) -> None:
         self.browser, self.url = browser, url
 
-    def open(self, fragment: str = "", size: tuple[int, int] = DESKTOP, scheme: str = "light") -> "Page":
+    def open(
+        self, fragment: str = "", size: tuple[int, int] = DESKTOP, scheme: str = "light"
+    ) -> "Page":
         width, height = size
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == PHONE}
+        metrics = {
+            "width": width,
+            "height": height,
+            "deviceScaleFactor": 1,
+            "mobile": size == PHONE,
+        }
         self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
@@ -125,12 +139,16 @@ class Page:
         """Waits for what the page does by itself."""
         end = time.monotonic() + seconds
         while not holds():
-            assert time.monotonic() < end, f"not within {seconds} s; the page: {self.text('body')[:500]}"
+            assert time.monotonic() < end, (
+                f"not within {seconds} s; the page: {self.text('body')[:500]}"
+            )
             time.sleep(0.02)
 
     def settled(self) -> "Page":
         """Waits until an answer is shown and no request is under way."""
-        self.until(lambda: self.all("#ranked .row, #ranked .empty") and not self.all("#lists.waiting"))
+        self.until(
+            lambda: self.all("#ranked .row, #ranked .empty") and not self.all("#lists.waiting")
+        )
         return self
 
     def after(self, action: Callable[[], None]) -> None:
@@ -141,7 +159,11 @@ class Page:
         self.settled()
 
     def errors(self) -> list[str]:
-        return [entry["message"] for entry in self.browser.get_log("browser") if entry["level"] != "INFO"]
+        return [
+            entry["message"]
+            for entry in self.browser.get_log("browser")
+            if entry["level"] != "INFO"
+        ]
 
 
 @pytest.fixture
@@ -159,18 +181,23 @@ def titles(answer: dict[str, Any], part: str = "items") -> list[str]:
     return [item["title"] for item in answer[part]]
 
 
-def test_both_orders_stand_side_by_side_with_scores_genres_and_reasons(page: Page, url: str) -> None:
+def test_both_orders_stand_side_by_side_with_scores_genres_and_reasons(
+    page: Page, url: str
+) -> None:
     page.open("#user=u7").settled()
     answer = asked(url, user_id="u7")
     items = answer["items"]
     assert page.ids("#ranked .row") == [item["item_id"] for item in items[:10]]
     retrieved = sorted(
-        (i for i in items if i["explain"]["retrieval_rank"]), key=lambda i: i["explain"]["retrieval_rank"]
+        (i for i in items if i["explain"]["retrieval_rank"]),
+        key=lambda i: i["explain"]["retrieval_rank"],
     )
     assert page.ids("#candidates .row") == [item["item_id"] for item in retrieved[:10]]
     assert page.all("#ranked .name") == titles(answer)[:10]
     assert page.all("#ranked .meta") == [", ".join(item["genres"]) for item in items[:10]]
-    assert [float(score) for score in page.all("#ranked .score")] == [round(item["score"], 3) for item in items[:10]]
+    assert [float(score) for score in page.all("#ranked .score")] == [
+        round(item["score"], 3) for item in items[:10]
+    ]
     nearest = items[0]["explain"]["nearest"]
     assert page.all("#ranked .why b")[0] == nearest["title"]
     assert page.all("#ranked .why")[0].endswith(f"{nearest['similarity']:.2f}")
@@ -186,7 +213,10 @@ def test_a_moved_item_tells_how_far(page: Page, url: str) -> None:
         for rank, item in enumerate(asked(url, user_id="u7")["items"], 1)
         if item["explain"]["retrieval_rank"]
     ]
-    shown = [text.replace("▲ ", "").replace("▼ ", "-").replace("=", "0") for text in page.all("#ranked .move")]
+    shown = [
+        text.replace("▲ ", "").replace("▼ ", "-").replace("=", "0")
+        for text in page.all("#ranked .move")
+    ]
     assert [int(text) for text in shown] == moves
     assert len(page.all("#moves path")) == len(moves)
 
@@ -196,7 +226,9 @@ def test_a_history_is_composed_with_the_keyboard_alone(page: Page, url: str) -> 
     assert page.text("#note").startswith("Cold start") and page.text("#ranked-title") == "Popular"
     wanted = asked(url)["items"][5]
     page.press("/")
-    page.after(lambda: page.press(wanted["title"].upper(), Keys.ENTER))  # without waiting for the suggestions
+    page.after(
+        lambda: page.press(wanted["title"].upper(), Keys.ENTER)
+    )  # without waiting for the suggestions
     assert page.all("#history li div div") == [wanted["title"]]
     assert page.all("#ranked .name") == titles(asked(url, history=[wanted["item_id"]]))[:10]
     assert page.text("#note") == ""
@@ -266,12 +298,21 @@ def test_filters_come_from_the_items_and_are_honoured(page: Page, url: str) -> N
     before = page.all("#ranked .name")
     genre = page.all("#facets .chip")[0]
     page.after(lambda: page.click("#facets .chip"))
-    assert page.all("#ranked .name") == titles(asked(url, user_id="u7", filter={"genres": [genre]}))[:10] != before
+    assert (
+        page.all("#ranked .name")
+        == titles(asked(url, user_id="u7", filter={"genres": [genre]}))[:10]
+        != before
+    )
     assert all(genre in meta.split(", ") for meta in page.all("#ranked .meta"))
     assert page.text("#filter-count") == "· 1 chosen"
     page.browser.execute_script("document.querySelector('#request').parentNode.open = true")
     body = page.text("#request").partition("-d '")[2].removesuffix("'")
-    assert json.loads(body) == {"user_id": "u7", "k": 50, "filter": {"genres": [genre]}, "explain": True}
+    assert json.loads(body) == {
+        "user_id": "u7",
+        "k": 50,
+        "filter": {"genres": [genre]},
+        "explain": True,
+    }
     page.after(lambda: page.press(Keys.SPACE))  # the chip keeps the focus
     assert page.all("#ranked .name") == before
 
@@ -290,16 +331,25 @@ def test_a_title_is_text_whatever_it_holds(page: Page, service: Service) -> None
 def test_items_of_any_data_have_a_name_and_something_to_tell(page: Page) -> None:
     page.open().settled()
     for item, shown in (
-        ({"item_id": "i1", "score": 1.5, "tags": ["a", "b"], "colour": "red", "price": 3.2}, ["i1", "a, b · red"]),
+        (
+            {"item_id": "i1", "score": 1.5, "tags": ["a", "b"], "colour": "red", "price": 3.2},
+            ["i1", "a, b · red"],
+        ),
         ({"item_id": "i1", "name": "Chair", "popularity": 7}, ["Chair", "i1"]),
         ({"item_id": "i1", "title": None, "colour": None, "tags": []}, ["i1", ""]),
     ):
         read = "const item = JSON.parse(arguments[0]); return [nameOf(item), metaOf(item)]"  # keeps the keys' order
         assert page.browser.execute_script(read, json.dumps(item)) == shown
     offered = "learn(arguments[0]); return choices().map(([column, values]) => [column, [...values.keys()]])"
-    items = [{"item_id": f"x{n}", "colour": ["red", "blue"][n % 2], "sku": f"{n}", "weight": n / 3} for n in range(4)]
+    items = [
+        {"item_id": f"x{n}", "colour": ["red", "blue"][n % 2], "sku": f"{n}", "weight": n / 3}
+        for n in range(4)
+    ]
     assert ["colour", ["red", "blue"]] in page.browser.execute_script(offered, items)
-    assert [column for column, _ in page.browser.execute_script(offered, [])] == ["colour", "genres"]  # few first
+    assert [column for column, _ in page.browser.execute_script(offered, [])] == [
+        "colour",
+        "genres",
+    ]  # few first
 
 
 def test_nothing_is_asked_of_anyone_else(page: Page, url: str) -> None:
@@ -308,15 +358,22 @@ def test_nothing_is_asked_of_anyone_else(page: Page, url: str) -> None:
     requests = page.browser.execute_script(script)
     assert requests and all(name.startswith(url + "v1/") for name in requests)
     assert (
-        page.browser.execute_async_script("fetch('http://127.0.0.1:9/').catch(e => arguments[0](e.name))")
+        page.browser.execute_async_script(
+            "fetch('http://127.0.0.1:9/').catch(e => arguments[0](e.name))"
+        )
         == "TypeError"
     )
-    assert "violates" in page.errors()[0] and "connect-src" in httpx.get(url).headers["content-security-policy"]
+    assert (
+        "violates" in page.errors()[0]
+        and "connect-src" in httpx.get(url).headers["content-security-policy"]
+    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [DESKTOP, PHONE])
-def test_it_fits_a_phone_and_a_desktop_in_light_and_dark(page: Page, size: tuple[int, int], scheme: str) -> None:
+def test_it_fits_a_phone_and_a_desktop_in_light_and_dark(
+    page: Page, size: tuple[int, int], scheme: str
+) -> None:
     page.open("#user=u7", size, scheme).settled()
     run = page.browser.execute_script
     assert run("return document.documentElement.scrollWidth") <= size[0]
@@ -340,7 +397,11 @@ def test_a_token_is_asked_for_and_kept_for_this_tab_only(browser: Chrome, servic
         assert not page.all("#ranked .row")
         page.press("geheim ü", Keys.ENTER)
         page.settled()
-        assert len(page.all("#ranked .row")) == 10 and page.text("#note") == "" and page.text("#token") == ""
+        assert (
+            len(page.all("#ranked .row")) == 10
+            and page.text("#note") == ""
+            and page.text("#token") == ""
+        )
         browser.refresh()
         page.settled()
         kept = "return [sessionStorage.getItem('rec-token'), localStorage.length, document.cookie, location.href]"

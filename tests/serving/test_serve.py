@@ -49,14 +49,20 @@ def test_the_command_serves_until_it_is_terminated(trained: Trained, tmp_path: P
         assert answer(port, "/healthz", token="")[:2] == (200, {"status": "ok"})
         assert answer(port, "/readyz", token="")[0] == 200
         assert answer(port, "/v1/users/u7/recommendations", token="wrong")[0] == 401
-        status, content, _ = answer(port, "/v1/users/%252F%2Fü/recommendations?k=3".replace("ü", "%C3%BC"))
+        status, content, _ = answer(
+            port, "/v1/users/%252F%2Fü/recommendations?k=3".replace("ü", "%C3%BC")
+        )
         assert (status, content["user_id"], content["cold_start"]) == (200, "%2F/ü", True)
-        status, content, _ = answer(port, "/v1/recommend", {"history": ["i1", "i2"], "k": 3}, token="other")
+        status, content, _ = answer(
+            port, "/v1/recommend", {"history": ["i1", "i2"], "k": 3}, token="other"
+        )
         assert (status, len(content["items"])) == (200, 3)  # type: ignore[arg-type]
         status, content, _ = answer(port, "/v1/recommend", b"x" * 10_000_000)
         assert status == 413 and "too long" in str(content["detail"])
 
-        with socket.create_server(("127.0.0.1", 0)):  # an open, idle connection must not keep the server
+        with socket.create_server(
+            ("127.0.0.1", 0)
+        ):  # an open, idle connection must not keep the server
             idle = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
             idle.request("GET", "/healthz")
             idle.getresponse().read()
@@ -68,7 +74,9 @@ def test_the_command_serves_until_it_is_terminated(trained: Trained, tmp_path: P
 
 def test_a_server_imports_nothing_of_the_training_code() -> None:
     code = "import sys, rec.serve; print(*sorted(name for name in sys.modules if name.startswith('rec.')))"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True
+    )
     names = {name.removeprefix("rec.").split(".")[0] for name in done.stdout.split()}
     assert names == {"config", "errors", "registry", "serve", "serving"}
 
@@ -83,7 +91,9 @@ def arguments(**given: object) -> argparse.Namespace:
     return argparse.Namespace(**{**dict.fromkeys(names), **said, **given})
 
 
-def test_the_default_is_the_latest_ranking_bundle_and_its_retrieval_bundle(trained: Trained, tmp_path: Path) -> None:
+def test_the_default_is_the_latest_ranking_bundle_and_its_retrieval_bundle(
+    trained: Trained, tmp_path: Path
+) -> None:
     bundles = Path(shutil.copytree(trained.savedmodels, tmp_path / "savedmodels"))
     shutil.copytree(bundles / "retrieval" / "1", bundles / "retrieval" / "2")
     given = arguments(config=trained.config, overrides=[f"output.savedmodels={bundles}"])
@@ -92,7 +102,9 @@ def test_the_default_is_the_latest_ranking_bundle_and_its_retrieval_bundle(train
     assert serve.find_pair(given) == (bundles / "retrieval" / "2", None)
 
 
-def test_a_bundle_can_be_named_by_its_directory_or_an_alias(trained: Trained, tmp_path: Path) -> None:
+def test_a_bundle_can_be_named_by_its_directory_or_an_alias(
+    trained: Trained, tmp_path: Path
+) -> None:
     bundles = Path(shutil.copytree(trained.savedmodels, tmp_path / "savedmodels"))
     (bundles / "retrieval" / "aliases.json").write_text('{"production": 1}')
     one = bundles / "retrieval" / "1"
@@ -100,7 +112,9 @@ def test_a_bundle_can_be_named_by_its_directory_or_an_alias(trained: Trained, tm
     assert serve.find_pair(arguments(retrieval_bundle=one.parent / "production")) == (one, None)
     ranking = bundles / "ranking" / "1"
     assert serve.find_pair(arguments(ranking_bundle=ranking)) == (one, ranking)
-    with pytest.raises(UserError, match="has no version or alias 'staging'; it has latest, production, 1"):
+    with pytest.raises(
+        UserError, match="has no version or alias 'staging'; it has latest, production, 1"
+    ):
         serve.find_pair(arguments(retrieval_bundle=one.parent / "staging"))
 
 
@@ -123,11 +137,18 @@ def refusal(monkeypatch: pytest.MonkeyPatch, *given: object) -> str:
 def test_a_pair_that_was_not_trained_together_is_refused(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handlers: None
 ) -> None:
-    other = Path(shutil.copytree(trained.savedmodels / "retrieval" / "1", tmp_path / "retrieval" / "2"))
+    other = Path(
+        shutil.copytree(trained.savedmodels / "retrieval" / "1", tmp_path / "retrieval" / "2")
+    )
     rewrite(other, version=2)
     ranking = trained.savedmodels / "ranking" / "1"
-    sentence = refusal(monkeypatch, "--port", 0, "--retrieval-bundle", other, "--ranking-bundle", ranking)
-    assert "was trained for retrieval version 1, not for version 2" in sentence and "--allow-mismatch" in sentence
+    sentence = refusal(
+        monkeypatch, "--port", 0, "--retrieval-bundle", other, "--ranking-bundle", ranking
+    )
+    assert (
+        "was trained for retrieval version 1, not for version 2" in sentence
+        and "--allow-mismatch" in sentence
+    )
 
 
 def test_what_is_no_bundle_is_refused(
@@ -135,9 +156,13 @@ def test_what_is_no_bundle_is_refused(
 ) -> None:
     sentence = refusal(monkeypatch, "--port", 0, "--ranking-bundle", tmp_path / "ranking" / "1")
     assert sentence.startswith(f"{tmp_path}/ranking holds no bundle")
-    sentence = refusal(monkeypatch, "--port", 0, "--ranking-bundle", trained.savedmodels / "retrieval" / "1")
+    sentence = refusal(
+        monkeypatch, "--port", 0, "--ranking-bundle", trained.savedmodels / "retrieval" / "1"
+    )
     assert sentence.endswith("is a retrieval bundle, not a ranking bundle")
-    sentence = refusal(monkeypatch, "--port", 0, "--ranking-wandb", "team/project/ranking_bundle:latest")
+    sentence = refusal(
+        monkeypatch, "--port", 0, "--ranking-wandb", "team/project/ranking_bundle:latest"
+    )
     assert "W&B" in sentence or "--retrieval-wandb" in sentence
 
 

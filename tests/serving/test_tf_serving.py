@@ -40,7 +40,9 @@ def replica(pair: tuple[Path, Path]) -> Iterator[str]:
     """The address of a process that speaks TF Serving's REST protocol."""
     command = [sys.executable, str(Path(__file__).with_name("tf_serving_fixture.py"))]
     models = [f"{path.parent.name}={path}" for path in pair]
-    server = subprocess.Popen(command + models, stdout=subprocess.PIPE, text=True, env=environment())
+    server = subprocess.Popen(
+        command + models, stdout=subprocess.PIPE, text=True, env=environment()
+    )
     try:
         assert server.stdout is not None
         port = server.stdout.readline().strip()
@@ -78,7 +80,9 @@ def fleet(replica: str, pair: tuple[Path, Path]) -> Iterator[TfServing]:
 
 def equal(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
     """The same items in the same order; of scores, the last digits may differ: the loaders fuse other operations."""
-    return set(mine) == set(theirs) and all(np.allclose(mine[name], theirs[name], rtol=1e-5) for name in mine)
+    return set(mine) == set(theirs) and all(
+        np.allclose(mine[name], theirs[name], rtol=1e-5) for name in mine
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -92,21 +96,34 @@ def post(replica: str, path: str, body: object) -> tuple[int, Any]:
 
 def test_the_stand_in_takes_rows_and_columns(replica: str) -> None:
     status, columns = post(replica, "retrieval:predict", {"inputs": {"user_id": ["u7", "u9"]}})
-    assert status == 200 and np.shape(columns["outputs"]["item_id"]) == np.shape(columns["outputs"]["score"]) == (2, 50)
-    status, rows = post(replica, "retrieval/versions/1:predict", {"instances": [{"user_id": "u7"}, {"user_id": "u9"}]})
+    assert status == 200 and np.shape(columns["outputs"]["item_id"]) == np.shape(
+        columns["outputs"]["score"]
+    ) == (2, 50)
+    status, rows = post(
+        replica,
+        "retrieval/versions/1:predict",
+        {"instances": [{"user_id": "u7"}, {"user_id": "u9"}]},
+    )
     assert status == 200
-    assert {name: [row[name] for row in rows["predictions"]] for name in ("item_id", "score")} == columns["outputs"]
+    assert {
+        name: [row[name] for row in rows["predictions"]] for name in ("item_id", "score")
+    } == columns["outputs"]
     assert post(replica, "retrieval:predict", {"instances": ["u7", "u9"]}) == (200, rows)
     assert post(replica, "retrieval:predict", {"inputs": ["u7", "u9"]}) == (200, columns)
     similar = {"signature_name": "similar_items", "instances": [{"item_id": "i1"}]}
-    assert post(replica, "retrieval:predict", similar)[1]["predictions"][0].keys() == {"item_id", "score"}
+    assert post(replica, "retrieval:predict", similar)[1]["predictions"][0].keys() == {
+        "item_id",
+        "score",
+    }
 
 
 def test_the_stand_in_leaves_out_the_name_of_an_only_output(replica: str) -> None:
     request = {"user_id": ["u7"], "item_id": [["i1", "i2", ""]]}
     status, by_column = post(replica, "ranking:predict", {"inputs": request})
     assert status == 200 and np.shape(by_column["outputs"]) == (1, 3)
-    by_row = post(replica, "ranking:predict", {"instances": [{"user_id": "u7", "item_id": ["i1", "i2", ""]}]})
+    by_row = post(
+        replica, "ranking:predict", {"instances": [{"user_id": "u7", "item_id": ["i1", "i2", ""]}]}
+    )
     assert by_row == (200, {"predictions": by_column["outputs"]})
 
 
@@ -121,7 +138,11 @@ def test_the_stand_in_tells_a_models_status_and_refuses_with_an_error(replica: s
     ):
         answer = httpx.get(f"{replica}/v1/models/{path}")
         assert answer.status_code == expected
-        assert answer.json() == known if expected == 200 else "Servable not found" in answer.json()["error"]
+        assert (
+            answer.json() == known
+            if expected == 200
+            else "Servable not found" in answer.json()["error"]
+        )
     for path, body, expected in (
         ("x:predict", {}, 404),
         ("retrieval/versions/2:predict", {}, 404),
@@ -144,11 +165,20 @@ def test_the_stand_in_tells_a_models_status_and_refuses_with_an_error(replica: s
 def test_a_fleet_answers_as_the_process_itself(fleet: TfServing, local: Recommender) -> None:
     assert equal(fleet.answer(*BATCH), local.answer(*BATCH))
     assert fleet.answer(*BATCH)["cold"].tolist() == [False, True, False, False, True, False]
-    assert {stage: metadata["version"] for stage, metadata in fleet.metadata.items()} == {"retrieval": 1, "ranking": 1}
-    assert fleet.users == local.users and fleet.items.equals(local.items) and fleet.metadata == local.metadata
+    assert {stage: metadata["version"] for stage, metadata in fleet.metadata.items()} == {
+        "retrieval": 1,
+        "ranking": 1,
+    }
+    assert (
+        fleet.users == local.users
+        and fleet.items.equals(local.items)
+        and fleet.metadata == local.metadata
+    )
 
 
-def test_without_a_ranker_retrievals_order_is_the_answer(replica: str, pair: tuple[Path, Path]) -> None:
+def test_without_a_ranker_retrievals_order_is_the_answer(
+    replica: str, pair: tuple[Path, Path]
+) -> None:
     fleet = connect([replica], pair[0], None)
     answer = fleet.answer(*BATCH)
     assert equal(answer, Recommender.load(pair[0]).answer(*BATCH))
@@ -158,11 +188,15 @@ def test_without_a_ranker_retrievals_order_is_the_answer(replica: str, pair: tup
 def test_neighbours_and_histories_are_the_same(fleet: TfServing, local: Recommender) -> None:
     users = ["u7", "nobody", "u9"]
     assert fleet.histories(users) == local.histories(users)
-    for mine, theirs in zip(fleet.similar(["i1", "no such item"]), local.similar(["i1", "no such item"]), strict=True):
+    for mine, theirs in zip(
+        fleet.similar(["i1", "no such item"]), local.similar(["i1", "no such item"]), strict=True
+    ):
         assert np.array_equal(mine, theirs)
 
 
-def test_the_nearest_item_of_a_history_is_found_where_it_is_near(fleet: TfServing, local: Recommender) -> None:
+def test_the_nearest_item_of_a_history_is_found_where_it_is_near(
+    fleet: TfServing, local: Recommender
+) -> None:
     history = local.histories(["u7"])[0]
     items = local.items.index[local.answer(["u7"], [None], [[]])["rows"][0, :20]].tolist()
     mine, theirs = fleet.cosines(items, history), local.cosines(items, history)
@@ -201,16 +235,22 @@ def test_a_replica_that_hangs_costs_one_time_out(
     assert equal(fleet.answer(*BATCH), local.answer(*BATCH)) and fleet._failed[silent] == failed
 
 
-def test_one_sentence_says_that_none_answers(replica: str, nobody: str, silent: str, pair: tuple[Path, Path]) -> None:
+def test_one_sentence_says_that_none_answers(
+    replica: str, nobody: str, silent: str, pair: tuple[Path, Path]
+) -> None:
     fleet = connect([replica], *pair)
     fleet.replicas[:] = [nobody]
-    with pytest.raises(UnavailableError, match=f"^no TF Serving answers for retrieval; .*{nobody}: .*refused$"):
+    with pytest.raises(
+        UnavailableError, match=f"^no TF Serving answers for retrieval; .*{nobody}: .*refused$"
+    ):
         fleet.answer(*BATCH)
     fleet.replicas[:], fleet.client.timeout = [silent], 0.2
     with pytest.raises(UnavailableError, match=f"{silent}: timed out$"):
         fleet.similar(["i1"])
     fleet.replicas[:], fleet.metadata["retrieval"]["version"] = [replica], 9
-    with pytest.raises(UnavailableError, match="404 .*Servable not found for request: Specific\\(retrieval, 9\\)"):
+    with pytest.raises(
+        UnavailableError, match="404 .*Servable not found for request: Specific\\(retrieval, 9\\)"
+    ):
         fleet.histories(["u7"])
 
 
@@ -219,14 +259,20 @@ def test_a_fleet_without_these_versions_is_refused(
 ) -> None:
     newer = Path(shutil.copytree(pair[0], tmp_path / "retrieval" / "2"))
     rewrite(newer, version=2)
-    with pytest.raises(UnavailableError, match="no replica has retrieval version 2 loaded .*not found.*refused"):
+    with pytest.raises(
+        UnavailableError, match="no replica has retrieval version 2 loaded .*not found.*refused"
+    ):
         connect([replica, nobody], newer, None)
     with pytest.raises(UserError, match="was trained for retrieval version 1, not for version 2"):
         connect([replica], newer, pair[1])
-    with pytest.raises(UnavailableError, match="no replica has retrieval version 2 and ranking version 1 loaded"):
+    with pytest.raises(
+        UnavailableError, match="no replica has retrieval version 2 and ranking version 1 loaded"
+    ):
         connect([replica], newer, pair[1], allow_mismatch=True)
     for urls in ([], [","], ["localhost:8501"], ["http://[::1"]):
-        with pytest.raises(UnavailableError, match="--tf-serving: no replica has retrieval version 1 loaded"):
+        with pytest.raises(
+            UnavailableError, match="--tf-serving: no replica has retrieval version 1 loaded"
+        ):
             connect(urls, pair[0], None)
 
 
@@ -242,9 +288,21 @@ def free_of_tensorflow(pid: int) -> bool:
 def test_the_command_answers_from_a_fleet_without_tensorflow(
     replica: str, nobody: str, pair: tuple[Path, Path], local: Recommender
 ) -> None:
-    command = [sys.executable, "-m", "rec.serve", "--port", "0", "--follow", "0", "--ranking-bundle", str(pair[1])]
+    command = [
+        sys.executable,
+        "-m",
+        "rec.serve",
+        "--port",
+        "0",
+        "--follow",
+        "0",
+        "--ranking-bundle",
+        str(pair[1]),
+    ]
     command += ["--tf-serving", nobody, "--tf-serving", f"{replica},{nobody}"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT)
+    server = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT
+    )
     try:
         assert server.stderr is not None
         said = [server.stderr.readline()]
@@ -255,7 +313,9 @@ def test_the_command_answers_from_a_fleet_without_tensorflow(
         body = {"user_id": "u7", "exclude": ["i2"], "explain": True}
         answer = httpx.post(f"{address}/v1/recommend", json=body, timeout=30).json()
         expected = local.answer(["u7"], [None], [["i2"]])
-        assert [item["item_id"] for item in answer["items"]] == local.items.index[expected["rows"][0, :10]].tolist()
+        assert [item["item_id"] for item in answer["items"]] == local.items.index[
+            expected["rows"][0, :10]
+        ].tolist()
         assert [item["score"] for item in answer["items"]] == expected["scores"][0, :10].tolist()
         nearest = [item["explain"]["nearest"] for item in answer["items"]]
         assert any(nearest) and all(each["similarity"] > 0 for each in nearest if each)
@@ -272,6 +332,12 @@ def test_the_api_says_in_one_sentence_that_the_fleet_is_down(fleet: TfServing, n
     assert client.get("/v1/users/u7/recommendations").status_code == 200
     fleet.replicas[:] = [nobody]
     answer = client.get("/v1/users/u7/recommendations")
-    assert answer.status_code == 503 and answer.headers["Retry-After"] and list(answer.json()) == ["detail"]
+    assert (
+        answer.status_code == 503
+        and answer.headers["Retry-After"]
+        and list(answer.json()) == ["detail"]
+    )
     assert answer.json()["detail"].startswith("no TF Serving answers for retrieval; ")
-    assert client.get("/v1/items").status_code == client.get("/healthz").status_code == 200  # need no model
+    assert (
+        client.get("/v1/items").status_code == client.get("/healthz").status_code == 200
+    )  # need no model

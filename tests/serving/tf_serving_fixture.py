@@ -40,8 +40,14 @@ class RefusedError(Exception):
 
 class Model:
     def __init__(self, bundle: Path, scann: bool) -> None:
-        self.version, self._session, self._lock = bundle.resolve().name, SavedModelSession(bundle, scann), Lock()
-        self._warm_up({"user_id": "", "history": [""], "item_id": [""], "is_given": True, "exclude": [""]})
+        self.version, self._session, self._lock = (
+            bundle.resolve().name,
+            SavedModelSession(bundle, scann),
+            Lock(),
+        )
+        self._warm_up(
+            {"user_id": "", "history": [""], "item_id": [""], "is_given": True, "exclude": [""]}
+        )
 
     def _warm_up(self, examples: dict[str, Any]) -> None:
         """One small request a signature, as TF Serving makes those that a bundle brings along."""
@@ -73,7 +79,10 @@ class Model:
         except (ValueError, RuntimeError) as error:
             raise RefusedError(400, str(error)) from error
         if by_row:
-            rows = [dict(zip(outputs, values, strict=True)) for values in zip(*outputs.values(), strict=True)]
+            rows = [
+                dict(zip(outputs, values, strict=True))
+                for values in zip(*outputs.values(), strict=True)
+            ]
             return {"predictions": [*outputs.values()][0] if len(outputs) == 1 else rows}
         return {"outputs": [*outputs.values()][0] if len(outputs) == 1 else outputs}
 
@@ -84,7 +93,9 @@ class Model:
         if not isinstance(instances[0], dict):
             return instances
         if any(row.keys() != signature["inputs"].keys() for row in instances):
-            raise RefusedError(400, f"JSON object: keys must be equal to: {','.join(sorted(signature['inputs']))}")
+            raise RefusedError(
+                400, f"JSON object: keys must be equal to: {','.join(sorted(signature['inputs']))}"
+            )
         return {key: [row[key] for row in instances] for key in signature["inputs"]}
 
 
@@ -115,14 +126,24 @@ class Handler(BaseHTTPRequestHandler):
     def _content(self, method: str, body: bytes) -> dict[str, Any]:
         at = PATH.fullmatch(self.path)
         if at is None or bool(at["verb"]) != (method == "POST"):
-            raise RefusedError(400 if method == "POST" else 404, f"Malformed request: {method} {self.path}")
+            raise RefusedError(
+                400 if method == "POST" else 404, f"Malformed request: {method} {self.path}"
+            )
         model = self.models.get(at["name"])
         if model is None or at["version"] not in (None, model.version):
-            wanted = f"Latest({at['name']})" if at["version"] is None else f"Specific({at['name']}, {at['version']})"
+            wanted = (
+                f"Latest({at['name']})"
+                if at["version"] is None
+                else f"Specific({at['name']}, {at['version']})"
+            )
             raise RefusedError(404, f"Servable not found for request: {wanted}")
         if method == "GET":
             fine = {"error_code": "OK", "error_message": ""}
-            return {"model_version_status": [{"version": model.version, "state": "AVAILABLE", "status": fine}]}
+            return {
+                "model_version_status": [
+                    {"version": model.version, "state": "AVAILABLE", "status": fine}
+                ]
+            }
         try:
             request = json.loads(body)
         except ValueError as error:
@@ -136,7 +157,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="+", metavar="NAME=BUNDLE")
     parser.add_argument("--no-scann", action="store_true", help="do not load ScaNN's op library")
     arguments = parser.parse_args()
