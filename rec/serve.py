@@ -36,6 +36,7 @@ from rec.config import add_config_arguments, load_config
 from rec.errors import UserError, command_parser, run_command
 from rec.serving.answer import Backend
 from rec.serving.app import create_app
+from rec.serving.connections import http_settings
 from rec.serving.gate import Tokens
 from rec.serving.service import Service
 
@@ -189,10 +190,9 @@ def main() -> None:
         signal.SIGTERM, lambda *_: sys.exit(0)
     )  # what uvicorn ends with once its requests are answered
     args = parse()
-    if args.require_auth and not Tokens.from_environment(True).api:
-        print(
-            "warning: --require-auth without REC_API_TOKENS: requests are refused", file=sys.stderr
-        )
+    warning = Tokens.from_environment(args.require_auth).warning()
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
     listener = listen(args.host, args.port)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"listening on http://{host}:{listener.getsockname()[1]}", file=sys.stderr)
@@ -200,6 +200,7 @@ def main() -> None:
         "log_level": "warning",
         "access_log": False,
         "timeout_graceful_shutdown": 10,
+        **http_settings(),
     }
     if args.workers > 1:
         find_pair(args)  # says at once what is wrong
