@@ -8,8 +8,9 @@
     curl -s http://127.0.0.1:8000/v1/recommend -H 'Content-Type: application/json' -d '{"history": ["i1", "i2"]}'
 
 - Listens at once: /healthz says that the process is up, /readyz that the models are loaded and warm.
-- Tokens: REC_API_TOKENS for the API, REC_ADMIN_TOKENS for POST /v1/models/reload (rec/serving/gate.py). A reload
-  finds the bundles anew: `latest`, an alias and a W&B alias may by then mean another version.
+- Tokens: REC_API_TOKENS for the API, REC_ADMIN_TOKENS for POST /v1/models/reload (rec/serving/gate.py). The server
+  refuses to start if one of them is empty in the environment but has tokens in `.env`.
+- A reload finds the bundles anew: `latest`, an alias and a W&B alias may by then mean another version.
 - The config is only read for where the bundles are, and not if one is named.
 
 --retrieval-wandb and --ranking-wandb download artifacts with W&B's client, which was not tried against W&B itself.
