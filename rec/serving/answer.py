@@ -27,7 +27,8 @@ from rec.serving.metrics import COLD, STAGE_SECONDS
 from rec.serving.schemas import LOWEST, RecommendRequest
 
 DEEPEST = 10_000  # the most popular passing items that are scored for a narrow filter: some 5 ms
-MATCHES = 64 * 1024 * 1024  # bytes for the rows of the latest filters
+MATCHES = 64 * 1024 * 1024  # bytes for the rows of the latest filters,
+LONG = 1000  # of which each is shorter than this as JSON
 COMPARED = 50  # the latest items of a history, among which an explanation finds the nearest
 Arrays = dict[str, np.ndarray]
 
@@ -77,7 +78,7 @@ class Catalogue:
         self._rows_by_value = lru_cache(None)(
             self._collect
         )  # a million items: 0.3 s when a filter first names genres
-        matches = MATCHES // (8 * len(self.ids) + 1000)
+        matches = MATCHES // (8 * len(self.ids) + LONG)
         self._matching = lru_cache(min(max(matches, 8), 1000))(self._intersect)
 
     def rows(self, items: Iterable[str]) -> list[int]:
@@ -105,7 +106,8 @@ class Catalogue:
 
     def matching(self, wanted: dict[str, list[Any]]) -> np.ndarray:
         """[M] rows, ascending, that have one of the values in every one of the columns. Not to be written to."""
-        return self._matching(to_json(wanted))
+        text = to_json(wanted)
+        return self._matching(text) if len(text) < LONG else self._intersect(text)
 
     def _intersect(self, wanted: str) -> np.ndarray:
         rows = np.arange(len(self.ids))

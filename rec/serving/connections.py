@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
-import h11
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -231,7 +230,8 @@ class LimitedH11(Limited, H11Protocol):
 
     def _has_more_body(self) -> bool:
         # uvicorn keeps `more_body` if the answer comes before the body's end.
-        return self.cycle.more_body and self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+        state = self.conn.their_state.__name__
+        return self.cycle.more_body and state in ("SEND_BODY", "ERROR")
 
 
 if AutoHTTPProtocol is H11Protocol:  # without httptools
