@@ -168,6 +168,9 @@ class Limited(asyncio.Protocol):
         status = getattr(sys.exception(), "error_status_hint", 400)  # h11 gives one
         self.refuse(status, "this is not a valid HTTP request")
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """uvicorn's two lines in the log: a client may ask for another protocol, and is answered in this one."""
+
     def _end_late_head(self) -> None:
         if self._head:
             seconds = self.limits.head_seconds
