@@ -73,6 +73,11 @@ def export_retrieval(trained: TrainedRetrieval, config: Config) -> Path:
     )
     if "fallback" in report:
         print(f"index: exact instead of {kind}: {report['fallback']}", file=sys.stderr)
+    if wanted.max_seen < model.config.window:
+        warn(
+            f"index.max_seen: {wanted.max_seen} is also how much of a known user's stored history "
+            f"is read: less than retrieval.window {model.config.window}"
+        )
     with tempfile.TemporaryDirectory() as assets:
         module = RetrievalModule(
             model, index, Lookup(corpus, history, wanted.max_seen, Path(assets)), k

@@ -27,7 +27,6 @@ from rec.errors import UserError
 from rec.features import (
     FIRST_ITEM,
     FIRST_USER,
-    NUMBERS,
     PAD,
     START,
     UNKNOWN,
@@ -200,12 +199,7 @@ def load_corpus(
     item_table = (
         dataset.items().set_index("item_id").reindex(items.ids).reset_index(names="item_id")
     )
-    if columns is not None:
-        for name, table, given in zip(
-            ("users", "items"), (user_table, item_table), columns, strict=True
-        ):
-            _check_columns(f"{dataset.path}/{name}.parquet", table, given)
-    else:
+    if columns is None:
         known_users = np.arange(len(users.ids)) < users.trained
         known_items = np.arange(len(items.ids)) < items.trained
         columns = (
@@ -224,24 +218,6 @@ def load_corpus(
         *columns,
         *splits,
     )
-
-
-def _check_columns(file: str, table: pd.DataFrame, columns: tuple[Column, ...]) -> None:
-    """Raises UserError if a table lacks a column that a checkpoint reads, or holds something else in it."""
-    for column in columns:
-        if column.name not in table:
-            raise UserError(
-                f"{file} has no column {column.name}, which the checkpoint was trained with: "
-                "prepare the data with it, or train again"
-            )
-        values = table[column.name].dropna()
-        is_number = pd.api.types.is_numeric_dtype(values)
-        is_time = pd.api.types.is_datetime64_any_dtype(values)
-        if column.kind in NUMBERS and len(values) and not (is_number or is_time):
-            raise UserError(
-                f"{file}: column {column.name} holds {values.dtype}, but the checkpoint was trained "
-                f"with {column.kind}: prepare the data as before, or train again"
-            )
 
 
 def _vocabulary(
