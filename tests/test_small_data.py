@@ -105,9 +105,9 @@ def test_too_little_for_a_split_is_refused_by_preparation(
 @pytest.mark.parametrize(
     ("name", "retrieval", "ranking", "objective"),
     [
-        ("one_item", "sasrec", "mlp", "implicit"),
+        ("one_item", "two_tower", "mlp", "implicit"),
         ("everything_seen", "autoencoder", "dlrm", "rating"),
-        ("new_users_only", "gru4rec", "dcn", "listwise"),
+        ("new_users_only", "two_tower", "dcn", "listwise"),
         ("one_each", "two_tower", "mlp", "implicit"),
         ("dummy", "sasrec", "dlrm", "implicit"),
     ],
@@ -125,7 +125,7 @@ def test_small_data_are_trained_measured_and_asked(
     assert refusals[name] == ""
     changes = [
         f"dataset={root / name}",
-        f"retrieval={{arch: {retrieval}, embedding_dim: 4, epochs: 1}}",
+        f"retrieval={{arch: {retrieval}, embedding_dim: 4, layers: 1, epochs: 1}}",
         f"ranking={{arch: {ranking}, objective: {objective}, epochs: 1, hidden: [4]}}",
         f"output={{checkpoints: {tmp_path}/checkpoints, savedmodels: {tmp_path}/savedmodels}}",
     ]
