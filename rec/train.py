@@ -6,9 +6,11 @@
     python -m rec.train --stage ranking --model-arch dlrm --init-from-retrieval checkpoints/retrieval
     python -m rec.train --stage retrieval --config config/movielens/ml_100k.yaml --set retrieval.epochs=3
 
-A run that was killed goes on where it was when the same command is given again. With TF_CONFIG, the same command on
-several machines with a common directory for checkpoints trains one model (tf.distribute.MultiWorkerMirroredStrategy, or
-with --strategy ps ParameterServerStrategy, whose tables lie in parts on servers); the chief exports it.
+To resume an interrupted run, run the same command again. With TF_CONFIG, the same command on several machines with a
+common directory for checkpoints trains one model (tf.distribute.MultiWorkerMirroredStrategy, or with --strategy ps
+ParameterServerStrategy, whose tables lie in parts on servers); the chief exports it.
+
+A setting that has no effect (another key or the data decide so) is reported before training starts.
 
 Tables and progress go to stderr; the last line of stdout is JSON: {"stage", "bundle", "version", "metrics",
 "examples_per_second", "seconds"}, or for `--stage all` {"retrieval": {..}, "ranking": {..}, "recommender": {..}}.
@@ -81,7 +83,7 @@ RATING_PACE = 3  # and its learning rate so many times as high
 def train_retrieval(config: Config) -> tuple[TrainedRetrieval, dict[str, Any]]:
     """Trains the two towers on all training interactions, exports them; returns the model and the command's JSON.
 
-    Of several workers, all but the chief end here.
+    Of several workers, only the chief returns.
     """
     start = time.perf_counter()
     dataset = open_dataset(config.dataset)
@@ -90,14 +92,15 @@ def train_retrieval(config: Config) -> tuple[TrainedRetrieval, dict[str, Any]]:
     directory = Path(config.output.checkpoints) / "retrieval"
     with track(config, "retrieval") as tracker:
         _fit_retrieval(config, corpus, corpus.train, directory, tracker=tracker)
-        _only_the_chief_goes_on(config)
+        exit_unless_chief(config)
         trained = load_retrieval(directory, dataset, corpus)
         bundle = export_retrieval(trained, config)
         tracker.log_bundle(bundle)
     return trained, _answer("retrieval", bundle, trained.fitted, start)
 
 
-def _only_the_chief_goes_on(config: Config) -> None:
+def exit_unless_chief(config: Config) -> None:
+    """Of several workers that train one model, only the chief exports it."""
     if not workers(config.strategy).extended.should_checkpoint:
         sys.exit(0)
 
@@ -234,7 +237,7 @@ def train_ranking(
             patience=settings.patience,
             tracker=tracker,
         )
-        _only_the_chief_goes_on(config)
+        exit_unless_chief(config)
         model, fitted, run = load_ranking(directory, trained)
         tracker.use(source)
         exported = export_ranking(model, trained, config, run, fitted, source)
