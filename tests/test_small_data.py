@@ -137,8 +137,11 @@ def test_small_data_are_trained_measured_and_asked(
     show_systems(report)
     for document in (of_retrieval, of_ranking, report):
         json.dumps(document, allow_nan=False)
-    keeps_order = "the ranker keeps retrieval's order" in capsys.readouterr().err
-    assert keeps_order == (name == "one_each")
+    said = capsys.readouterr().err
+    assert ("the ranker keeps retrieval's order" in said) == (name == "one_each")
+    unread = f"retrieval.layers: 1 has no effect: retrieval.arch {retrieval} does not read it"
+    assert (unread in said) == (retrieval != "sasrec")
+    assert ("ratings a step (16 times ranking.batch_size)" in said) == (objective == "rating")
     assert report["systems"]["recommender"]["recall@100"] > 0
 
     pair = load_latest(config)
