@@ -6,9 +6,11 @@
     python -m rec.train --stage ranking --model-arch dlrm --init-from-retrieval checkpoints/retrieval
     python -m rec.train --stage retrieval --config config/movielens/ml_100k.yaml --set retrieval.epochs=3
 
-A run that was killed goes on where it was when the same command is given again. With TF_CONFIG, the same command on
-several machines with a common directory for checkpoints trains one model (tf.distribute.MultiWorkerMirroredStrategy, or
-with --strategy ps ParameterServerStrategy, whose tables lie in parts on servers); the chief exports it.
+To resume an interrupted run, run the same command again. With TF_CONFIG, the same command on several machines with a
+common directory for checkpoints trains one model (tf.distribute.MultiWorkerMirroredStrategy, or with --strategy ps
+ParameterServerStrategy, whose tables lie in parts on servers); the chief exports it.
+
+A setting that has no effect (another key or the data decide so) is reported before training starts.
 
 Tables and progress go to stderr; the last line of stdout is JSON: {"stage", "bundle", "version", "metrics",
 "examples_per_second", "seconds"}, or for `--stage all` {"retrieval": {..}, "ranking": {..}, "recommender": {..}}.
@@ -30,10 +32,19 @@ import tensorflow_recommenders as tfrs
 
 from rec import metrics
 from rec.checkpoint import TrainedRetrieval, corpus_files, describe, load_ranking, load_retrieval
-from rec.config import Config, add_config_arguments, load_config, settled
+from rec.config import (
+    Config,
+    add_config_arguments,
+    load_config,
+    overruled,
+    settled,
+    to_dict,
+    with_run,
+    without_effect,
+)
 from rec.counts import Counts, no_counts
-from rec.data_prep.dataset import open_dataset
-from rec.errors import UserError, command_parser, run_command
+from rec.data_prep.dataset import Dataset, open_dataset
+from rec.errors import UserError, command_parser, run_command, warn
 from rec.evaluate import evaluate, show_recommendations, show_systems
 from rec.export import bundle_of, export_ranking, export_recommender, export_retrieval
 from rec.features import FIRST_ITEM, PAD
@@ -72,22 +83,24 @@ RATING_PACE = 3  # and its learning rate so many times as high
 def train_retrieval(config: Config) -> tuple[TrainedRetrieval, dict[str, Any]]:
     """Trains the two towers on all training interactions, exports them; returns the model and the command's JSON.
 
-    Of several workers, all but the chief end here.
+    Of several workers, only the chief returns.
     """
     start = time.perf_counter()
     dataset = open_dataset(config.dataset)
     corpus = load_corpus(dataset, config.features)
+    warn(*without_effect(config, corpus.facts, ("retrieval", "index")))
     directory = Path(config.output.checkpoints) / "retrieval"
     with track(config, "retrieval") as tracker:
         _fit_retrieval(config, corpus, corpus.train, directory, tracker=tracker)
-        _only_the_chief_goes_on(config)
+        exit_unless_chief(config)
         trained = load_retrieval(directory, dataset, corpus)
         bundle = export_retrieval(trained, config)
         tracker.log_bundle(bundle)
     return trained, _answer("retrieval", bundle, trained.fitted, start)
 
 
-def _only_the_chief_goes_on(config: Config) -> None:
+def exit_unless_chief(config: Config) -> None:
+    """Of several workers that train one model, only the chief exports it."""
     if not workers(config.strategy).extended.should_checkpoint:
         sys.exit(0)
 
@@ -155,9 +168,10 @@ def _factorized_top_k(model: RetrievalModel, corpus: Corpus) -> dict[str, float]
     """TFRS's own metric: hits among all candidates, seen ones included, for VALIDATION_USERS interactions at most."""
     held = corpus.val
     candidates = model.candidates()
-    search = tfrs.layers.factorized_top_k.BruteForce(k=max(FACTORIZED_KS))
+    depths = [min(k, model.n_items) for k in FACTORIZED_KS]  # TFRS fails beyond the catalogue
+    search = tfrs.layers.factorized_top_k.BruteForce(k=max(depths))
     search.index(candidates, tf.strings.as_string(tf.range(FIRST_ITEM, FIRST_ITEM + model.n_items)))
-    metric = tfrs.metrics.FactorizedTopK(candidates=search, ks=FACTORIZED_KS)
+    metric = tfrs.metrics.FactorizedTopK(candidates=search, ks=depths)
     drawn = np.sort(np.random.default_rng(0).permutation(len(held.items))[:VALIDATION_USERS])
     owners, step = held.users, users_at_once(model.n_items)
     for at in np.array_split(drawn, np.arange(step, len(drawn), step)):
@@ -177,12 +191,15 @@ def train_ranking(
     """Trains a ranker for the latest trained retrieval model and exports it; returns the command's JSON."""
     start = time.perf_counter()
     dataset = open_dataset(config.dataset)
-    trained = trained or load_retrieval(Path(config.output.checkpoints) / "retrieval", dataset)
+    if trained is None:
+        trained = load_retrieval(Path(config.output.checkpoints) / "retrieval", dataset)
+        warn(*overruled(config, trained.run, ("retrieval", "features")))
     if trained.run["dataset"] != dataset.id:
         raise UserError(
             f"{config.output.checkpoints}/retrieval was trained on another data set than {config.dataset}: "
             "run python -m rec.train --stage retrieval first"
         )
+    check_ranking(with_run(config, trained.run), dataset, init_from)
     source = bundle_of(config, trained.run)  # there must be one: say so before training
     tf.keras.utils.set_random_seed(config.seed)
     settings, corpus = config.ranking, trained.corpus
@@ -190,6 +207,7 @@ def train_ranking(
         model = RankingModel(
             settings, trained.model.config.window, trained.model.config.embedding_dim, corpus
         )
+    warn(*without_effect(config, corpus.facts, ("ranking",)))
     by = _by_rating if settings.objective == "rating" else _by_clicks
     batches, examples, validate, monitor = by(config, trained, model)
     if init_from is not None:
@@ -211,7 +229,7 @@ def train_ranking(
             directory,
             run,
             {},
-            epochs=settings.epochs,
+            epochs=settings.epochs if examples else 0,
             learning_rate=rate,
             seed=config.seed,
             validate=validate,
@@ -219,10 +237,10 @@ def train_ranking(
             patience=settings.patience,
             tracker=tracker,
         )
-        _only_the_chief_goes_on(config)
+        exit_unless_chief(config)
         model, fitted, run = load_ranking(directory, trained)
         tracker.use(source)
-        exported = export_ranking(model, trained, config, run, fitted)
+        exported = export_ranking(model, trained, config, run, fitted, source)
         tracker.log_bundle(exported)
     return _answer("ranking", exported, fitted, start)
 
@@ -234,37 +252,27 @@ Validate = Callable[[], dict[str, float]]
 def _by_clicks(
     config: Config, trained: TrainedRetrieval, model: RankingModel
 ) -> tuple[Epochs, int, Validate, str]:
-    """Candidate lists of a retrieval model that has not seen their labels; validated on what will be served."""
+    """Candidate lists of a retrieval model that has not seen their labels; validated on what will be served.
+
+    Without a list to train on, the ranker stays what it is at the start: retrieval's order.
+    """
     settings, corpus = config.ranking, trained.corpus
     past, labels = hold_out(corpus, settings.holdout, config.seed)
-    print(
-        "training a retrieval model without the ranker's labels, to mine its candidates",
-        file=sys.stderr,
-    )
-    of_miner = replace(config, retrieval=trained.model.config)
-    stop_after = max(1, trained.fitted.best_epoch)
-    miner, _, _ = _fit_retrieval(
-        of_miner, corpus, past, Path(config.output.checkpoints) / "mining", stop_after
-    )
-    miner.lean(past, **trained.model.leaning)
-    model.start_from(miner)  # not from the final model, whose embeddings have seen the labels
-    is_next = (
-        corpus.split_strategy == "leave_one_out"
-    )  # the test asks for the next item, not for all that follow
-    asked = all_queries(labels, is_next, MOST_LISTS, config.seed)
-    mined = mine(miner, past, labels, asked, settings.candidates, not is_next).with_hits()
-    is_judged = mined.user % JUDGED == 0
-    lists, judged = mined.take(np.flatnonzero(~is_judged)), mined.take(np.flatnonzero(is_judged))
-    if not len(lists.user):
-        raise UserError(
-            "no candidate list holds a right item: retrieval is too weak to train a ranker on; train it longer"
-        )
+    before, served = (Counts(part, corpus.items.rows) for part in (past, corpus.train))
     queries = first_queries(corpus.val, VALIDATION_USERS, config.seed)
     relevant = corpus.val.matrix(queries[0], corpus.items.rows)
     offered = mine(
         trained.model, corpus.train, corpus.val, queries, settings.candidates, whole=True
     )
-    before, served = (Counts(part, corpus.items.rows) for part in (past, corpus.train))
+    mined = offered.take(np.arange(0))
+    if len(labels.items):
+        mined = _mine_lists(config, trained, model, past, labels)
+    lists, judged = _judged_apart(mined)
+    if not len(lists.user):
+        warn(
+            "no candidate list holds a right item, so the ranker keeps retrieval's order: "
+            "it needs users with two or more training interactions, or a better retrieval model"
+        )
 
     def added(lists: CandidateLists, order: np.ndarray) -> np.ndarray:
         ranked = np.take_along_axis(lists.labels, order, 1)
@@ -286,6 +294,40 @@ def _by_clicks(
     return batches, lists.items.size, validate, GAIN
 
 
+def _mine_lists(
+    config: Config,
+    trained: TrainedRetrieval,
+    model: RankingModel,
+    past: Sequences,
+    labels: Sequences,
+) -> CandidateLists:
+    """The lists to train on: those that hold a right item. `model` starts with the miner's embeddings."""
+    print(
+        "training a retrieval model without the ranker's labels, to mine its candidates",
+        file=sys.stderr,
+    )
+    corpus = trained.corpus
+    of_miner = replace(config, retrieval=trained.model.config)
+    stop_after = max(1, trained.fitted.best_epoch)
+    directory = Path(config.output.checkpoints) / "mining"
+    miner, _, _ = _fit_retrieval(of_miner, corpus, past, directory, stop_after)
+    miner.lean(past, **trained.model.leaning)
+    model.start_from(miner)  # not from the final model, whose embeddings have seen the labels
+    # A leave-one-out test asks for the next item, not for all that follow.
+    is_next = corpus.split_strategy == "leave_one_out"
+    queries = all_queries(labels, is_next, MOST_LISTS, config.seed)
+    n = config.ranking.candidates
+    return mine(miner, past, labels, queries, n, whole=not is_next).with_hits()
+
+
+def _judged_apart(lists: CandidateLists) -> tuple[CandidateLists, CandidateLists]:
+    """The lists to train on, and those of one in JUDGED users; of very few users, all are trained on."""
+    is_judged = lists.user % JUDGED == 0
+    if is_judged.all():
+        is_judged = np.zeros_like(is_judged)
+    return lists.take(np.flatnonzero(~is_judged)), lists.take(np.flatnonzero(is_judged))
+
+
 def _by_rating(
     config: Config, trained: TrainedRetrieval, model: RankingModel
 ) -> tuple[Epochs, int, Validate, str]:
@@ -294,6 +336,13 @@ def _by_rating(
     train, batch_size = corpus.train, config.ranking.batch_size * RATINGS_A_LIST
     known = train if corpus.split_strategy == "given" or not corpus.ordered else None
     val = rated_lists(corpus.val, np.arange(len(corpus.val.items)), train, width)
+    print(
+        f"ranking.objective rating: {batch_size:,} ratings a step ({RATINGS_A_LIST} times "
+        f"ranking.batch_size), learning rate {config.ranking.learning_rate * RATING_PACE:g} "
+        f"({RATING_PACE} times ranking.learning_rate), histories of {width} items "
+        f"(retrieval reads {trained.model.config.window})",
+        file=sys.stderr,
+    )
 
     def batches(epoch: int) -> tf.data.Dataset:
         rng = np.random.default_rng([config.seed, epoch])
@@ -324,6 +373,7 @@ def _answer(stage: str, bundle: Path, fitted: Fitted, start: float) -> dict[str,
 
 def train_all(config: Config, init_from: Path | None) -> dict[str, Any]:
     """Both stages and their composition; ends with a table of the test metrics and three users' recommendations."""
+    check_ranking(config, open_dataset(config.dataset), init_from)
     trained, retrieval = train_retrieval(config)
     ranking = train_ranking(config, init_from, trained)
     start = time.perf_counter()
@@ -358,6 +408,36 @@ def check_names(config: Config) -> None:
     ):
         if name not in known:
             raise UserError(f"{key}: there is no {name!r}; choose one of {', '.join(known)}")
+
+
+def check_ranking(config: Config, dataset: Dataset, init_from: Path | None) -> None:
+    """Before anything is trained: raises UserError if a ranker cannot be trained on these data, or not from there.
+
+    `config` says what the retrieval model is trained with; `init_from` is a retrieval checkpoint.
+    """
+    if config.ranking.objective == "rating" and not dataset.has_ratings:
+        raise UserError(
+            f"ranking.objective: rating needs a column of ratings, and {dataset.path} has none"
+        )
+    if init_from is None:
+        return
+    run = read_run(init_from)
+    if run is None or run["stage"] != "retrieval":
+        raise UserError(
+            f"--init-from-retrieval: {init_from} holds no finished retrieval checkpoint"
+        )
+    needed = {
+        "dataset": dataset.id,
+        "features": to_dict(config)["features"],
+        "retrieval.embedding_dim": config.retrieval.embedding_dim,
+    }
+    found = {**run, "retrieval.embedding_dim": run["retrieval"]["embedding_dim"]}
+    for key, value in needed.items():
+        if found[key] != value:
+            raise UserError(
+                f"--init-from-retrieval: {init_from} was trained with another {key} than the model: "
+                "name a checkpoint of the same data set, features and retrieval.embedding_dim"
+            )
 
 
 def main() -> None:

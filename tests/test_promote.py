@@ -44,7 +44,7 @@ def prepared(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Conf
                 patch.setattr(rec.export, "build_index", that_is_poor(rec.export.build_index))
             first = rec.export.export_retrieval(retrieval, config)
         model, fitted, described = load_ranking(trained.checkpoints / "ranking", retrieval)
-        second = rec.export.export_ranking(model, retrieval, config, described, fitted)
+        second = rec.export.export_ranking(model, retrieval, config, described, fitted, first)
         rec.export.export_recommender(first, second, config)
     return config
 

@@ -76,7 +76,9 @@ class RankingModel(tfrs.Model):
         self._recency = self.add_weight(name="recency", shape=[self.window], initializer="zeros")
         ratings = corpus.train.ratings
         if self._is_rating and ratings is None:
-            raise UserError("ranking.objective: rating needs ratings, which the dataset has not")
+            raise UserError(
+                "ranking.objective: rating needs a column of ratings, and this dataset has none"
+            )
         start = float(np.mean(ratings)) if self._is_rating and ratings is not None else 0.0
         self._bias = self.add_weight(
             name="bias", shape=[], initializer=tf.keras.initializers.Constant(start)
@@ -186,16 +188,10 @@ class RankingModel(tfrs.Model):
         )  # the mean of the workers' means
 
     def start_from(self, retrieval: RetrievalModel) -> None:
-        """Takes over the retrieval model's item embeddings, and its user embeddings where it has them.
+        """Takes over the retrieval model's item embeddings, and its user embeddings if it has them.
 
-        Raises:
-          UserError: the two models' embeddings are of different sizes.
+        Both models must have the same vocabularies, feature columns and width.
         """
-        if retrieval.config.embedding_dim != self._dim:
-            raise UserError(
-                "--init-from-retrieval: that checkpoint's embeddings have another size than the model's: "
-                "name a checkpoint with the same retrieval.embedding_dim and data set"
-            )
         self.items.start_from(retrieval.candidate_tower.items)
         users = retrieval.query_tower.users
         if users is not None and users.ids is not None:
@@ -240,7 +236,7 @@ def score_lists(
     model: RankingModel, lists: CandidateLists, counts: Counter, batch_size: int = 256
 ) -> np.ndarray:
     """The model's scores of all lists, [Q, N] float32, LOWEST at empty places."""
-    parts = []
+    parts = [np.zeros((0, lists.items.shape[1]), np.float32)]
     for begin in range(0, len(lists.user), batch_size):
         part = lists.take(np.arange(begin, min(begin + batch_size, len(lists.user))))
         inputs = (
