@@ -25,7 +25,8 @@ from duckdb import DuckDBPyConnection as Connection
 from tqdm import tqdm
 
 from rec.data_prep.dataset import digest
-from rec.data_prep.tabular import RawFile, load_features, load_interactions
+from rec.data_prep.raw_files import RawFile
+from rec.data_prep.tabular import load_features, load_interactions
 from rec.data_prep.write import note, output_parser, prepare
 from rec.errors import UserError, run_command
 

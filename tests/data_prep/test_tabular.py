@@ -12,6 +12,7 @@ import pytest
 
 from rec.data_prep import tabular
 from rec.data_prep.dataset import Dataset, open_dataset
+from rec.data_prep.raw_files import RawFile
 from rec.errors import UserError
 
 Run = Callable[..., Dataset]
@@ -414,7 +415,7 @@ def test_rows_keep_the_order_of_a_file_that_is_read_in_parallel(tmp_path: Path) 
     path.write_text("user_id,item_id\n" + "".join(f"user{n},item{n}\n" for n in range(300_000)))
     con = duckdb.connect()
     con.execute("set threads = 4")
-    tabular.load_interactions(con, tabular.RawFile.of(path), ("user_id", "item_id", None, None))
+    tabular.load_interactions(con, RawFile.of(path), ("user_id", "item_id", None, None))
     wrong = con.execute(
         "select count(*) from interactions where user_id <> 'user' || (source_row - 1)"
     ).fetchall()
