@@ -122,7 +122,8 @@ def _find(name: str, file: str, source: Path, scratch: Path) -> RawFile:
         text = path.read_text("latin-1")
         path = scratch / file
         path.write_text(text, "utf-8")
-    return RawFile(path, delimiter, tuple(columns.split()))
+    quote = "" if columns else '"'
+    return RawFile(path, delimiter, quote, tuple(columns.split()))
 
 
 def download(url: str, target: Path) -> None:

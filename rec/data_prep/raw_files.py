@@ -1,33 +1,76 @@
-"""A file of rows as it was received, and the table `raw` of its well-formed rows: what every source begins with."""
+"""A file as a person has it: CSV, TSV or Parquet, and how it is written.
 
+- The fields of a text file are separated by what its name or --delimiter says. If that is not in the first line, and
+  another usual separator gives the columns that the command needs, that one is taken, and said.
+- A quote opens a field that may hold separators, and is doubled inside it. In a .tsv, or with --quote none, it is a
+  character like any other.
+- Lines end in \\n, \\r\\n or \\r, all of a file alike; the last one may have no end. Blank lines are no rows.
+- Another encoding than UTF-8, or another kind of file, is refused by the name of what it seems to be.
+
+What becomes of its rows is in rows.py.
+"""
+
+import codecs
 import csv
-import difflib
 import glob
-from dataclasses import dataclass
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
+import numpy as np
 from duckdb import DuckDBPyConnection as Connection
 
 from rec.data_prep.write import note
 from rec.errors import UserError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".parquet": ""}
-FRACTIONS = ("FLOAT", "DOUBLE", "DECIMAL")
-ID = "case when regexp_matches({0}, '\\S') and not regexp_matches({0}, '[\\r\\n]') then {0} end"  # a vocabulary's line
-SECONDS = "coalesce(try_cast(timestamp as double), epoch(try_cast(timestamp as timestamptz)))"
-TIME = f"case when {SECONDS} between -62135596800 and 253402300799 then {SECONDS} end"  # the years 1 to 9999
-RATING = "case when isfinite(try_cast(rating as float)) then cast(rating as float) end"
-VALUES = {  # column of `interactions` -> its value, null if the text is malformed, and what is wrong then
-    "user_id": (ID.format("user_id"), "is empty or holds a line break"),
-    "item_id": (ID.format("item_id"), "is empty or holds a line break"),
-    "timestamp": (
-        TIME,
-        "is neither seconds since 1970 (milliseconds are not taken) nor an ISO 8601 time",
-    ),
-    "rating": (RATING, "is not a number"),
+QUOTES = {".csv": '"', ".tsv": "", ".parquet": ""}
+SEPARATORS = (",", ";", "\t", "|")  # those that are looked for
+BLOCK = 2**20  # bytes that are read at once
+LINE_FEED = 10
+CARRIAGE_RETURN = 13
+# The first bytes of files that are neither text nor what their name says. Longer ones come first.
+BEGINNINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32 text",
+    codecs.BOM_UTF32_BE: "UTF-32 text",
+    codecs.BOM_UTF16_LE: "UTF-16 text",
+    codecs.BOM_UTF16_BE: "UTF-16 text",
+    b"PK\x03\x04": "a zip file (.xlsx is one, too)",
+    b"PK\x05\x06": "an empty zip file",
+    b"\x1f\x8b": "a gzip file",
+    b"BZh": "a bzip2 file",
+    b"\xfd7zXZ": "an xz file",
+    b"7z\xbc\xaf": "a 7z file",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"Rar!": "a rar file",
+    b"PAR1": "a Parquet file",
+    b"PARE": "an encrypted Parquet file",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook",
+    b"<!DOCTYPE": "a web page",
+    b"<!doctype": "a web page",
+    b"<html": "a web page",
 }
+INDEX = re.compile(r"\s*|__index_level_\d+__")  # names of columns that pandas writes for its index
+DATA = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?|\d{4}-\d\d-\d\d([ T].*)?")  # numbers, times
+
+
+class Record(NamedTuple):
+    """A row as it stands in a text file."""
+
+    line: int  # the first is 1
+    last_line: int
+    fields: list[str]  # none: the line is blank
+
+
+class Lines(NamedTuple):
+    """The number of lines of a text file."""
+
+    total: int
+    blank: int
 
 
 @dataclass(frozen=True)
@@ -36,138 +79,245 @@ class RawFile:
 
     path: Path
     delimiter: str  # "" for Parquet
-    header: tuple[
-        str, ...
-    ] = ()  # column names of a file without quotes; none: the first line holds them
+    quote: str = ""  # "" if quotes are characters like any other
+    header: tuple[str, ...] = ()  # column names; none: the first line holds them
+    has_options: bool = False  # whether its command has --delimiter, --quote and --skip-bad-rows
 
     @classmethod
-    def of(cls, path: Path) -> "RawFile":
-        """A user's file. Raises UserError if its extension does not tell the format, or it is empty or none."""
-        if path.suffix.lower() not in DELIMITERS:
+    def of(cls, path: Path, delimiter: str | None = None, quote: str | None = None) -> "RawFile":
+        """A user's file; `delimiter` and `quote` replace what is usual for its extension.
+
+        Raises UserError if the extension does not tell the format, or the file is empty or none.
+        """
+        kind = path.suffix.lower()
+        if kind not in DELIMITERS:
             raise UserError(
                 f"{path}: the name must end in .csv, .tsv or .parquet, so that the format is known"
             )
-        if not path.is_file() or not path.stat().st_size:
-            raise UserError(f"{path} {'is empty' if path.is_file() else 'is not a file'}")
-        return cls(path, DELIMITERS[path.suffix.lower()])
+        if not path.is_file():
+            raise UserError(f"{path} is not a file")
+        if not path.stat().st_size:
+            raise UserError(f"{path} is empty")
+        if not DELIMITERS[kind]:
+            return cls(path, delimiter="")
+        return cls(
+            path,
+            delimiter=DELIMITERS[kind] if delimiter is None else delimiter,
+            quote=QUOTES[kind] if quote is None else quote,
+            has_options=True,
+        )
 
-    def record(self, number: int, blank_too: bool = False) -> tuple[int, list[str]]:
-        """The line on which a record begins, and its fields. The first is number 1, a CSV's header number 0."""
-        if not self.delimiter or self.header:  # rows of Parquet, and files where a record is a line
-            return number, []
+    @property
+    def is_text(self) -> bool:
+        """Whether it is not Parquet."""
+        return bool(self.delimiter)
+
+    def records(self) -> Iterator[Record]:
+        """The rows of a text file, with its header and blank lines. Bytes that are not UTF-8 become surrogates."""
         csv.field_size_limit(2**31 - 1)
-        with open(self.path, encoding="utf-8-sig", errors="replace", newline="") as text:
-            reader, line = csv.reader(text, delimiter=self.delimiter), 1
+        with open(self.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+            if not self.quote:
+                for number, line in enumerate(text, 1):
+                    content = line.rstrip("\r\n")
+                    fields = content.split(self.delimiter) if content else []
+                    yield Record(number, number, fields)
+                return
+            reader = csv.reader(
+                text,
+                delimiter=self.delimiter,
+                quotechar=self.quote,
+                skipinitialspace=self.delimiter != " ",  # as DuckDB does before a quote
+            )
+            first = 1
             for fields in reader:
-                number -= bool(fields) or blank_too
-                if number < 0:
-                    return line, fields
-                line = reader.line_num + 1
-        return line, []
+                yield Record(first, reader.line_num, fields)
+                first = reader.line_num + 1
+
+    def names(self) -> list[str]:
+        """The columns of a text file. Raises UserError if they are not one line of UTF-8."""
+        if self.header:
+            return list(self.header)
+        first = next(self.records(), Record(1, 1, []))
+        if not first.fields:
+            raise UserError(f"{self.path}:1: the first line is blank; it must name the columns")
+        if first.last_line > 1:
+            raise UserError(
+                f"{self.path}:1: a quote opens a name that goes on to line {first.last_line}: close it"
+            )
+        if any("\udc80" <= letter <= "\udcff" for letter in "".join(first.fields)):
+            raise UserError(f"{self.path}:1: {encoding_problem(line_at(self.path, 0)[1])}")
+        return first.fields
+
+    def separated(self, columns: Iterable[str]) -> "RawFile":
+        """This file, or with the separator that its first line shows, if only that gives all of `columns`.
+
+        Raises UserError if the file's own separator is in the first line too, so that either may be right.
+        """
+        names = self.names()
+        wanted = set(columns)
+        if wanted <= set(names):
+            return self
+        for delimiter in SEPARATORS:
+            other = replace(self, delimiter=delimiter)
+            if delimiter == self.delimiter or not wanted <= set(other.names()):
+                continue
+            if len(names) == 1:
+                note(f"{self.path}: fields are separated by {shown(delimiter)}")
+                return other
+            raise UserError(
+                f"{self.path}: fields seem to be separated by {shown(delimiter)}, not by"
+                f" {shown(self.delimiter)}: say --delimiter {shown(delimiter)}"
+            )
+        return self
+
+    def line_of(self, row: int) -> int:
+        """The line on which a row begins. The first row is 1; rows of Parquet are their own lines."""
+        if not self.is_text:
+            return row
+        rows = (record for record in self.records() if record.fields or self.has_one_column())
+        return next(itertools.islice(rows, row - bool(self.header), None)).line
+
+    def has_one_column(self) -> bool:
+        """Whether a blank line is a row, namely one whose only field is empty."""
+        return self.is_text and len(self.names()) == 1
 
     def relation(self, con: Connection) -> duckdb.DuckDBPyRelation:
-        """The rows, all columns of text files as text; those that cannot be read go to table `reject_errors`."""
+        """The rows, all columns of text files as text; those that cannot be read go to table `reject_errors`.
+
+        Columns without a name and those that pandas writes for its index are left out. Raises UserError if two
+        columns have the same name.
+        """
         path = glob.escape(str(self.path))
-        if not self.delimiter:
-            return con.read_parquet(path)
-        names = self.header or self.record(0)[1]
-        if len({name.lower() for name in names}) < len(names):
-            raise UserError(f"{self.path} cannot be read: two of its columns have the same name")
-        quote, columns = "" if self.header else '"', dict.fromkeys(names, "VARCHAR")
+        if not self.is_text:
+            relation = con.read_parquet(path)
+            names = relation.columns
+        else:
+            names = [name if name.strip() else "" for name in self.names()]
+            lower = [name.lower() for name in names if name]
+            if twice := [name for name in names if name and lower.count(name.lower()) > 1]:
+                raise UserError(
+                    f"{self.path} cannot be read: two of its columns have the name {twice[0]}"
+                    " (capital and small letters count as the same)"
+                )
+            names = [name or f"__index_level_{at}__" for at, name in enumerate(names)]
+            relation = self._text_relation(con, path, names)
+        left_out = [at for at, name in enumerate(names, 1) if INDEX.fullmatch(name)]
+        if not left_out:
+            return relation
+        which = ", ".join(map(str, left_out))
+        note(f"{self.path}: column {which} is left out: it has no name, or is pandas' index")
+        return relation.project(
+            ", ".join(quoted(name) for name in names if not INDEX.fullmatch(name))
+        )
+
+    def _text_relation(
+        self, con: Connection, path: str, names: list[str]
+    ) -> duckdb.DuckDBPyRelation:
         form: dict[str, Any] = {
             "sep": self.delimiter,
-            "quotechar": quote,
-            "escapechar": quote,
-            "columns": columns,
+            "quotechar": self.quote,
+            "escapechar": self.quote,
+            "columns": dict.fromkeys(names, "VARCHAR"),
         }
         return con.read_csv(
             path, header=not self.header, auto_detect=False, store_rejects=True, **form
         )
 
 
-def read_rows(
-    con: Connection, file: RawFile, columns: dict[str, str], skip: bool, features: bool = False
-) -> int:
-    """Creates table `raw` of a file's well-formed rows, numbered; returns how many are malformed.
-
-    `columns`: a name in `raw` -> what the file calls that column, which is read as text. With `features` the other
-    columns are added as they are, and no id may come twice.
-    """
-    try:
-        source = file.relation(con)
-        kinds = dict(zip(source.columns, map(str, source.types), strict=True))
-        for name, column in columns.items():
-            if column not in kinds:
-                near = difflib.get_close_matches(column, kinds, 1)
-                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(kinds)}"
-                raise UserError(f"{file.path} has no column {column}: {hint}")
-            if name.endswith("_id") and (kind := kinds[column]).startswith(FRACTIONS):
-                raise UserError(
-                    f"{file.path}: column {column} holds fractions ({kind}); ids are text or whole numbers"
-                )
-            if features and name != column and name in map(str.lower, kinds):
-                raise UserError(
-                    f"{file.path} has a column {name} beside its id column {column}: rename one of them"
-                )
-        checks = [(name, f"{VALUES[name][0]} is null", VALUES[name][1]) for name in columns]
-        if features:
-            (key,) = columns
-            checks.append(
-                (
-                    key,
-                    f"row_number() over (partition by {key} order by source_row) > 1",
-                    "came before",
-                )
-            )
-        others = [quoted(name) for name in kinds if features and name not in columns.values()]
-        texts = [f"cast({quoted(column)} as varchar) as {name}" for name, column in columns.items()]
-        values = [f"{VALUES[name][0]} as {name}" for name in columns]
-        bad = " ".join(
-            f"when {wrong} then ['{at}', {name}]" for at, (name, wrong, _) in enumerate(checks)
-        )
-        numbered = source.project(
-            ", ".join(["row_number() over () as source_row", *texts, *others])
-        )
-        numbered.project(
-            ", ".join(["source_row", *values, *others, f"case {bad} end as bad_row"])
-        ).create("raw")
-    except duckdb.Error as error:
-        hint = (
-            "; all its lines must end alike, and quotes inside fields be doubled"
-            if file.delimiter
-            else ""
-        )
-        raise UserError(f"{file.path} cannot be read: {str(error).splitlines()[0]}{hint}") from None
-    found = []  # of each kind of malformed rows: the line of the first, what is wrong with it, how many there are
-    if file.delimiter:  # the rows that DuckDB could not read, and did not number
-        first = "min(line), arg_min(lower(error_type), [line, column_idx])"
-        row, reason, count = con.execute(
-            f"select {first}, count(distinct line) from reject_errors"
-        ).fetchall()[0]
-        con.execute("drop table reject_errors; drop table reject_scans")
-        if count:  # this row counts blank lines, and the header
-            found.append((file.record(row - (not file.header), blank_too=True)[0], reason, count))
-    first = "min(source_row), arg_min(bad_row, source_row)"
-    row, bad, count = con.execute(
-        f"select {first}, count(*) from raw where bad_row is not null"
-    ).fetchall()[0]
-    if count:  # its line is right if all rows before it were read; if not, it is beyond the line found above
-        name, _, wrong = checks[int(bad[0])]
-        found.append(
-            (file.record(row)[0], f"{columns[name]} {(bad[1] or '')[:60]!r} {wrong}", count)
-        )
-    if not found and not len(con.table("raw")):
-        raise UserError(f"{file.path} has no rows")
-    con.execute("delete from raw where bad_row is not null; alter table raw drop bad_row")
-    total = sum(count for *_, count in found)
-    if found:
-        line, reason, _ = min(found)
-        if not skip:
-            hint = f"{total:,} malformed row(s) in all; mend the file or drop them with --skip-bad-rows"
-            raise UserError(f"{file.path}:{line}: {reason} ({hint})")
-        note(f"{file.path}:{line}: {reason}; {total:,} malformed row(s) dropped")
-    return total
-
-
 def quoted(name: str) -> str:
+    """A column's name as SQL writes it."""
     return '"' + name.replace('"', '""') + '"'
+
+
+def shown(delimiter: str) -> str:
+    """A separator as a shell takes it."""
+    return repr(delimiter)
+
+
+def delimiter_of(text: str) -> str:
+    """What --delimiter means; a tab may be written `\\t`. Raises UserError if it is not one character."""
+    delimiter = "\t" if text == "\\t" else text
+    if len(delimiter) != 1 or delimiter in '"\r\n\0':
+        raise UserError(
+            f"--delimiter {text!r} is not one character that can separate fields, such as ';' or '\\t'"
+        )
+    return delimiter
+
+
+def count_lines(path: Path) -> Lines:
+    """Counts the lines of a text file by its bytes alone, whatever its quotes are. Raises UserError for a NUL byte."""
+    total = filled = 0
+    before = b"\n"  # the last byte of the block before
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            if b"\0" in block:
+                line = total + len(block[: block.index(b"\0")].splitlines())
+                raise UserError(f"{path}:{max(line, 1)}: holds a NUL byte, which no text has")
+            codes = np.frombuffer(before + block, np.uint8)
+            is_return = codes == CARRIAGE_RETURN
+            is_feed = codes == LINE_FEED
+            is_break = is_return | is_feed
+            # A return ends a line when the byte after it is seen, so that \r\n is one end.
+            total += int(np.count_nonzero(is_feed[1:]))
+            total += int(np.count_nonzero(is_return[:-1] & ~is_feed[1:]))
+            filled += int(np.count_nonzero(is_break[1:] & ~is_break[:-1]))
+            before = block[-1:]
+    if before == b"\r":
+        total += 1
+    elif before != b"\n":  # the last line has no end
+        total += 1
+        filled += 1
+    return Lines(total=total, blank=total - filled)
+
+
+def line_at(path: Path, byte: int) -> tuple[int, bytes]:
+    """The number of the line that begins at a byte, and its content."""
+    number = 1
+    with open(path, "rb") as file:
+        left = byte
+        before = b""
+        while left:
+            block = file.read(min(BLOCK, left))
+            left -= len(block)
+            number += block.count(b"\n") + block.count(b"\r") - block.count(b"\r\n")
+            number -= before == b"\r" and block[:1] == b"\n"
+            before = block[-1:]
+        return number, re.split(rb"[\r\n]", file.readline(BLOCK), maxsplit=1)[0]
+
+
+def encoding_problem(line: bytes) -> str:
+    """What is wrong with a line that is not UTF-8."""
+    if not line.decode("utf-8", "ignore").isascii():
+        return "is not UTF-8: a character of it is damaged"
+    text = line.decode("cp1252", "replace")[:60]
+    return (
+        f"is not UTF-8; the file seems to be Latin-1 (Windows-1252), in which the line is {text!r}:"
+        " convert it, such as by `iconv -f WINDOWS-1252 -t UTF-8`"
+    )
+
+
+def kind_of(path: Path) -> str:
+    """What a file seems to be by its first bytes, such as "a gzip file"; "" if nothing speaks against text."""
+    with open(path, "rb") as file:
+        start = file.read(4096)
+    for beginning, kind in BEGINNINGS.items():
+        if start.startswith(beginning):
+            return kind
+    if start.count(b"\0") * 4 > len(start):  # every other byte, where letters are Latin
+        return "UTF-16 text"
+    return ""
+
+
+def check_kind(file: RawFile) -> None:
+    """Raises UserError for a file that is not what its name says, which names what it seems to be."""
+    kind = kind_of(file.path)
+    if kind == "UTF-16 text" or kind == "UTF-32 text":
+        encoding = kind.split()[0]
+        raise UserError(
+            f"{file.path}:1: the file seems to be {encoding}, and only UTF-8 is read: convert it,"
+            f" such as by `iconv -f {encoding} -t UTF-8`"
+        )
+    if file.is_text and kind:
+        raise UserError(f"{file.path} is no text but seems to be {kind}")
+    if not file.is_text and kind != "a Parquet file":
+        raise UserError(f"{file.path} is no Parquet file; it seems to be {kind or 'text'}")

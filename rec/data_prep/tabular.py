@@ -13,20 +13,24 @@
 Not covered: compressed CSV, quotes escaped otherwise than by doubling them.
 """
 
+import argparse
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
 from duckdb import DuckDBPyConnection as Connection
 
-from rec.data_prep.raw_files import FRACTIONS, VALUES, RawFile, quoted, read_rows
+from rec.data_prep.raw_files import RawFile, delimiter_of, quoted
+from rec.data_prep.rows import VALUES, in_a_sentence, read_rows
 from rec.data_prep.split import SPLITS, STRATEGIES
 from rec.data_prep.write import note, output_parser, prepare
 from rec.errors import UserError, run_command
 
+FRACTIONS = ("FLOAT", "DOUBLE", "DECIMAL")
 WHOLE, NUMBER = "-?(0|[1-9][0-9]{0,17})", "-?(0|[1-9][0-9]*)([.][0-9]+)?([eE][+-]?[0-9]{1,2})?"
 
 
+@in_a_sentence
 def load_interactions(
     con: Connection,
     file: RawFile,
@@ -53,6 +57,7 @@ def load_interactions(
     return skipped
 
 
+@in_a_sentence
 def load_features(
     con: Connection,
     file: RawFile,
@@ -94,6 +99,14 @@ def load_features(
     return skipped
 
 
+def _raw_files(args: argparse.Namespace, names: Sequence[str]) -> dict[str, RawFile]:
+    """The files that options name, by the options."""
+    delimiter = None if args.delimiter is None else delimiter_of(args.delimiter)
+    quote = "" if args.quote == "none" else args.quote
+    paths = {name: path for name in names if (path := getattr(args, name))}
+    return {name: RawFile.of(path, delimiter, quote) for name, path in paths.items()}
+
+
 def main() -> None:
     """The command."""
     parser = output_parser("rec.data_prep.tabular", __doc__)
@@ -127,6 +140,12 @@ def main() -> None:
         choices=list(STRATEGIES),
         help="default: temporal, or given where there is --train",
     )
+    add("--delimiter", help="separates the fields of text files; default: by the extension")
+    add(
+        "--quote",
+        choices=["none", '"'],
+        help='opens fields of text files that may hold separators; default: ", none in a .tsv',
+    )
     add("--seed", type=int, default=42, help="of what is drawn where data without times are split")
     add("--skip-bad-rows", dest="skip", action="store_true", help="drop and count malformed rows")
     args = parser.parse_args()
@@ -143,14 +162,12 @@ def main() -> None:
         )
     if args.min_rating is not None and not args.rating_col:
         raise UserError("--min-rating needs --rating-col")
-    files = {
-        part: RawFile.of(path)
-        for part in ("interactions", *SPLITS)
-        if (path := getattr(args, part))
-    }
-    features = {
-        table: RawFile.of(path) for table in ("users", "items") if (path := getattr(args, table))
-    }
+    files = _raw_files(args, ("interactions", *SPLITS))
+    features = _raw_files(args, ("users", "items"))
+    if (args.delimiter or args.quote) and not any(
+        file.is_text for file in (*files.values(), *features.values())
+    ):
+        raise UserError("--delimiter and --quote are for text files, and all files are Parquet")
 
     def load(con: Connection, scratch: Path) -> dict[str, int]:
         bad_rows, known = 0, []
