@@ -10,6 +10,7 @@
 
 import difflib
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,6 @@ from rec.data_prep.raw_files import (
     DATA,
     SEPARATORS,
     RawFile,
-    Record,
     check_kind,
     count_lines,
     encoding_problem,
@@ -245,8 +245,8 @@ def _check_lines(con: Connection, file: RawFile, unreadable: int, features: bool
     if read != expected:
         raise UserError(_why_lines_are_lost(con, file, features, expected - read))
     if line_breaks:
-        first = next(record.line for record in file.records() if record.last_line > record.line)
-        note(f"{file.path}:{first}: a field goes on to another line; {line_breaks:,} such lines")
+        where = ":".join(map(str, [file.path, *_long_records(file)]))
+        note(f"{where}: a field goes on to another line; {line_breaks:,} such line(s) in all")
 
 
 def _line_end(file: RawFile) -> str:
@@ -256,33 +256,34 @@ def _line_end(file: RawFile) -> str:
 
 def _why_lines_are_lost(con: Connection, file: RawFile, features: bool, lost: int) -> str:
     """The sentence for a file with other lines than rows: the quote that swallows them, or an odd line end."""
-    opened = (record for record in file.records() if record.last_line > record.line)
-    if features:  # where a field may go on to another line, if DuckDB could read it
-        (byte,) = con.execute(
-            "select min(line_byte_position) from reject_errors"
-            " where regexp_matches(csv_line, '[\r\n]')"
-        ).fetchall()[0]
-        line = line_at(file.path, byte - 1)[0] if byte else 0
-        opened = (record for record in opened if record.line == line)
-    record = next(opened, None)
-    if record:
-        return _why_a_field_goes_on(file, record, features)
-    return _odd_line_end(file) or (
-        f"{file.path} cannot be read: {abs(lost):,} of its lines are no rows of their own"
-    )
-
-
-def _why_a_field_goes_on(file: RawFile, record: Record, features: bool) -> str:
-    rule = "no quote closes it at the end of a field"
-    if not features:
-        rule = "interactions have none that do"
+    line = _line_of_swallowing_quote(con, file, features)
+    if line is None:
+        return _odd_line_end(file) or (
+            f"{file.path} cannot be read: {abs(lost):,} of its lines are no rows of their own"
+        )
+    rule = "and is not closed at the end of it" if features else "which no interaction may have"
     hint = "close the quote on its line, or remove it"
     if file.has_options:
         hint += "; --quote none takes quotes as plain characters"
-    return (
-        f"{file.path}:{record.line}: a quote opens a field that goes on to line {record.last_line},"
-        f" and {rule}: {hint}"
-    )
+    return f"{file.path}:{line}: a quote opens a field that goes on to another line, {rule}: {hint}"
+
+
+def _line_of_swallowing_quote(con: Connection, file: RawFile, features: bool) -> int | None:
+    """The first row that is longer than a line. With `features`, the first of those that DuckDB could not read."""
+    (byte,) = con.execute(
+        "select min(line_byte_position) from reject_errors"
+        " where regexp_matches(csv_line, '[\\r\\n]')"
+    ).fetchall()[0]
+    lines = [] if byte is None else [line_at(file.path, byte - 1)[0]]
+    if not features:
+        lines += _long_records(file)
+    return min(lines, default=None)
+
+
+def _long_records(file: RawFile) -> list[int]:
+    """The line of the first row that goes on to another line, if any."""
+    lines = (record.line for record in file.records() if record.last_line > record.line)
+    return list(itertools.islice(lines, 1))
 
 
 def _why_refused(file: RawFile, error: str) -> str:
