@@ -162,7 +162,10 @@ class RawFile:
             if delimiter == self.delimiter or not wanted <= set(other.names()):
                 continue
             if len(names) == 1:
-                note(f"{self.path}: fields are separated by {shown(delimiter)}")
+                note(
+                    f"{self.path}: fields are separated by {shown(delimiter)}, not by"
+                    f" {shown(self.delimiter)}, as its first line shows"
+                )
                 return other
             raise UserError(
                 f"{self.path}: fields seem to be separated by {shown(delimiter)}, not by"
@@ -304,14 +307,14 @@ def kind_of(path: Path) -> str:
         if start.startswith(beginning):
             return kind
     if start.count(b"\0") * 4 > len(start):  # every other byte, where letters are Latin
-        return "UTF-16 text"
+        return "UTF-16BE text" if start.startswith(b"\0") else "UTF-16LE text"
     return ""
 
 
 def check_kind(file: RawFile) -> None:
     """Raises UserError for a file that is not what its name says, which names what it seems to be."""
     kind = kind_of(file.path)
-    if kind == "UTF-16 text" or kind == "UTF-32 text":
+    if kind.startswith("UTF"):
         encoding = kind.split()[0]
         raise UserError(
             f"{file.path}:1: the file seems to be {encoding}, and only UTF-8 is read: convert it,"

@@ -185,17 +185,16 @@ def _check_columns(
 
 def _hint(file: RawFile, column: str, names: list[str]) -> str:
     """Why a file seems to lack a column."""
-    if near := difflib.get_close_matches(column, names, 1):
-        if near[0].strip('"') == column and file.has_options:
-            return "its names are in quotes: say --quote '\"'"
-        return f"did you mean {near[0]}?"
     listed = f"it has {', '.join(names)}"
-    if not file.is_text:
-        return listed
-    other = [separator for separator in SEPARATORS if len(names) == 1 and separator in names[0]]
-    if other:
-        return f"{listed}, where fields seem to be separated by {shown(other[0])}"
-    if any(map(DATA.fullmatch, names)):
+    if file.has_options and f'"{column}"' in names:
+        return "its names are in quotes: say --quote '\"'"
+    if file.is_text and len(names) == 1:
+        for separator in SEPARATORS:
+            if separator in names[0]:
+                return f"{listed}, where fields seem to be separated by {shown(separator)}"
+    if near := difflib.get_close_matches(column, names, 1):
+        return f"did you mean {near[0]}?"
+    if file.is_text and any(map(DATA.fullmatch, names)):
         return f"the first line seems to be data ({', '.join(names)}); put a line of names above it"
     return listed
 
