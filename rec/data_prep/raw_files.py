@@ -15,6 +15,7 @@ import csv
 import glob
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,7 +138,7 @@ class RawFile:
         """The columns of a text file. Raises UserError if they are not one line of UTF-8."""
         if self.header:
             return list(self.header)
-        first = next(self.records(), Record(1, 1, []))
+        first = self.first_record()
         if not first.fields:
             raise UserError(f"{self.path}:1: the first line is blank; it must name the columns")
         if first.last_line > 1:
@@ -147,6 +148,10 @@ class RawFile:
         if any("\udc80" <= letter <= "\udcff" for letter in "".join(first.fields)):
             raise UserError(f"{self.path}:1: {encoding_problem(line_at(self.path, 0)[1])}")
         return first.fields
+
+    def first_record(self) -> Record:
+        """The first row of a text file, which is its header unless it has none."""
+        return next(self.records(), Record(1, 1, []))
 
     def separated(self, columns: Iterable[str]) -> "RawFile":
         """This file, or with the separator that its first line shows, if only that gives all of `columns`.
@@ -159,7 +164,7 @@ class RawFile:
             return self
         for delimiter in SEPARATORS:
             other = replace(self, delimiter=delimiter)
-            if delimiter == self.delimiter or not wanted <= set(other.names()):
+            if delimiter == self.delimiter or not wanted <= set(other.first_record().fields):
                 continue
             if len(names) == 1:
                 note(
@@ -169,7 +174,7 @@ class RawFile:
                 return other
             raise UserError(
                 f"{self.path}: fields seem to be separated by {shown(delimiter)}, not by"
-                f" {shown(self.delimiter)}: say --delimiter {shown(delimiter)}"
+                f" {shown(self.delimiter)}: use --delimiter {shown(delimiter)}"
             )
         return self
 
@@ -177,8 +182,10 @@ class RawFile:
         """The line on which a row begins. The first row is 1; rows of Parquet are their own lines."""
         if not self.is_text:
             return row
-        rows = (record for record in self.records() if record.fields or self.has_one_column())
-        return next(itertools.islice(rows, row - bool(self.header), None)).line
+        blank_too = self.has_one_column()
+        rows = (record.line for record in self.records() if record.fields or blank_too)
+        with_header = row - bool(self.header)
+        return next(itertools.islice(rows, with_header, None), with_header + 1)
 
     def has_one_column(self) -> bool:
         """Whether a blank line is a row, namely one whose only field is empty."""
@@ -191,19 +198,8 @@ class RawFile:
         columns have the same name.
         """
         path = glob.escape(str(self.path))
-        if not self.is_text:
-            relation = con.read_parquet(path)
-            names = relation.columns
-        else:
-            names = [name if name.strip() else "" for name in self.names()]
-            lower = [name.lower() for name in names if name]
-            if twice := [name for name in names if name and lower.count(name.lower()) > 1]:
-                raise UserError(
-                    f"{self.path} cannot be read: two of its columns have the name {twice[0]}"
-                    " (capital and small letters count as the same)"
-                )
-            names = [name or f"__index_level_{at}__" for at, name in enumerate(names)]
-            relation = self._text_relation(con, path, names)
+        relation = self._text_relation(con, path) if self.is_text else con.read_parquet(path)
+        names = relation.columns
         left_out = [at for at, name in enumerate(names, 1) if INDEX.fullmatch(name)]
         if not left_out:
             return relation
@@ -213,18 +209,24 @@ class RawFile:
             ", ".join(quoted(name) for name in names if not INDEX.fullmatch(name))
         )
 
-    def _text_relation(
-        self, con: Connection, path: str, names: list[str]
-    ) -> duckdb.DuckDBPyRelation:
+    def _text_relation(self, con: Connection, path: str) -> duckdb.DuckDBPyRelation:
+        names = self.names()
+        counts = Counter(name.lower() for name in names if name.strip())
+        if twice := [name for name in names if counts[name.lower()] > 1]:
+            raise UserError(
+                f"{self.path} cannot be read: two of its columns have the name {twice[0]}"
+                " (capital and small letters count as the same): rename one"
+            )
+        # DuckDB wants a name for every column.
+        named = [name if name.strip() else f"__index_level_{at}__" for at, name in enumerate(names)]
         form: dict[str, Any] = {
             "sep": self.delimiter,
             "quotechar": self.quote,
             "escapechar": self.quote,
-            "columns": dict.fromkeys(names, "VARCHAR"),
+            "columns": dict.fromkeys(named, "VARCHAR"),
+            "header": not self.header,
         }
-        return con.read_csv(
-            path, header=not self.header, auto_detect=False, store_rejects=True, **form
-        )
+        return con.read_csv(path, auto_detect=False, store_rejects=True, **form)
 
 
 def quoted(name: str) -> str:
@@ -255,7 +257,9 @@ def count_lines(path: Path) -> Lines:
         while block := file.read(BLOCK):
             if b"\0" in block:
                 line = total + len(block[: block.index(b"\0")].splitlines())
-                raise UserError(f"{path}:{max(line, 1)}: holds a NUL byte, which no text has")
+                raise UserError(
+                    f"{path}:{max(line, 1)}: holds a NUL byte, which no text has: export the file again"
+                )
             codes = np.frombuffer(before + block, np.uint8)
             is_return = codes == CARRIAGE_RETURN
             is_feed = codes == LINE_FEED
@@ -291,7 +295,7 @@ def line_at(path: Path, byte: int) -> tuple[int, bytes]:
 def encoding_problem(line: bytes) -> str:
     """What is wrong with a line that is not UTF-8."""
     if not line.decode("utf-8", "ignore").isascii():
-        return "is not UTF-8: a character of it is damaged"
+        return "is not UTF-8: a character of it is damaged, export the file again"
     text = line.decode("cp1252", "replace")[:60]
     return (
         f"is not UTF-8; the file seems to be Latin-1 (Windows-1252), in which the line is {text!r}:"
@@ -321,6 +325,10 @@ def check_kind(file: RawFile) -> None:
             f" such as by `iconv -f {encoding} -t UTF-8`"
         )
     if file.is_text and kind:
-        raise UserError(f"{file.path} is no text but seems to be {kind}")
+        renamed = "rename it to .parquet" if kind == "a Parquet file" else "export it as CSV"
+        raise UserError(f"{file.path} is not text, it seems to be {kind}: {renamed}")
     if not file.is_text and kind != "a Parquet file":
-        raise UserError(f"{file.path} is no Parquet file; it seems to be {kind or 'text'}")
+        raise UserError(
+            f"{file.path} is not Parquet, it seems to be {kind or 'text'}: write it as Parquet, or"
+            " let its name end as its format asks"
+        )

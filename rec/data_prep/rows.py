@@ -115,16 +115,20 @@ def read_rows(
         checks = _create_raw(con, file, columns, features)
     except duckdb.InvalidInputException as error:
         raise UserError(_why_refused(file, str(error).splitlines()[0])) from None
-    problems = _malformed_rows(con, file, columns, checks)
+    problems = []
     if file.is_text:
-        unreadable = _unreadable_rows(con, file)
-        _check_lines(con, file, sum(problem.rows for problem in unreadable), features)
-        problems += unreadable
+        problems = _unreadable_rows(con, file)
+        _check_lines(con, file, sum(problem.rows for problem in problems), features)
         con.execute("drop table reject_errors; drop table reject_scans")
+    problems += _malformed_rows(con, file, columns, checks)
     if not problems and not len(con.table("raw")):
         raise UserError(f"{file.path} has no rows")
     con.execute("delete from raw where bad_row is not null")
     con.execute("alter table raw drop bad_row; alter table raw drop line_breaks")
+    if skip and problems and not len(con.table("raw")):
+        raise UserError(
+            f"{file.path}:{min(problems).line}: {min(problems).reason}, and no row is well-formed"
+        )
     return _report(file, problems, skip)
 
 
@@ -139,25 +143,35 @@ def _create_raw(
     source = file.relation(con)
     types = dict(zip(source.columns, map(str, source.types), strict=True))
     _check_columns(file, columns, types, features)
-    checks = [Check(name, f"{VALUES[name][0]} is null", VALUES[name][1]) for name in columns]
-    if features:
-        (key,) = columns
-        comes_again = f"row_number() over (partition by {key} order by source_row) > 1"
-        checks.append(Check(key, comes_again, "came before"))
+    checks = _checks(columns, features)
     others = [quoted(name) for name in types if features and name not in columns.values()]
     texts = [f"cast({quoted(column)} as varchar) as {name}" for name, column in columns.items()]
     cases = [
         f"when {check.condition} then ['{at}', {check.column}]" for at, check in enumerate(checks)
     ]
-    line_breaks = "0"
-    if features and file.quote:
-        fields = ", ".join([*columns, *others])
-        line_breaks = f"len(regexp_extract_all(concat_ws(' ', {fields}), '{_line_end(file)}'))"
+    fields = [*columns, *others]
+    line_breaks = _count_line_breaks(file, fields) if features and file.quote else "0"
     numbered = source.project(", ".join(["row_number() over () as source_row", *texts, *others]))
     values = [f"{VALUES[name][0]} as {name}" for name in columns]
     facts = [f"{line_breaks} as line_breaks", f"case {' '.join(cases)} end as bad_row"]
     numbered.project(", ".join(["source_row", *values, *others, *facts])).create("raw")
     return checks
+
+
+def _checks(columns: dict[str, str], features: bool) -> list[Check]:
+    """What makes a row malformed, in the order in which it is looked for."""
+    checks = [Check(name, f"{VALUES[name][0]} is null", VALUES[name][1]) for name in columns]
+    if features:
+        (key,) = columns
+        comes_again = f"row_number() over (partition by {key} order by source_row) > 1"
+        checks.append(Check(key, comes_again, "came before"))
+    return checks
+
+
+def _count_line_breaks(file: RawFile, fields: list[str]) -> str:
+    """The SQL for the number of lines that a row has beyond its first. Blank lines count if they are rows."""
+    line_end = r"\r\n|[\r\n]" if file.has_one_column() else r"[\r\n]+"
+    return f"len(regexp_extract_all(concat_ws(' ', {', '.join(fields)}), '{line_end}'))"
 
 
 def _check_columns(
@@ -187,7 +201,7 @@ def _hint(file: RawFile, column: str, names: list[str]) -> str:
     """Why a file seems to lack a column."""
     listed = f"it has {', '.join(names)}"
     if file.has_options and f'"{column}"' in names:
-        return "its names are in quotes: say --quote '\"'"
+        return "its names are in quotes: use --quote '\"'"
     if file.is_text and len(names) == 1:
         for separator in SEPARATORS:
             if separator in names[0]:
@@ -246,11 +260,6 @@ def _check_lines(con: Connection, file: RawFile, unreadable: int, features: bool
     if line_breaks:
         where = ":".join(map(str, [file.path, *_long_records(file)]))
         note(f"{where}: a field goes on to another line; {line_breaks:,} such line(s) in all")
-
-
-def _line_end(file: RawFile) -> str:
-    """The pattern of what ends a line inside a field, with the blank lines after it unless these are rows."""
-    return r"\r\n|[\r\n]" if file.has_one_column() else r"[\r\n]+"
 
 
 def _why_lines_are_lost(con: Connection, file: RawFile, features: bool, lost: int) -> str:

@@ -208,6 +208,17 @@ def test_a_row_that_is_not_utf8_is_malformed(run: Run) -> None:
         run("--interactions", "clicks.csv", *TIMED, clicks_csv=CLICKS.encode() + b"u,caf\xe9,4\n")
 
 
+def test_a_file_of_malformed_rows_alone_is_refused_even_if_they_may_be_skipped(run: Run) -> None:
+    with pytest.raises(UserError, match="^clicks.csv:2: has fewer fields .* no row is well-formed"):
+        run(
+            "--interactions",
+            "clicks.csv",
+            *TIMED,
+            "--skip-bad-rows",
+            clicks_csv=CLICKS.splitlines()[0] + "\n" + "u\n",
+        )
+
+
 def test_a_malformed_row_of_parquet_is_named_by_its_number(run: Run, tmp_path: Path) -> None:
     table = pa.table({"user_id": ["u", "u", None], "item_id": ["a", "b", "c"], "time": [1, 2, 3]})
     pq.write_table(table, tmp_path / "clicks.parquet")
@@ -241,7 +252,7 @@ def test_a_file_without_content_or_column_is_one_sentence(
 def test_parquet_that_is_none_and_ids_that_are_fractions_are_refused(
     run: Run, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="clicks.parquet is no Parquet file; it seems to be text"):
+    with pytest.raises(UserError, match="clicks.parquet is not Parquet, it seems to be text"):
         run("--interactions", "clicks.parquet", clicks_parquet=CLICKS)
     with pytest.raises(UserError, match="clicks.parquet cannot be read: .*magic bytes"):
         run("--interactions", "clicks.parquet", clicks_parquet=b"PAR1" + CLICKS.encode())
@@ -482,7 +493,7 @@ def test_in_a_tsv_and_with_quote_none_quotes_are_characters(run: Run) -> None:
 def test_a_tsv_may_have_quotes_if_they_are_asked_for(run: Run) -> None:
     text = '"user_id"\t"item_id"\t"time"\nu\t"a\tb"\t1\nu\tb\t2\nu\tc\t3\nv\tb\t1\nv\tc\t2\nv\t"a\tb"\t3\n'
     args = ["--interactions", "c.tsv", *TIMED]
-    with pytest.raises(UserError, match="its names are in quotes: say --quote"):
+    with pytest.raises(UserError, match="its names are in quotes: use --quote"):
         run(*args, c_tsv=text)
     assert run(*args, "--quote", '"').items()["item_id"].tolist() == ["a\tb", "b", "c"]
 
@@ -514,7 +525,7 @@ def test_another_separator_is_named_or_seen_in_the_first_line(
         assert "separated" not in capsys.readouterr().err
     both = CLICKS.replace(",", ";").replace("time", "time;x,y").replace("\nu", "\nu")
     with pytest.raises(
-        UserError, match="seem to be separated by ';', not by ',': say --delimiter ';'"
+        UserError, match="seem to be separated by ';', not by ',': use --delimiter ';'"
     ):
         run(*args, c_csv=both)
 
@@ -548,8 +559,8 @@ def test_a_column_without_a_name_is_left_out_and_said(
         ),
         (CLICKS.replace("b", "caf\\x").encode().replace(b"\\x", b"\xc3\xa9\xc3"), "is damaged"),
         (CLICKS.replace("time", "Größe").encode("latin-1"), "^c.csv:1: is not UTF-8; .*'.*Größe'"),
-        (gzip.compress(CLICKS.encode()), "^c.csv is no text but seems to be a gzip file"),
-        (b"PK\3\4" + CLICKS.encode(), "^c.csv is no text but seems to be a zip file"),
+        (gzip.compress(CLICKS.encode()), "^c.csv is not text, it seems to be a gzip file"),
+        (b"PK\3\4" + CLICKS.encode(), "^c.csv is not text, it seems to be a zip file"),
     ],
 )
 def test_another_encoding_or_kind_of_file_is_named(run: Run, content: bytes, problem: str) -> None:
