@@ -124,8 +124,10 @@ def _split_titles(con: Connection, name: str) -> None:
 def _find(name: str, file: str, source: Path, scratch: Path) -> RawFile:
     """One file of the source: unpacked to `scratch` if that is a zip, and there in UTF-8, which DuckDB reads."""
     folder = "ml-10M100K" if name == "10m" else f"ml-{name}"  # in the zip
+    title = ""
     if source.is_file():
         path = _unpack(source, f"{folder}/{file}", scratch)
+        title = f"{source}/{folder}/{file}"
     else:
         places = (source / file, source / folder / file)
         path = next((place for place in places if place.is_file()), source / file)
@@ -133,11 +135,12 @@ def _find(name: str, file: str, source: Path, scratch: Path) -> RawFile:
             raise UserError(f"{source} holds no {file}: is it really {folder}?")
     delimiter, columns = FORMATS[file]
     if file == "u.item" or (name, file) == ("1m", "movies.dat"):  # titles in Latin-1
+        title = title or str(path)
         text = path.read_text("latin-1")
         path = scratch / file
         path.write_text(text, "utf-8")
     quote = "" if columns else '"'
-    return RawFile(path, delimiter, quote, tuple(columns.split()))
+    return RawFile(path, delimiter, quote, tuple(columns.split()), title=title)
 
 
 def _unpack(source: Path, member: str, scratch: Path) -> Path:

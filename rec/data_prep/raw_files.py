@@ -83,6 +83,7 @@ class RawFile:
     quote: str = ""  # "" if quotes are characters like any other
     header: tuple[str, ...] = ()  # column names; none: the first line holds them
     has_options: bool = False  # whether its command has --delimiter, --quote and --skip-bad-rows
+    title: str = ""  # how messages call it; none: its path
 
     @classmethod
     def of(cls, path: Path, delimiter: str | None = None, quote: str | None = None) -> "RawFile":
@@ -107,6 +108,9 @@ class RawFile:
             quote=QUOTES[kind] if quote is None else quote,
             has_options=True,
         )
+
+    def __str__(self) -> str:
+        return self.title or str(self.path)
 
     @property
     def is_text(self) -> bool:
@@ -140,13 +144,13 @@ class RawFile:
             return list(self.header)
         first = self.first_record()
         if not first.fields:
-            raise UserError(f"{self.path}:1: the first line is blank; it must name the columns")
+            raise UserError(f"{self}:1: the first line is blank; it must name the columns")
         if first.last_line > 1:
             raise UserError(
-                f"{self.path}:1: a quote opens a name that goes on to line {first.last_line}: close it"
+                f"{self}:1: a quote opens a name that goes on to line {first.last_line}: close it"
             )
         if any("\udc80" <= letter <= "\udcff" for letter in "".join(first.fields)):
-            raise UserError(f"{self.path}:1: {encoding_problem(line_at(self.path, 0)[1])}")
+            raise UserError(f"{self}:1: {encoding_problem(line_at(self.path, 0)[1])}")
         return first.fields
 
     def first_record(self) -> Record:
@@ -168,12 +172,12 @@ class RawFile:
                 continue
             if len(names) == 1:
                 note(
-                    f"{self.path}: fields are separated by {shown(delimiter)}, not by"
+                    f"{self}: fields are separated by {shown(delimiter)}, not by"
                     f" {shown(self.delimiter)}, as its first line shows"
                 )
                 return other
             raise UserError(
-                f"{self.path}: fields seem to be separated by {shown(delimiter)}, not by"
+                f"{self}: fields seem to be separated by {shown(delimiter)}, not by"
                 f" {shown(self.delimiter)}: use --delimiter {shown(delimiter)}"
             )
         return self
@@ -204,7 +208,7 @@ class RawFile:
         if not left_out:
             return relation
         which = ", ".join(map(str, left_out))
-        note(f"{self.path}: column {which} is left out: it has no name, or is pandas' index")
+        note(f"{self}: column {which} is left out: it has no name, or is pandas' index")
         return relation.project(
             ", ".join(quoted(name) for name in names if not INDEX.fullmatch(name))
         )
@@ -214,7 +218,7 @@ class RawFile:
         counts = Counter(name.lower() for name in names if name.strip())
         if twice := [name for name in names if counts[name.lower()] > 1]:
             raise UserError(
-                f"{self.path} cannot be read: two of its columns have the name {twice[0]}"
+                f"{self} cannot be read: two of its columns have the name {twice[0]}"
                 " (capital and small letters count as the same): rename one"
             )
         # DuckDB wants a name for every column.
@@ -249,16 +253,16 @@ def delimiter_of(text: str) -> str:
     return delimiter
 
 
-def count_lines(path: Path) -> Lines:
+def count_lines(file: RawFile) -> Lines:
     """Counts the lines of a text file by its bytes alone, whatever its quotes are. Raises UserError for a NUL byte."""
     total = filled = 0
     before = b"\n"  # the last byte of the block before
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
+    with open(file.path, "rb") as stream:
+        while block := stream.read(BLOCK):
             if b"\0" in block:
                 line = total + len(block[: block.index(b"\0")].splitlines())
                 raise UserError(
-                    f"{path}:{max(line, 1)}: holds a NUL byte, which no text has: export the file again"
+                    f"{file}:{max(line, 1)}: holds a NUL byte, which no text has: export the file again"
                 )
             codes = np.frombuffer(before + block, np.uint8)
             is_return = codes == CARRIAGE_RETURN
@@ -321,14 +325,14 @@ def check_kind(file: RawFile) -> None:
     if kind.startswith("UTF"):
         encoding = kind.split()[0]
         raise UserError(
-            f"{file.path}:1: the file seems to be {encoding}, and only UTF-8 is read: convert it,"
+            f"{file}:1: the file seems to be {encoding}, and only UTF-8 is read: convert it,"
             f" such as by `iconv -f {encoding} -t UTF-8`"
         )
     if file.is_text and kind:
         renamed = "rename it to .parquet" if kind == "a Parquet file" else "export it as CSV"
-        raise UserError(f"{file.path} is not text, it seems to be {kind}: {renamed}")
+        raise UserError(f"{file} is not text, it seems to be {kind}: {renamed}")
     if not file.is_text and kind != "a Parquet file":
         raise UserError(
-            f"{file.path} is not Parquet, it seems to be {kind or 'text'}: write it as Parquet, or"
+            f"{file} is not Parquet, it seems to be {kind or 'text'}: write it as Parquet, or"
             " let its name end as its format asks"
         )

@@ -83,7 +83,7 @@ def duckdb_in_a_sentence(file: RawFile) -> Iterator[None]:
     except (duckdb.IOException, duckdb.OutOfMemoryException):
         raise
     except duckdb.Error as error:
-        raise UserError(f"{file.path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def in_a_sentence(load: Load[Arguments, Result]) -> Load[Arguments, Result]:
@@ -122,12 +122,12 @@ def read_rows(
         con.execute("drop table reject_errors; drop table reject_scans")
     problems += _malformed_rows(con, file, columns, checks)
     if not problems and not len(con.table("raw")):
-        raise UserError(f"{file.path} has no rows")
+        raise UserError(f"{file} has no rows")
     con.execute("delete from raw where bad_row is not null")
     con.execute("alter table raw drop bad_row; alter table raw drop line_breaks")
     if skip and problems and not len(con.table("raw")):
         raise UserError(
-            f"{file.path}:{min(problems).line}: {min(problems).reason}, and no row is well-formed"
+            f"{file}:{min(problems).line}: {min(problems).reason}, and no row is well-formed"
         )
     return _report(file, problems, skip)
 
@@ -180,19 +180,19 @@ def _check_columns(
     """Raises UserError if a column is missing, an id has a type that ids cannot have, or a name is taken."""
     for name, column in columns.items():
         if column not in types:
-            raise UserError(f"{file.path} has no column {column}: {_hint(file, column, [*types])}")
+            raise UserError(f"{file} has no column {column}: {_hint(file, column, [*types])}")
         if name.endswith("_id") and not re.fullmatch(ID_TYPES, types[column]):
             raise UserError(
-                f"{file.path}: column {column} holds {types[column]}; ids are text or whole numbers"
+                f"{file}: column {column} holds {types[column]}; ids are text or whole numbers"
             )
         if features and name != column and name in map(str.lower, types):
             raise UserError(
-                f"{file.path} has a column {name} beside its id column {column}: rename one of them"
+                f"{file} has a column {name} beside its id column {column}: rename one of them"
             )
     if file.is_text and not file.header and any(map(DATA.fullmatch, columns.values())):
         taken = ", ".join(columns.values())
         note(
-            f"{file.path}: the first line is taken as names of columns ({taken}); if it is data,"
+            f"{file}: the first line is taken as names of columns ({taken}); if it is data,"
             " this row is lost: put a line of names above it"
         )
 
@@ -251,14 +251,14 @@ def _unreadable_rows(con: Connection, file: RawFile) -> list[Problem]:
 
 def _check_lines(con: Connection, file: RawFile, unreadable: int, features: bool) -> None:
     """Raises UserError unless each line of a text file is in `raw`, unreadable, blank or the header."""
-    lines = count_lines(file.path)
+    lines = count_lines(file)
     expected = lines.total if file.has_one_column() else lines.total - lines.blank
     rows, line_breaks = con.execute("select count(*), sum(line_breaks) from raw").fetchall()[0]
     read = rows + int(line_breaks or 0) + unreadable + (not file.header)
     if read != expected:
         raise UserError(_why_lines_are_lost(con, file, features, expected - read))
     if line_breaks:
-        where = ":".join(map(str, [file.path, *_long_records(file)]))
+        where = ":".join(map(str, [file, *_long_records(file)]))
         note(f"{where}: a field goes on to another line; {line_breaks:,} such line(s) in all")
 
 
@@ -267,13 +267,13 @@ def _why_lines_are_lost(con: Connection, file: RawFile, features: bool, lost: in
     line = _line_of_swallowing_quote(con, file, features)
     if line is None:
         return _odd_line_end(file) or (
-            f"{file.path} cannot be read: {abs(lost):,} of its lines are no rows of their own"
+            f"{file} cannot be read: {abs(lost):,} of its lines are no rows of their own"
         )
     rule = "and is not closed at the end of it" if features else "which no interaction may have"
     hint = "close the quote on its line, or remove it"
     if file.has_options:
         hint += "; --quote none takes quotes as plain characters"
-    return f"{file.path}:{line}: a quote opens a field that goes on to another line, {rule}: {hint}"
+    return f"{file}:{line}: a quote opens a field that goes on to another line, {rule}: {hint}"
 
 
 def _line_of_swallowing_quote(con: Connection, file: RawFile, features: bool) -> int | None:
@@ -298,7 +298,7 @@ def _why_refused(file: RawFile, error: str) -> str:
     """The sentence for a file that DuckDB refuses as a whole."""
     if file.is_text and (sentence := _odd_line_end(file)):
         return sentence
-    return f"{file.path} cannot be read: {error}"
+    return f"{file} cannot be read: {error}"
 
 
 def _odd_line_end(file: RawFile) -> str:
@@ -312,7 +312,7 @@ def _odd_line_end(file: RawFile) -> str:
             usual = usual or end
             if end not in ("", usual):
                 return (
-                    f"{file.path}:{record.last_line}: the line ends in {end!r} and those before"
+                    f"{file}:{record.last_line}: the line ends in {end!r} and those before"
                     f" it in {usual!r}: let all of them end alike"
                 )
     return ""
@@ -324,7 +324,7 @@ def _report(file: RawFile, problems: list[Problem], skip: bool) -> int:
         return 0
     first = min(problems)
     total = sum(problem.rows for problem in problems)
-    where = f"{file.path}:{first.line}: {first.reason}"
+    where = f"{file}:{first.line}: {first.reason}"
     if skip:
         note(f"{where}; {total:,} malformed row(s) dropped")
         return total

@@ -253,6 +253,10 @@ def test_a_damaged_file_of_the_source_is_one_sentence(run: Run, tmp_path: Path) 
         UserError, match=r"ratings.csv:8: rating 'good' is not a number .*; fix the file\)$"
     ):
         run("--name", "25m", "--source", source)
+    files = csv_files() | {"ratings.csv": rows}
+    (tmp_path / "m.zip").write_bytes(zipped("ml-25m", files))
+    with pytest.raises(UserError, match="/m.zip/ml-25m/ratings.csv:8: rating 'good'"):
+        run("--name", "25m", "--source", str(tmp_path / "m.zip"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

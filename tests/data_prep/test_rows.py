@@ -142,7 +142,7 @@ def test_lines_are_counted_in_blocks_as_python_splits_them(folder: Path, content
     with pytest.MonkeyPatch.context() as patch:
         for size in (1, 2, 3, 100):
             patch.setattr(raw_files, "BLOCK", size)
-            assert count_lines(path) == expected
+            assert count_lines(RawFile(path, delimiter=",")) == expected
     place = 0
     for number, line in enumerate(content.splitlines(keepends=True), 1):
         assert line_at(path, place) == (number, line.rstrip(b"\r\n"))
