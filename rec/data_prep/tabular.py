@@ -7,6 +7,11 @@
 - Times are seconds since 1970 or ISO 8601, in UTC unless they name a zone; nothing is guessed.
 - A malformed row (wrong number of columns, empty id, line break in an id, time or rating that is no number) stops
   the command with file and line; --skip-bad-rows drops and counts it.
+- Every line of a text file is a row, the header, blank, or counted as malformed. A quote that swallows lines is
+  refused with its line. No field of interactions goes on to another line; one of users or items may.
+- --delimiter names the separator. If the one that the extension tells is not in the first line, and another gives
+  all the columns, that one is taken and printed. In a .tsv, and with --quote none, quotes are plain characters.
+- Text is UTF-8. A column without a name, such as pandas' index, is left out and printed.
 - A feature column of a CSV is int64 or double if all its values are written as such (02139 is not: it is a zip
   code), a list if --list-col names it, otherwise a string. An empty field is null.
 
