@@ -1,6 +1,7 @@
-"""What all commands share: --help shows the module's docstring; a user's mistake is one sentence.
+"""What all commands share.
 
-A programming mistake keeps its traceback.
+--help shows the module's docstring, progress is on stderr, and a user's mistake is one sentence. A programming mistake
+keeps its traceback.
 """
 
 import argparse
@@ -10,6 +11,11 @@ from collections.abc import Callable
 
 class UserError(ValueError):
     """Bad input from a user: the message is one sentence that says what is wrong, where, and how to mend it."""
+
+
+def note(line: str) -> None:
+    """Progress for a person, on stderr."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def command_parser(module: str, text: str | None) -> argparse.ArgumentParser:

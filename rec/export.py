@@ -36,6 +36,7 @@ from rec.pipeline import Corpus
 from rec.ranking.model import RankingModel
 from rec.recommender import RecommenderModule, load_bundle
 from rec.retrieval.index import build_index
+from rec.tables import read_table
 
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
 TUNING_USERS = 2000  # users whose queries the index is tuned and measured on
@@ -91,7 +92,7 @@ def export_recommender(retrieval: Path, ranking: Path, config: Config) -> Path:
     first, second = registry.verify(retrieval, "retrieval"), registry.verify(ranking, "ranking")
     registry.check_pair(first, second, ranking)
     items, count = (
-        pd.read_parquet(retrieval / "items.parquet"),
+        read_table(retrieval / "items.parquet"),
         second["config"]["ranking"]["candidates"],
     )
     module = RecommenderModule(

@@ -25,8 +25,7 @@ import duckdb
 import numpy as np
 from duckdb import DuckDBPyConnection as Connection
 
-from rec.data_prep.write import note
-from rec.errors import UserError
+from rec.errors import UserError, note
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".parquet": ""}
 QUOTES = {".csv": '"', ".tsv": "", ".parquet": ""}

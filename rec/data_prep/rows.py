@@ -30,8 +30,7 @@ from rec.data_prep.raw_files import (
     quoted,
     shown,
 )
-from rec.data_prep.write import note
-from rec.errors import UserError
+from rec.errors import UserError, note
 
 ID_TYPES = r"U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|VARCHAR|UUID|ENUM.*|DECIMAL\(\d+,0\)"
 ID = "case when regexp_matches({0}, '\\S') and not regexp_matches({0}, '[\\r\\n]') then {0} end"  # a vocabulary's line

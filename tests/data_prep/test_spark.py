@@ -73,7 +73,7 @@ def write_files(folder: Path) -> None:
 
 
 FEATURES = ["--users", "users.csv", "--items", "items.csv", "--list-col", "tags"]
-TIMED = ["--timestamp-col", "time"]
+TIMED = ["--timestamp-col", "time", "--allow-any-time"]
 GIVEN = ["--train", "train.csv", "--test", "test.csv"]
 
 
