@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from math import isfinite
 
 from duckdb import DuckDBPyConnection as Connection
 
@@ -202,6 +203,16 @@ def likely_unit(low: float, high: float) -> str:
             scale = f"multiply by {seconds:,}" if seconds > 1 else f"divide by {1 / seconds:,.0f}"
             return f"{shown} looks like {name}; {minus}{scale} first"
     return ""
+
+
+def time_hint(text: str) -> str:
+    """How to have a text read as a time that is none yet, to be added to what is wrong with it."""
+    try:
+        number = float(text)
+    except ValueError:
+        return "; --timestamp-format reads other forms, such as '%d/%m/%Y'" if text.strip() else ""
+    unit = likely_unit(number, number) if isfinite(number) else ""
+    return f"; {unit}" if unit else ""
 
 
 def _are_recent(seconds_of: Callable[[float], float], low: float, high: float) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 from duckdb import DuckDBPyConnection as Connection
 from duckdb.sqltypes import DuckDBPyType
 
-from rec.data_prep.raw_files import RawFile, quoted
+from rec.data_prep.raw_files import RawFile, literal, quoted
 from rec.errors import UserError, note
 
 WHOLE = "-?(0|[1-9][0-9]*)"
@@ -239,8 +239,3 @@ def _one(con: Connection, *values: str, where: str = "true") -> tuple[Any, ...]:
     row: tuple[Any, ...]
     (row,) = con.execute(f"select {', '.join(values)} from raw where {where}").fetchall()
     return row
-
-
-def literal(text: str) -> str:
-    """A text as SQL writes it."""
-    return "'" + text.replace("'", "''") + "'"

@@ -237,6 +237,11 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def literal(text: str) -> str:
+    """A text as SQL writes it."""
+    return "'" + text.replace("'", "''") + "'"
+
+
 def shown(delimiter: str) -> str:
     """A separator as a shell takes it."""
     return repr(delimiter)

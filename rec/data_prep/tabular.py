@@ -23,11 +23,12 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
+import duckdb
 from duckdb import DuckDBPyConnection as Connection
 
 from rec.data_prep.checks import check_times
-from rec.data_prep.columns import ListColumns, literal, type_columns
-from rec.data_prep.raw_files import RawFile, delimiter_of, quoted
+from rec.data_prep.columns import ListColumns, type_columns
+from rec.data_prep.raw_files import RawFile, delimiter_of, literal, quoted
 from rec.data_prep.rows import VALUES, in_a_sentence, read_rows
 from rec.data_prep.split import SPLITS, STRATEGIES
 from rec.data_prep.write import output_parser, prepare
@@ -43,17 +44,20 @@ def load_interactions(
     columns: Sequence[str | None],
     split: str | None = None,
     skip: bool = False,
+    time_format: str | None = None,
 ) -> int:
     """Adds a file's rows to table `interactions`, under `split` if given; returns how many malformed ones it skipped.
 
-    `columns` is what the file calls the user id, item id, time and rating; None for what it does not have. Raises
-    UserError for a missing column, or a malformed row unless `skip`.
+    `columns` is what the file calls the user id, item id, time and rating; None for what it does not have.
+    `time_format` is how times are written, for strptime; None: as seconds or in ISO 8601. Raises UserError for a
+    missing column, or a malformed row unless `skip`.
     """
     skipped = read_rows(
         con,
         file,
         {name: column for name, column in zip(VALUES, columns, strict=True) if column},
         skip,
+        time_format=time_format,
     )
     rows = f"select *, '{split}' as split from raw" if split else "from raw"
     con.execute(
@@ -103,11 +107,14 @@ def check_options(args: argparse.Namespace) -> None:
     needs = {
         "min_rating": "rating_col",
         "allow_any_time": "timestamp_col",
+        "timestamp_format": "timestamp_col",
         "list_separator": "list_col",
     }
     for option, other in needs.items():
         if getattr(args, option) not in (None, False) and not getattr(args, other):
             raise UserError(f"--{_dashed(option)} needs --{_dashed(other)}")
+    if args.timestamp_format:
+        _check_time_format(args.timestamp_format)
     if args.min_interactions < 1:
         raise UserError(f"--min-interactions must be at least 1, not {args.min_interactions}")
     columns = {
@@ -119,6 +126,17 @@ def check_options(args: argparse.Namespace) -> None:
         same = [_dashed(other) for other, each in columns.items() if each == name]
         if len(same) > 1:
             raise UserError(f"--{same[0]} and --{same[1]} name the same column, {name}")
+
+
+def _check_time_format(form: str) -> None:
+    """Raises UserError for a format that strptime cannot read times by."""
+    where = f"--timestamp-format {form!r}"
+    if "%" not in form:
+        raise UserError(f"{where} has no %: write YYYYMMDD as '%Y%m%d', for example")
+    try:
+        duckdb.execute(f"select try_strptime('', {literal(form)})")
+    except duckdb.Error as error:
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
 
 
 def _dashed(option: str) -> str:
@@ -141,6 +159,10 @@ def main() -> None:
     add("--item-col", default="item_id", help="its name in every file that has it")
     add(
         "--timestamp-col", help="seconds since 1970, or ISO 8601; without it the data are unordered"
+    )
+    add(
+        "--timestamp-format",
+        help="how times are written, for strptime: '%%Y%%m%%d'; default: seconds or ISO 8601",
     )
     add(
         "--allow-any-time",
@@ -201,7 +223,10 @@ def main() -> None:
         columns = (args.user_col, args.item_col, args.timestamp_col, args.rating_col)
         for part, file in files.items():
             note(f"reading {file.path}")
-            bad_rows += load_interactions(con, file, columns, part if given else None, args.skip)
+            name = part if given else None
+            bad_rows += load_interactions(
+                con, file, columns, name, args.skip, time_format=args.timestamp_format
+            )
         if args.timestamp_col and not args.allow_any_time:
             check_times(con)
         for table, file in features.items():
