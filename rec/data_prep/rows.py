@@ -247,7 +247,7 @@ def _malformed_rows(
     check = checks[int(bad[0])]
     text = (bad[1] or "")[:60]
     reason = f"{columns[check.column]} {text!r} {check.problem}"
-    if check.column == "timestamp" and file.has_options:
+    if check.problem == VALUES["timestamp"][1] and file.has_options:
         reason += time_hint(text)
     return [Problem(file.line_of(row), reason, count)]
 

@@ -4,7 +4,8 @@
         --timestamp-col time --items products.csv --list-col tags --output-dir data/mine
 
 - Ids are strings exactly as written: leading zeros, commas, quotes and any alphabet are kept.
-- Times are seconds since 1970 or ISO 8601, in UTC unless they name a zone; nothing is guessed.
+- Times are seconds since 1970 or ISO 8601, in UTC unless they name a zone, or as --timestamp-format says. A range that
+  ends before 1990 or starts after tomorrow is refused, unless --allow-any-time is given.
 - A malformed row (wrong number of columns, empty id, line break in an id, time or rating that is no number) stops
   the command with file and line; --skip-bad-rows drops and counts it.
 - Every line of a text file is a row, the header, blank, or counted as malformed. A quote that swallows lines is
@@ -13,7 +14,8 @@
   all the columns, that one is taken and printed. In a .tsv, and with --quote none, quotes are plain characters.
 - Text is UTF-8. A column without a name, such as pandas' index, is left out and printed.
 - A feature column of a CSV is int64 or double if all its values are written as such (02139 is not: it is a zip
-  code), a list if --list-col names it, otherwise a string. An empty field is null.
+  code), a list if --list-col names it, otherwise a string. An empty field is null. What decided is printed.
+- A file of items or users without a single id of the interactions is refused, with one id of each side.
 
 Not covered: compressed CSV, quotes escaped otherwise than by doubling them.
 """
