@@ -84,7 +84,7 @@ def type_columns(con: Connection, file: RawFile, lists: ListColumns) -> dict[str
         if column.value:
             typed[name] = column
         else:
-            note(f"warning: {file.path}: column {name} is left out: {column.why}")
+            note(f"warning: {file}: column {name} is left out: {column.why}")
     return typed
 
 
@@ -112,7 +112,7 @@ def _by_spelling(con: Connection, file: RawFile, name: str) -> Typed:
     line = file.line_of(row)
     if odd <= FEW * filled:
         note(
-            f"warning: {file.path}: column {name} is all numbers but for {odd:,} of {filled:,} values, "
+            f"warning: {file}: column {name} is all numbers but for {odd:,} of {filled:,} values, "
             f"the first {word[:60]!r} on line {line}. So it is text; empty those to have numbers"
         )
     return Typed(text, f"{word[:60]!r} on line {line} is not a number{_looks(con, name)}")
@@ -173,13 +173,13 @@ def _split(
 ) -> Typed:
     """Of a column that --list-col names: a list of what its texts hold. Prints one of them, before and after."""
     if kind.id in LISTS:
-        note(f"--list-col {name} has no effect: {file.path} holds lists there already ({kind})")
+        note(f"--list-col {name} has no effect: {file} holds lists there already ({kind})")
         return _by_type(con, name, kind)
     text = quoted(name)
     first = _one(con, f"arg_min({text}, source_row)")[0]
     if kind.id not in TEXTS:
         raise UserError(
-            f"--list-col {name}: {file.path} holds {kind} there, such as {first}, which has nothing to split"
+            f"--list-col {name}: {file} holds {kind} there, such as {first}, which has nothing to split"
         )
     separator = separator or _separator(con, name)
     if separator == LITERAL:
@@ -198,10 +198,10 @@ def _split(
         where=f"len({value}) >= {least}",
     )
     if result:
-        note(f"{file.path}: column {name} is {how}: {example[:60]!r} becomes {result}")
+        note(f"{file}: column {name} is {how}: {example[:60]!r} becomes {result}")
     elif first is not None:
         note(
-            f"warning: --list-col {name} splits nothing: no value of {file.path} holds {separator!r}, such as "
+            f"warning: --list-col {name} splits nothing: no value of {file} holds {separator!r}, such as "
             f"{first[:60]!r}. Name what separates its values with --list-separator"
         )
     return Typed(value, f"--list-col, {how}")

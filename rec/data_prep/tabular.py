@@ -92,7 +92,7 @@ def load_features(
     for name, each in typed.items():
         con.execute(f"comment on column {table}.{quoted(name)} is {literal(each.why)}")
     if not typed:
-        note(f"{file.path} has no column beside {column}, so it adds no features")
+        note(f"{file} has no column beside {column}, so it adds no features")
     return skipped
 
 

@@ -28,9 +28,9 @@ def database(
     ratings: Sequence[float] = (),
 ) -> duckdb.DuckDBPyConnection:
     """An interaction of one user per item, at the times and with the ratings given; and the rows of the items file."""
-    columns = {"user_id": ["u"] * len(items), "item_id": list(items)}
-    columns |= {"timestamp": list(times)} if times else {}
-    columns |= {"rating": list(ratings)} if ratings else {}
+    columns: dict[str, Sequence[object]] = {"user_id": ["u"] * len(items), "item_id": items}
+    columns |= {"timestamp": times} if times else {}
+    columns |= {"rating": ratings} if ratings else {}
     con = duckdb.connect()
     con.register("rows", pd.DataFrame(columns))
     con.execute("create table interactions as from rows")
