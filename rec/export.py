@@ -49,6 +49,7 @@ from rec.pipeline import Corpus
 from rec.ranking.model import RankingModel
 from rec.recommender import RecommenderModule, load_bundle
 from rec.retrieval.index import build_index
+from rec.tables import read_table
 
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
 TUNING_USERS = 2000  # users whose queries the index is tuned and measured on
@@ -111,7 +112,7 @@ def export_recommender(retrieval: Path, ranking: Path, config: Config) -> Path:
     """Composes two published bundles into one and publishes it. Raises UserError if they are not a pair."""
     first, second = registry.verify(retrieval, "retrieval"), registry.verify(ranking, "ranking")
     registry.check_pair(first, second, ranking)
-    items = pd.read_parquet(retrieval / "items.parquet")
+    items = read_table(retrieval / "items.parquet")
     count = second["config"]["ranking"]["candidates"]
     module = RecommenderModule(
         load_bundle(retrieval), load_bundle(ranking), count, items["item_id"]

@@ -22,7 +22,7 @@ import scipy.sparse as sp
 import tensorflow as tf
 
 from rec.config import DataFacts, Features, Retrieval
-from rec.data_prep.dataset import Dataset, verify
+from rec.data_prep.dataset import RESERVED, Dataset, verify
 from rec.errors import UserError
 from rec.features import (
     FIRST_ITEM,
@@ -185,6 +185,9 @@ def load_corpus(
     Args:
       users, items: only their trained ids are taken over; ids that only this dataset has come after them.
       columns: the encodings of user and item features.
+
+    Raises UserError if a file is damaged, or a column does not fit: it has a reserved name, is missing, or cannot be
+    encoded as the checkpoint does.
     """
     verify(dataset)
     users = _vocabulary(
@@ -199,6 +202,12 @@ def load_corpus(
     item_table = (
         dataset.items().set_index("item_id").reindex(items.ids).reset_index(names="item_id")
     )
+    for name in RESERVED:
+        if name in item_table:
+            raise UserError(
+                f"{dataset.path}: the items have a column {name}, a name that answers use themselves: "
+                "rename it in the items file, and prepare the dataset again"
+            )
     if columns is None:
         known_users = np.arange(len(users.ids)) < users.trained
         known_items = np.arange(len(items.ids)) < items.trained
@@ -206,6 +215,9 @@ def load_corpus(
             fit_columns(user_table, "user_id", features.users, known_users, "features.users"),
             fit_columns(item_table, "item_id", features.items, known_items, "features.items"),
         )
+    for table, encoded in ((user_table, columns[0]), (item_table, columns[1])):
+        for column in encoded:
+            column.check(table, str(dataset.path))
     splits = [_sequences(dataset, split, users, items) for split in ("train", "val", "test")]
     return Corpus(
         dataset.id,

@@ -24,12 +24,13 @@ from pathlib import Path
 from duckdb import DuckDBPyConnection as Connection
 from tqdm import tqdm
 
+from rec.data_prep.columns import ListColumns
 from rec.data_prep.dataset import digest
 from rec.data_prep.raw_files import RawFile, kind_of
 from rec.data_prep.rows import duckdb_in_a_sentence
 from rec.data_prep.tabular import load_features, load_interactions
-from rec.data_prep.write import note, output_parser, prepare
-from rec.errors import UserError, run_command
+from rec.data_prep.write import output_parser, prepare
+from rec.errors import UserError, note, run_command
 
 BASE_URL = "https://files.grouplens.org/datasets/movielens"
 FLAGS = [
@@ -96,7 +97,7 @@ def load(con: Connection, scratch: Path, name: str, source: Path) -> dict[str, i
     note(f"reading {source}")
     ratings, movies, *people = (_find(name, file, source, scratch) for file in FILES[name])
     load_interactions(con, ratings, ("userId", "movieId", "timestamp", "rating"))
-    load_features(con, movies, "items", "movieId", ["genres"])
+    load_features(con, movies, "items", "movieId", ListColumns(["genres"], "|"))
     with duckdb_in_a_sentence(movies):
         _split_titles(con, name)
     for file in people:

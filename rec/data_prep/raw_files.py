@@ -25,8 +25,7 @@ import duckdb
 import numpy as np
 from duckdb import DuckDBPyConnection as Connection
 
-from rec.data_prep.write import note
-from rec.errors import UserError
+from rec.errors import UserError, note
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".parquet": ""}
 QUOTES = {".csv": '"', ".tsv": "", ".parquet": ""}
@@ -236,6 +235,11 @@ class RawFile:
 def quoted(name: str) -> str:
     """A column's name as SQL writes it."""
     return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """A text as SQL writes it."""
+    return "'" + text.replace("'", "''") + "'"
 
 
 def shown(delimiter: str) -> str:

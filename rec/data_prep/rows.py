@@ -19,6 +19,7 @@ from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 import duckdb
 from duckdb import DuckDBPyConnection as Connection
 
+from rec.data_prep.checks import time_hint
 from rec.data_prep.raw_files import (
     DATA,
     SEPARATORS,
@@ -27,11 +28,11 @@ from rec.data_prep.raw_files import (
     count_lines,
     encoding_problem,
     line_at,
+    literal,
     quoted,
     shown,
 )
-from rec.data_prep.write import note
-from rec.errors import UserError
+from rec.errors import UserError, note
 
 ID_TYPES = r"U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|VARCHAR|UUID|ENUM.*|DECIMAL\(\d+,0\)"
 ID = "case when regexp_matches({0}, '\\S') and not regexp_matches({0}, '[\\r\\n]') then {0} end"  # a vocabulary's line
@@ -41,10 +42,7 @@ RATING = "case when isfinite(try_cast(rating as float)) then cast(rating as floa
 VALUES = {  # column of `interactions` -> its value, null if the text is malformed, and what is wrong then
     "user_id": (ID.format("user_id"), "is empty or holds a line break"),
     "item_id": (ID.format("item_id"), "is empty or holds a line break"),
-    "timestamp": (
-        TIME,
-        "is neither seconds since 1970 (milliseconds are not taken) nor an ISO 8601 time",
-    ),
+    "timestamp": (TIME, "is neither seconds since 1970 nor an ISO 8601 time"),
     "rating": (RATING, "is not a number"),
 }
 UNREADABLE = {  # DuckDB's type of error -> what is wrong with the line
@@ -100,19 +98,25 @@ def in_a_sentence(load: Load[Arguments, Result]) -> Load[Arguments, Result]:
 
 
 def read_rows(
-    con: Connection, file: RawFile, columns: dict[str, str], skip: bool, features: bool = False
+    con: Connection,
+    file: RawFile,
+    columns: dict[str, str],
+    skip: bool,
+    features: bool = False,
+    time_format: str | None = None,
 ) -> int:
     """Creates table `raw` of a file's well-formed rows, numbered; returns the number of malformed ones.
 
     `columns`: a name in `raw` -> what the file calls that column, which is read as text. With `features` the other
-    columns are added as they are, no id may come twice, and a field may go on to another line. Raises UserError for
-    a file that cannot be read as a whole, and for a malformed row unless `skip`.
+    columns are added as they are, no id may come twice, and a field may go on to another line. `time_format` is how
+    times are written, for strptime. Raises UserError for a file that cannot be read as a whole, and for a malformed
+    row unless `skip`.
     """
     check_kind(file)
     if file.is_text:
         file = file.separated(columns.values())
     try:
-        checks = _create_raw(con, file, columns, features)
+        checks = _create_raw(con, file, columns, features, _values(time_format))
     except duckdb.InvalidInputException as error:
         raise UserError(_why_refused(file, str(error).splitlines()[0])) from None
     problems = []
@@ -132,18 +136,30 @@ def read_rows(
     return _report(file, problems, skip)
 
 
+def _values(time_format: str | None) -> dict[str, tuple[str, str]]:
+    """VALUES, with times that are written in a format of strptime if one is given."""
+    if time_format is None:
+        return VALUES
+    seconds = f"epoch(try_strptime(timestamp, {literal(time_format)}))"
+    return VALUES | {"timestamp": (seconds, f"is not a time written {time_format!r}")}
+
+
 def _create_raw(
-    con: Connection, file: RawFile, columns: dict[str, str], features: bool
+    con: Connection,
+    file: RawFile,
+    columns: dict[str, str],
+    features: bool,
+    meaning: dict[str, tuple[str, str]],
 ) -> list[Check]:
     """Creates `raw` of the rows that can be read: their number, values, and what makes them malformed if anything.
 
     `bad_row` is [position of the check that it fails, the text that is wrong]; `line_breaks` is the number of line
-    ends in its fields. Returns the checks.
+    ends in its fields. `meaning` is VALUES, or like it. Returns the checks.
     """
     source = file.relation(con)
     types = dict(zip(source.columns, map(str, source.types), strict=True))
     _check_columns(file, columns, types, features)
-    checks = _checks(columns, features)
+    checks = _checks(columns, features, meaning)
     others = [quoted(name) for name in types if features and name not in columns.values()]
     texts = [f"cast({quoted(column)} as varchar) as {name}" for name, column in columns.items()]
     cases = [
@@ -152,15 +168,17 @@ def _create_raw(
     fields = [*columns, *others]
     line_breaks = _count_line_breaks(file, fields) if features and file.quote else "0"
     numbered = source.project(", ".join(["row_number() over () as source_row", *texts, *others]))
-    values = [f"{VALUES[name][0]} as {name}" for name in columns]
+    values = [f"{meaning[name][0]} as {name}" for name in columns]
     facts = [f"{line_breaks} as line_breaks", f"case {' '.join(cases)} end as bad_row"]
     numbered.project(", ".join(["source_row", *values, *others, *facts])).create("raw")
     return checks
 
 
-def _checks(columns: dict[str, str], features: bool) -> list[Check]:
+def _checks(
+    columns: dict[str, str], features: bool, meaning: dict[str, tuple[str, str]]
+) -> list[Check]:
     """What makes a row malformed, in the order in which it is looked for."""
-    checks = [Check(name, f"{VALUES[name][0]} is null", VALUES[name][1]) for name in columns]
+    checks = [Check(name, f"{meaning[name][0]} is null", meaning[name][1]) for name in columns]
     if features:
         (key,) = columns
         comes_again = f"row_number() over (partition by {key} order by source_row) > 1"
@@ -229,6 +247,8 @@ def _malformed_rows(
     check = checks[int(bad[0])]
     text = (bad[1] or "")[:60]
     reason = f"{columns[check.column]} {text!r} {check.problem}"
+    if check.problem == VALUES["timestamp"][1] and file.has_options:
+        reason += time_hint(text)
     return [Problem(file.line_of(row), reason, count)]
 
 

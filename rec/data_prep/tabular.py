@@ -4,7 +4,8 @@
         --timestamp-col time --items products.csv --list-col tags --output-dir data/mine
 
 - Ids are strings exactly as written: leading zeros, commas, quotes and any alphabet are kept.
-- Times are seconds since 1970 or ISO 8601, in UTC unless they name a zone; nothing is guessed.
+- Times are seconds since 1970 or ISO 8601, in UTC unless they name a zone, or as --timestamp-format says. A range that
+  ends before 1990 or starts after tomorrow is refused, unless --allow-any-time is given.
 - A malformed row (wrong number of columns, empty id, line break in an id, time or rating that is no number) stops
   the command with file and line; --skip-bad-rows drops and counts it.
 - Every line of a text file is a row, the header, blank, or counted as malformed. A quote that swallows lines is
@@ -13,7 +14,8 @@
   all the columns, that one is taken and printed. In a .tsv, and with --quote none, quotes are plain characters.
 - Text is UTF-8. A column without a name, such as pandas' index, is left out and printed.
 - A feature column of a CSV is int64 or double if all its values are written as such (02139 is not: it is a zip
-  code), a list if --list-col names it, otherwise a string. An empty field is null.
+  code), a list if --list-col names it, otherwise a string. An empty field is null. What decided is printed.
+- A file of items or users without a single id of the interactions is refused, with one id of each side.
 
 Not covered: compressed CSV, quotes escaped otherwise than by doubling them.
 """
@@ -23,16 +25,18 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
+import duckdb
 from duckdb import DuckDBPyConnection as Connection
 
-from rec.data_prep.raw_files import RawFile, delimiter_of, quoted
+from rec.data_prep.checks import check_times
+from rec.data_prep.columns import ListColumns, type_columns
+from rec.data_prep.raw_files import RawFile, delimiter_of, literal, quoted
 from rec.data_prep.rows import VALUES, in_a_sentence, read_rows
 from rec.data_prep.split import SPLITS, STRATEGIES
-from rec.data_prep.write import note, output_parser, prepare
-from rec.errors import UserError, run_command
+from rec.data_prep.write import output_parser, prepare
+from rec.errors import UserError, note, run_command
 
-FRACTIONS = ("FLOAT", "DOUBLE", "DECIMAL")
-WHOLE, NUMBER = "-?(0|[1-9][0-9]{0,17})", "-?(0|[1-9][0-9]*)([.][0-9]+)?([eE][+-]?[0-9]{1,2})?"
+NO_LISTS = ListColumns()
 
 
 @in_a_sentence
@@ -42,17 +46,20 @@ def load_interactions(
     columns: Sequence[str | None],
     split: str | None = None,
     skip: bool = False,
+    time_format: str | None = None,
 ) -> int:
     """Adds a file's rows to table `interactions`, under `split` if given; returns how many malformed ones it skipped.
 
-    `columns` is what the file calls the user id, item id, time and rating; None for what it does not have. Raises
-    UserError for a missing column, or a malformed row unless `skip`.
+    `columns` is what the file calls the user id, item id, time and rating; None for what it does not have.
+    `time_format` is how times are written, for strptime; None: as seconds or in ISO 8601. Raises UserError for a
+    missing column, or a malformed row unless `skip`.
     """
     skipped = read_rows(
         con,
         file,
         {name: column for name, column in zip(VALUES, columns, strict=True) if column},
         skip,
+        time_format=time_format,
     )
     rows = f"select *, '{split}' as split from raw" if split else "from raw"
     con.execute(
@@ -68,39 +75,24 @@ def load_features(
     file: RawFile,
     table: str,
     column: str,
-    lists: Sequence[str] = (),
+    lists: ListColumns = NO_LISTS,
     skip: bool = False,
 ) -> int:
     """Creates table `users` or `items` from a file; returns how many malformed rows it skipped.
 
-    `column` is what the file calls the id; `lists` are columns of text that hold several values, separated by "|".
-    Raises UserError for no column of ids, or a malformed row (an id that comes again is one) unless `skip`.
+    `column` is what the file calls the id. Each other column has a comment in the database: what decided its type.
+    Raises UserError for no column of ids, a malformed row (an id that comes again is one) unless `skip`, or a list
+    column that has nothing to split.
     """
     key = {"users": "user_id", "items": "item_id"}[table]
     skipped = read_rows(con, file, {key: column}, skip, features=True)
-    values, raw = [key], con.table("raw")
-    for name, kind in zip(
-        raw.columns[2:], map(str, raw.types[2:]), strict=True
-    ):  # after source_row and the key
-        text = quoted(name)
-        if file.delimiter:
-            fits = ", ".join(
-                f"bool_and(regexp_full_match({text}, '{pattern}'))" for pattern in (WHOLE, NUMBER)
-            )
-            whole, number = raw.aggregate(fits).fetchall()[0]
-            kind = "BIGINT" if whole else "DOUBLE" if number else "VARCHAR"
-        if kind.endswith("[]"):
-            value = f"cast({text} as varchar[])"
-        elif name in lists:
-            parts = f"string_split_regex(trim(cast({text} as varchar)), ' *[|] *')"
-            value = f"list_filter(coalesce({parts}, []), lambda part: part <> '')"
-        elif kind.startswith(("DATE", "TIMESTAMP")):
-            value = f"cast(floor(epoch(cast({text} as timestamptz))) as bigint)"
-        else:
-            whole, number = kind.endswith(("INT", "INTEGER")), kind.startswith(FRACTIONS)
-            value = f"cast({text} as {'bigint' if whole else 'double' if number else 'varchar'})"
-        values.append(f"{value} as {text}")
+    typed = type_columns(con, file, lists)
+    values = [key, *(f"{each.value} as {quoted(name)}" for name, each in typed.items())]
     con.execute(f"create table {table} as select {', '.join(values)} from raw; drop table raw")
+    for name, each in typed.items():
+        con.execute(f"comment on column {table}.{quoted(name)} is {literal(each.why)}")
+    if not typed:
+        note(f"{file} has no column beside {column}, so it adds no features")
     return skipped
 
 
@@ -110,6 +102,47 @@ def _raw_files(args: argparse.Namespace, names: Sequence[str]) -> dict[str, RawF
     quote = "" if args.quote == "none" else args.quote
     paths = {name: path for name in names if (path := getattr(args, name))}
     return {name: RawFile.of(path, delimiter, quote) for name, path in paths.items()}
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises UserError for an option that needs another one, or could have no effect."""
+    needs = {
+        "min_rating": "rating_col",
+        "allow_any_time": "timestamp_col",
+        "timestamp_format": "timestamp_col",
+        "list_separator": "list_col",
+    }
+    for option, other in needs.items():
+        if getattr(args, option) not in (None, False) and not getattr(args, other):
+            raise UserError(f"--{_dashed(option)} needs --{_dashed(other)}")
+    if args.timestamp_format:
+        _check_time_format(args.timestamp_format)
+    if args.min_interactions < 1:
+        raise UserError(f"--min-interactions must be at least 1, not {args.min_interactions}")
+    columns = {
+        option: getattr(args, option)
+        for option in ("user_col", "item_col", "timestamp_col", "rating_col")
+        if getattr(args, option)
+    }
+    for name in columns.values():
+        same = [_dashed(other) for other, each in columns.items() if each == name]
+        if len(same) > 1:
+            raise UserError(f"--{same[0]} and --{same[1]} name the same column, {name}")
+
+
+def _check_time_format(form: str) -> None:
+    """Raises UserError for a format that strptime cannot read times by."""
+    where = f"--timestamp-format {form!r}"
+    if "%" not in form:
+        raise UserError(f"{where} has no %: write YYYYMMDD as '%Y%m%d', for example")
+    try:
+        duckdb.execute(f"select try_strptime('', {literal(form)})")
+    except duckdb.Error as error:
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
+
+
+def _dashed(option: str) -> str:
+    return option.replace("_", "-")
 
 
 def main() -> None:
@@ -129,6 +162,15 @@ def main() -> None:
     add(
         "--timestamp-col", help="seconds since 1970, or ISO 8601; without it the data are unordered"
     )
+    add(
+        "--timestamp-format",
+        help="how times are written, for strptime: '%%Y%%m%%d'; default: seconds or ISO 8601",
+    )
+    add(
+        "--allow-any-time",
+        action="store_true",
+        help="take times that end before 1990 or start after tomorrow",
+    )
     add("--rating-col", help="a number")
     add("--min-rating", type=float, help="drop interactions rated lower")
     add("--min-interactions", type=int, default=1, help="drop users with fewer, before the split")
@@ -138,7 +180,11 @@ def main() -> None:
         "--list-col",
         action="append",
         default=[],
-        help='a text feature with several values, "a|b|c"; repeatable',
+        help='a text feature with several values, such as "a|b|c"; repeatable',
+    )
+    add(
+        "--list-separator",
+        help="what separates the values of --list-col; default: |, else what is found, which is printed",
     )
     add(
         "--split",
@@ -151,7 +197,7 @@ def main() -> None:
         choices=["none", '"'],
         help='opens fields of text files that may hold separators; default: ", none in a .tsv',
     )
-    add("--seed", type=int, default=42, help="of what is drawn where data without times are split")
+    add("--seed", type=int, help="default: 42; of what is drawn where data without times are split")
     add("--skip-bad-rows", dest="skip", action="store_true", help="drop and count malformed rows")
     args = parser.parse_args()
 
@@ -165,31 +211,36 @@ def main() -> None:
         raise UserError(
             f"--{'test' if args.train else 'train'} is missing: a given split needs --train and --test"
         )
-    if args.min_rating is not None and not args.rating_col:
-        raise UserError("--min-rating needs --rating-col")
+    check_options(args)
     files = _raw_files(args, ("interactions", *SPLITS))
     features = _raw_files(args, ("users", "items"))
     if (args.delimiter or args.quote) and not any(
         file.is_text for file in (*files.values(), *features.values())
     ):
         raise UserError("--delimiter and --quote are for text files, and all files are Parquet")
+    lists = ListColumns(args.list_col, args.list_separator)
 
     def load(con: Connection, scratch: Path) -> dict[str, int]:
         bad_rows, known = 0, []
         columns = (args.user_col, args.item_col, args.timestamp_col, args.rating_col)
         for part, file in files.items():
             note(f"reading {file.path}")
-            bad_rows += load_interactions(con, file, columns, part if given else None, args.skip)
+            name = part if given else None
+            bad_rows += load_interactions(
+                con, file, columns, name, args.skip, time_format=args.timestamp_format
+            )
+        if args.timestamp_col and not args.allow_any_time:
+            check_times(con)
         for table, file in features.items():
             key = args.user_col if table == "users" else args.item_col
-            bad_rows += load_features(con, file, table, key, args.list_col, args.skip)
-            known += con.table(table).columns
+            bad_rows += load_features(con, file, table, key, lists, args.skip)
+            known += con.table(table).columns[1:]  # without the id
         for name in set(args.list_col) - set(known):
             near = "".join(
                 f": did you mean {near}?" for near in difflib.get_close_matches(name, known, 1)
             )
             raise UserError(
-                f"--list-col {name}: neither --users nor --items has such a column{near}"
+                f"--list-col {name}: neither --users nor --items has such a feature{near}"
             )
         return {"bad_rows": bad_rows}
 
@@ -198,7 +249,11 @@ def main() -> None:
         ", ".join(path.name for path in every),
         (args.min_rating, args.min_interactions),
     )
-    prepare(args.output_dir, load, every[0].stem, source, strategy, args.seed, filters, args.engine)
+    is_drawn = (given and not args.val) or (not given and not args.timestamp_col)
+    if args.seed is not None and not is_drawn:
+        note(f"--seed {args.seed} has no effect: this split draws nothing at random")
+    seed = 42 if args.seed is None else args.seed
+    prepare(args.output_dir, load, every[0].stem, source, strategy, seed, filters, args.engine)
 
 
 if __name__ == "__main__":
