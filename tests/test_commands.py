@@ -155,7 +155,7 @@ def test_items_that_came_since_reach_a_running_server_by_one_command_without_tra
     report = answer("rec.export", "--stage", "all", *copy, "--set", f"dataset={newer}")
     assert {stage: part["version"] for stage, part in report.items()} == dict.fromkeys(STAGES, 2)
     reload = client.post("/v1/models/reload", headers={"Authorization": "Bearer secret"})
-    assert reload.json()["models"] == {"retrieval": 2, "ranking": 2}
+    assert reload.json() == {"model": {"retrieval": 2, "ranking": 2}}
 
     found = client.get("/v1/items", params={"q": "brand new"}).json()["items"]
     assert [item["item_id"] for item in found] == ["brand-new"]
