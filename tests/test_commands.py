@@ -130,12 +130,12 @@ def newer(trained: Trained, tmp_path: Path) -> Path:
     dataset = open_dataset(trained.dataset)
     items = dataset.items()
     added = items.head(1).assign(item_id="brand-new", title="Brand New Western")
-    pd.concat([items, added]).to_parquet(files / "items.parquet")
-    dataset.users().to_parquet(files / "users.parquet")
+    pd.concat([items, added]).to_parquet(files / "items.parquet", index=False)
+    dataset.users().to_parquet(files / "users.parquet", index=False)
     command: list[object] = ["--output-dir", tmp_path / "newer", "--timestamp-col", "timestamp"]
     command += ["--rating-col", "rating"]
     for split in ("train", "val", "test"):
-        dataset.interactions(split).to_parquet(files / f"{split}.parquet")
+        dataset.interactions(split).to_parquet(files / f"{split}.parquet", index=False)
         command += [f"--{split}", files / f"{split}.parquet"]
     for table in ("users", "items"):
         command += [f"--{table}", files / f"{table}.parquet"]
