@@ -104,6 +104,7 @@ class Service:
         finally:
             self._waiting -= len(futures)
             self._in_batches -= in_batch
+            QUEUE.set(self._waiting)
             for future in futures:
                 future.cancel()  # where the client has hung up: the thread passes over it
 
