@@ -38,6 +38,7 @@ from rec.errors import UserError, run_command
 SECONDS, PAUSE = 5.0, 0.5  # of one measurement, and of load before it
 USERS, ITEMS = 10_000, 100_000
 K = 10
+CLOSES = b"\r\nconnection: close\r\n"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -74,11 +75,19 @@ class Load:
         while time.perf_counter() < begin + seconds:
             for number, _ in poll.poll(0.1):
                 received[number] += by_number[number].recv(262_144)
-                if self._done(number, received[number], started[number]):
-                    self._send(by_number[number], number, started, received)
+                if not self._done(number, received[number], started[number]):
+                    continue
+                if CLOSES in received.pop(number):  # the process that answers has a successor
+                    started.pop(number)
+                    by_number.pop(number).close()
+                    client = socket.create_connection(("127.0.0.1", self.port))
+                    number = client.fileno()
+                    by_number[number] = client
+                    poll.register(number, select.EPOLLIN)
+                self._send(by_number[number], number, started, received)
         elapsed = time.perf_counter() - begin
         poll.close()
-        for each in sockets:
+        for each in by_number.values():
             each.close()
         p50, p99 = np.percentile(self.seconds, [50, 99]) * 1000 if self.seconds else (0, 0)
         return {
@@ -189,9 +198,11 @@ def model_call(savedmodels: Path) -> dict[str, int]:
 
 
 def megabytes(process: int) -> int:
-    """Resident memory."""
+    """Resident memory of a process and its children."""
     status = Path(f"/proc/{process}/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0]) // 1024
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    own = int(status.partition("VmRSS:")[2].split()[0]) // 1024
+    return own + sum(megabytes(int(child)) for child in children)
 
 
 class Server:
