@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rec.errors import UserError
+from rec.files import digest
 from rec.tables import read_table
 
 FORMAT_VERSION = 1
@@ -119,9 +120,3 @@ def verify(dataset: Dataset) -> None:
             raise UserError(
                 f"{dataset.path / name} is damaged (its sha256 differs): prepare the dataset again"
             )
-
-
-def digest(file: Path, algorithm: str = "sha256") -> str:
-    """The hexadecimal digest of a file's bytes."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, algorithm).hexdigest()
