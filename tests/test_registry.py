@@ -1,5 +1,4 @@
 import json
-import os
 import resource
 import shutil
 import subprocess
