@@ -6,8 +6,9 @@
     python -m rec.train --stage ranking --model-arch dlrm --init-from-retrieval checkpoints/retrieval
     python -m rec.train --stage retrieval --config config/movielens/ml_100k.yaml --set retrieval.epochs=3
 
-To resume an interrupted run, run the same command again. With TF_CONFIG, the same command on several machines with a
-common directory for checkpoints trains one model (tf.distribute.MultiWorkerMirroredStrategy, or with --strategy ps
+To resume an interrupted run, run the same command again. A checkpoint has one writer at a time: a second command
+ends with an error, or waits with --wait. With TF_CONFIG, the same command on several machines with a common directory
+for checkpoints trains one model (tf.distribute.MultiWorkerMirroredStrategy, or with --strategy ps
 ParameterServerStrategy, whose tables lie in parts on servers); the chief exports it.
 
 A setting that has no effect (another key or the data decide so) is reported before training starts.
