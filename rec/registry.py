@@ -148,6 +148,14 @@ def verify(bundle: Path, stage: str | None = None) -> Metadata:
     return metadata
 
 
+def _is_whole(bundle: Path, stage: str) -> bool:
+    try:
+        verify(bundle, stage)
+    except UserError:
+        return False
+    return True
+
+
 def checksum(metadata: Metadata) -> str:
     """Of all that the metadata say but this."""
     content = {key: value for key, value in metadata.items() if key != "checksum"}
@@ -482,9 +490,10 @@ class WandbStore:
     def directory(self, stage: str, version: int) -> Path:
         artifact = self._artifacts(stage)[version]
         place = CACHE.expanduser() / artifact.digest
+        if _is_whole(place, stage):
+            return place
         with sole_writer(place, wait=True):
-            with suppress(UserError):  # it is not here yet, or damaged
-                verify(place, stage)
+            if _is_whole(place, stage):  # another process has just brought it
                 return place
             with draft(place.parent) as beside, self._asking(artifact.name):
                 artifact.download(root=str(beside), skip_cache=True)

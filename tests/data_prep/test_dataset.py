@@ -238,6 +238,15 @@ def test_the_old_dataset_survives_a_command_stopped_between_its_two_renames(tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["six"]
 
 
+def test_a_dataset_that_is_replaced_while_it_is_read_is_said(tmp_path: Path) -> None:
+    opened = prepare_six(tmp_path / "six")
+    verify(opened)
+    prepare(tmp_path / "six", load_six, "another", "a test", "leave_one_out", 0)
+    with pytest.raises(UserError, match="six was replaced while it was read: run the command"):
+        verify(opened)
+    verify(open_dataset(tmp_path / "six"))
+
+
 def test_a_dataset_has_one_writer_at_a_time(tmp_path: Path) -> None:
     code = "import sys, time, pathlib; from rec.data_prep.write import staging\n"
     code += "with staging(pathlib.Path(sys.argv[1])): print('ready', flush=True); time.sleep(60)"
