@@ -465,7 +465,10 @@ class WandbStore:
         with self._asking(self._project):
             import wandb
 
-            if wandb.setup().settings.mode in ("offline", "dryrun"):
+            settings = wandb.Settings()
+            settings.update_from_system_settings()
+            settings.update_from_env_vars(dict(os.environ))
+            if settings.mode in ("offline", "dryrun"):
                 raise UserError(
                     "W&B is offline here, by WANDB_MODE or by `wandb offline`, and cannot read or promote artifacts: "
                     "set WANDB_MODE=online, or run `wandb online`"
