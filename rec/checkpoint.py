@@ -1,5 +1,7 @@
 """A checkpoint directory -> the trained model, on the data set at hand.
 
+All that is loaded comes from one run, even if a training replaces the checkpoint meanwhile (files.py, `read_whole`).
+
 Beside the weights (fit.py) a checkpoint keeps what gives their rows a meaning: the ids in order, one a line, and the
 encoding of each feature column. So a model can be exported for a data set that has come to hold more items.
 """
@@ -14,6 +16,7 @@ from rec.config import Config, Features, Ranking, Retrieval, to_dict
 from rec.data_prep.dataset import Dataset
 from rec.errors import UserError
 from rec.features import FIRST_ITEM, FIRST_USER, Vocabulary, columns_from_json, columns_to_json
+from rec.files import read_whole
 from rec.fit import Fitted, read_run, restore
 from rec.pipeline import Corpus, load_corpus
 from rec.ranking.model import RankingModel
@@ -62,6 +65,10 @@ def load_retrieval(
     directory: Path, dataset: Dataset, corpus: Corpus | None = None
 ) -> TrainedRetrieval:
     """The retrieval model of a finished checkpoint, for `corpus` if it is loaded already. Raises UserError if none."""
+    return read_whole(directory, lambda: _load_retrieval(directory, dataset, corpus))
+
+
+def _load_retrieval(directory: Path, dataset: Dataset, corpus: Corpus | None) -> TrainedRetrieval:
     run = _run(directory, "retrieval")
     corpus = corpus or load_trained_corpus(directory, dataset)
     model = RetrievalModel(Retrieval(**run["retrieval"]), corpus)
@@ -77,6 +84,12 @@ def load_ranking(
 
     Raises UserError if there is no finished ranking checkpoint, or if it was trained for another retrieval model.
     """
+    return read_whole(directory, lambda: _load_ranking(directory, retrieval))
+
+
+def _load_ranking(
+    directory: Path, retrieval: TrainedRetrieval
+) -> tuple[RankingModel, Fitted, dict[str, Any]]:
     run = _run(directory, "ranking")
     if run["retrieval_run"] != retrieval.run:
         raise UserError(f"{directory} was trained for another retrieval model: train ranking again")

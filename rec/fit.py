@@ -2,7 +2,8 @@
 
 - After every epoch the weights, the optimiser and the state are on disk: a killed run, started again with the same
   command, goes on with the epoch after the last complete one, and ends as an unbroken one does, to the last digit.
-- A run lives in `CHECKPOINTS/STAGE.partial` until it is finished; then it replaces `CHECKPOINTS/STAGE` by rename.
+- A run lives in `CHECKPOINTS/STAGE.partial` until it is finished; then it replaces `CHECKPOINTS/STAGE` by rename. The
+  commands that train see to it that both have one writer at a time (files.py).
 - Of several processes that train one model (workers.py), the first, the chief, writes; all resume from what it wrote.
 
     run.json        what the checkpoint belongs to: compared before its weights are used
@@ -19,6 +20,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from rec.errors import UserError
+from rec.files import read_whole, replace_directory, writing
 from rec.tracking import Tracker
 from rec.workers import steps, whole
 
@@ -194,11 +197,13 @@ def fit(
             }
         )
         if is_chief:
+            _check_owner(partial, state)
             _save(partial, checkpoint, state)
         shown = {name: values[name] for name in ("loss", monitor) if name in values}
         progress.set_postfix(shown, best_epoch=state.best_epoch)
     if not is_chief:
         return state
+    _check_owner(partial, state)
     checkpoint.read(str(partial / f"epoch-{state.best_epoch}")).assert_consumed()
     if calibrate is not None and validate is not None:
         state.metrics.update(calibrate() | validate())
@@ -211,11 +216,8 @@ def fit(
 
 def read_run(directory: Path) -> dict[str, Any] | None:
     """What identifies the finished run in `directory`; None if there is none."""
-    old = Path(f"{directory}.old")
-    if old.exists() and not directory.exists():  # killed in the middle of `replace_directory`
-        os.replace(old, directory)
     path = directory / "run.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_whole(directory, lambda: json.loads(path.read_text()) if path.exists() else None)
 
 
 def restore(model: tf.keras.Model, directory: Path) -> Fitted:
@@ -241,8 +243,19 @@ def _read_state(directory: Path) -> Fitted:
     return Fitted(**json.loads((directory / "state.json").read_text()))
 
 
+def _check_owner(partial: Path, state: Fitted) -> None:
+    """Raises UserError if another training writes to `partial`, on a file system whose locks did not keep it out."""
+    with suppress(OSError, ValueError):
+        if _read_state(partial).run_id == state.run_id:
+            return
+    raise UserError(
+        f"another training has taken {partial} over, and this one ends: give each its own output.checkpoints"
+    )
+
+
 def _save(partial: Path, checkpoint: tf.train.Checkpoint, state: Fitted) -> None:
-    checkpoint.write(str(partial / f"epoch-{state.epoch}"))
+    with writing(partial):
+        checkpoint.write(str(partial / f"epoch-{state.epoch}"))
     _write_state(partial, state)
     _keep(partial, state.epoch, state.best_epoch)
 
@@ -260,13 +273,3 @@ def _keep(partial: Path, *epochs: int) -> None:
     for path in partial.glob("epoch-*"):
         if path.stem not in [f"epoch-{epoch}" for epoch in epochs]:
             path.unlink()
-
-
-def replace_directory(new: Path, target: Path) -> None:
-    """Puts `new` in the place of `target`, in two renames; `read_run` takes back the first if the second is missing."""
-    old = Path(f"{target}.old")
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(target, old)
-    os.replace(new, target)
-    shutil.rmtree(old, ignore_errors=True)

@@ -22,7 +22,7 @@ import scipy.sparse as sp
 import tensorflow as tf
 
 from rec.config import DataFacts, Features, Retrieval
-from rec.data_prep.dataset import RESERVED, Dataset, verify
+from rec.data_prep.dataset import RESERVED, Dataset, check_unchanged, verify
 from rec.errors import UserError
 from rec.features import (
     FIRST_ITEM,
@@ -219,6 +219,7 @@ def load_corpus(
         for column in encoded:
             column.check(table, str(dataset.path))
     splits = [_sequences(dataset, split, users, items) for split in ("train", "val", "test")]
+    check_unchanged(dataset)
     return Corpus(
         dataset.id,
         dataset.ordered,

@@ -6,8 +6,9 @@
     python -m rec.train --stage ranking --model-arch dlrm --init-from-retrieval checkpoints/retrieval
     python -m rec.train --stage retrieval --config config/movielens/ml_100k.yaml --set retrieval.epochs=3
 
-To resume an interrupted run, run the same command again. With TF_CONFIG, the same command on several machines with a
-common directory for checkpoints trains one model (tf.distribute.MultiWorkerMirroredStrategy, or with --strategy ps
+To resume an interrupted run, run the same command again. A checkpoint has one writer at a time: a second command
+ends with an error, or waits with --wait. With TF_CONFIG, the same command on several machines with a common directory
+for checkpoints trains one model (tf.distribute.MultiWorkerMirroredStrategy, or with --strategy ps
 ParameterServerStrategy, whose tables lie in parts on servers); the chief exports it.
 
 A setting that has no effect (another key or the data decide so) is reported before training starts.
@@ -48,6 +49,7 @@ from rec.errors import UserError, command_parser, run_command, warn
 from rec.evaluate import evaluate, show_recommendations, show_systems
 from rec.export import bundle_of, export_ranking, export_recommender, export_retrieval
 from rec.features import FIRST_ITEM, PAD
+from rec.files import add_wait_argument, sole_writer
 from rec.fit import Fitted, fit, read_run, restore
 from rec.pipeline import Corpus, Sequences, load_corpus, window_batches
 from rec.ranking.archs import ARCHS
@@ -440,6 +442,15 @@ def check_ranking(config: Config, dataset: Dataset, init_from: Path | None) -> N
             )
 
 
+def checkpoints_of(stage: str, config: Config) -> list[Path]:
+    """The checkpoints that the training of a stage writes, or of `all`; of several workers, only the chief writes."""
+    if not workers(config.strategy).extended.should_checkpoint:
+        return []
+    names = {"retrieval": ["retrieval"], "ranking": ["mining", "ranking"]}
+    names["all"] = names["retrieval"] + names["ranking"]
+    return [Path(config.output.checkpoints) / name for name in names[stage]]
+
+
 def main() -> None:
     parser = command_parser("rec.train", __doc__)
     parser.add_argument("--stage", required=True, choices=("retrieval", "ranking", "all"))
@@ -452,6 +463,7 @@ def main() -> None:
     )
     told = "start the ranker's embeddings from this one, not from checkpoints/mining, which has not seen its labels"
     parser.add_argument("--init-from-retrieval", type=Path, metavar="CHECKPOINT", help=told)
+    add_wait_argument(parser)
     add_config_arguments(parser)
     args = parser.parse_args()
     overrides = list(args.overrides)
@@ -472,12 +484,13 @@ def main() -> None:
     config = load_config(args.config, overrides)
     check_names(config)
     workers(config.strategy)  # before TensorFlow is used for anything else
-    if args.stage == "retrieval":
-        answer = train_retrieval(config)[1]
-    else:
-        answer = (train_all if args.stage == "all" else train_ranking)(
-            config, args.init_from_retrieval
-        )
+    with sole_writer(*checkpoints_of(args.stage, config), wait=args.wait):
+        if args.stage == "retrieval":
+            answer = train_retrieval(config)[1]
+        else:
+            answer = (train_all if args.stage == "all" else train_ranking)(
+                config, args.init_from_retrieval
+            )
     print(json.dumps(answer))
 
 

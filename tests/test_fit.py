@@ -1,5 +1,4 @@
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from rec.errors import UserError
-from rec.fit import LazyAdam, fit, read_run, replace_directory, restore
+from rec.fit import LazyAdam, fit, read_run, restore
 from rec.tracking import Tracker
 
 X = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
@@ -116,27 +115,22 @@ def test_a_resumed_run_drops_out_what_an_unbroken_one_does(tmp_path: Path):
     assert resumed.w.numpy().tolist() == unbroken.w.numpy().tolist()
 
 
-def test_a_kill_between_the_two_renames_loses_neither_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    run(tmp_path / "a", Linear())
-    rename = os.replace
+def test_a_training_that_lost_its_directory_ends_and_replaces_nothing(tmp_path: Path):
+    """As on a file system without locks: the second training begins where the first one is under way."""
+    run(tmp_path / "a", Linear(), name="finished")
 
-    def kill(source: Path, target: Path) -> None:
-        if source.suffix == ".partial":
-            raise KeyboardInterrupt
-        rename(source, target)
+    def begin_another(epoch: int) -> None:
+        if epoch == 2:
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path / "a", Linear(), stop, name="second")
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("rec.fit.os.replace", kill)
-        run(tmp_path / "a", Linear(), learning="other")
-    assert not (tmp_path / "a").exists()
-    assert read_run(tmp_path / "a") == {"name": "test"}  # whoever asks first puts the old one back
-    epochs: list[int] = []
-    run(tmp_path / "a", Linear(), epochs.append, learning="other")
-    assert epochs == []  # all were trained
-    assert read_run(tmp_path / "a") == {"name": "test", "learning": "other"}
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    def stop(epoch: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(UserError, match="another training has taken .*a.partial over"):
+        run(tmp_path / "a", Linear(), begin_another, name="first")
+    assert read_run(tmp_path / "a") == {"name": "finished"}
+    assert read_run(tmp_path / "a.partial") == {"name": "second"}
 
 
 def test_another_configuration_starts_anew(tmp_path: Path):
@@ -176,17 +170,6 @@ def test_a_loss_that_is_not_a_number_is_said(tmp_path: Path):
 
     with pytest.raises(UserError, match="the loss is nan after epoch 1: lower the learning rate"):
         fit(Linear(), broken, 64, tmp_path / "a", {}, {}, epochs=1, learning_rate=0.1, seed=0)
-
-
-def test_replacing_a_directory_leaves_nothing_of_the_old(tmp_path: Path):
-    for name in ("new", "target"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).touch()
-    replace_directory(tmp_path / "new", tmp_path / "target")
-    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == [
-        "target",
-        "target/new",
-    ]
 
 
 def test_lazy_adam_is_adam_on_the_rows_it_touches_and_leaves_the_others():
