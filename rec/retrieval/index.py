@@ -48,8 +48,9 @@ class ExactIndex(tf.Module):
 
     def __init__(self, embeddings: np.ndarray) -> None:
         super().__init__(name="exact_index")
-        self.embeddings = tf.Variable(
-            embeddings, trainable=False, dtype=tf.float32, name="embeddings"
+        # A column per row of `embeddings`: oneDNN rounds a product with rows by how many queries there are.
+        self.columns = tf.Variable(
+            embeddings.T, trainable=False, dtype=tf.float32, name="embeddings"
         )
 
     def search(self, queries: tf.Tensor, depth: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -64,7 +65,7 @@ class ExactIndex(tf.Module):
             that is not finite) the score is float32's lowest finite value and the row is -1.
         """
         count = tf.shape(queries)[0]
-        scores = tf.matmul(at_least(2, queries), self.embeddings, transpose_b=True)[:count]
+        scores = tf.matmul(at_least(2, queries), self.columns)[:count]
         scores, rows = tf.math.top_k(
             scores, tf.minimum(tf.cast(depth, tf.int32), tf.shape(scores)[1])
         )
