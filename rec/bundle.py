@@ -16,15 +16,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from rec.counts import Counts
-from rec.features import (
-    FIRST_ITEM,
-    FIRST_USER,
-    PAD,
-    UNKNOWN_USER,
-    Encoder,
-    Vocabulary,
-    at_least,
-)
+from rec.features import FIRST_ITEM, FIRST_USER, PAD, UNKNOWN_USER, Encoder, Vocabulary, at_least
 from rec.pipeline import Corpus, Sequences
 from rec.ranking.model import RankingModel, score_candidates
 from rec.recommender import FLAGS, IDS, LISTS, ROWS, TIMES, AnswersUsers, Tensors

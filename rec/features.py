@@ -449,7 +449,7 @@ def recent_items(history: tf.Tensor, width: int) -> tf.Tensor:
 # ------------------------------------------------------------------------------------------------------------
 # The same numbers in any company
 #
-# A processor computes up to LANES numbers of an array at once, and the few that are left at its end by other code, which
+# A processor computes up to LANES numbers of an array at once, and the few that are left at its end by other code. That
 # rounds exponentials, logarithms and roots differently. One row alone is also multiplied with a matrix by other code
 # than two. So the last bit of a user's score would depend on the batch, and two nearly equal scores change places.
 # Therefore: arrays of which LANES divides each user's part, matrices of two rows or more, and sums over a fixed width.

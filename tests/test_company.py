@@ -1,8 +1,6 @@
 """An answer depends on its request alone: the same order and the same scores whoever shares its batch."""
 
 import json
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import rec  # noqa: F401  isort: skip  # before tensorflow
@@ -14,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rec.bundle import Lookup, RankingModule, RetrievalModule
-from rec.config import Config, Ranking, Retrieval, settled
+from rec.config import Ranking, Retrieval, settled
 from rec.counts import Counts
 from rec.ranking.model import RankingModel
 from rec.recommender import Recommender, RecommenderModule
-from rec.retrieval.index import ScannIndex, build_index
+from rec.retrieval.index import build_index
 from rec.retrieval.model import RetrievalModel
 from rec.retrieval.towers import ENCODERS
 from rec.serving.answer import Catalogue, Engine
@@ -49,12 +47,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     randomize(model, seed=1)
     queries = model.query_compiled(*queries_of(corpus)).numpy()
     index, report = build_index(
-        model.candidates().numpy(),
-        queries,
-        kind=request.param,
-        recall_target=0.9,
-        k=K,
-        seed=0,
+        model.candidates().numpy(), queries, kind=request.param, recall_target=0.9, k=K, seed=0
     )
     assert report["kind"] == request.param
     lookup = Lookup(corpus, corpus.train, 1000, tmp_path_factory.mktemp("assets"))
@@ -87,7 +80,10 @@ def some_items(most: int) -> st.SearchStrategy[list[str]]:
     """Different items of the catalogue, and one that it does not have."""
     lengths = st.one_of(st.sampled_from([0, 1, 49, 50, 51]), st.integers(0, most))
     return st.builds(
-        lambda length, start, step: ["?", *(f"i{(start + j * step) % ITEMS}" for j in range(length))],
+        lambda length, start, step: [
+            "?",
+            *(f"i{(start + j * step) % ITEMS}" for j in range(length)),
+        ],
         lengths,
         st.integers(0, ITEMS - 1),
         st.sampled_from([1, 7, 333]),

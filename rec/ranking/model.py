@@ -18,15 +18,7 @@ import tensorflow_recommenders as tfrs
 from rec.config import Ranking
 from rec.counts import NUMBERS, Counter, Counts
 from rec.errors import UserError
-from rec.features import (
-    PAD,
-    UNKNOWN,
-    UNKNOWN_USER,
-    Encoder,
-    fill_lanes,
-    log_softmax,
-    recent_items,
-)
+from rec.features import PAD, UNKNOWN, UNKNOWN_USER, Encoder, fill_lanes, log_softmax, recent_items
 from rec.pipeline import Corpus
 from rec.ranking.archs import ARCHS
 from rec.ranking.candidates import CandidateLists

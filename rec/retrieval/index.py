@@ -145,9 +145,7 @@ class ScannIndex(tf.Module):
                 lambda group, *_: group < tf.size(distinct), search_group, (0, *nothing)
             )[1:]
 
-        return tf.cond(
-            tf.size(distinct) > 1, search_groups, lambda: self.search(queries, shape[1])
-        )
+        return tf.cond(tf.size(distinct) > 1, search_groups, lambda: self.search(queries, shape[1]))
 
     @tf.function(input_signature=[])
     def release(self) -> None:

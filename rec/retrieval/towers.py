@@ -14,7 +14,17 @@ import tensorflow as tf
 
 from rec.config import Retrieval
 from rec.errors import UserError
-from rec.features import PAD, START, UNKNOWN, UNKNOWN_USER, Encoder, cyclic, fill_lanes, recent_items, softmax
+from rec.features import (
+    PAD,
+    START,
+    UNKNOWN,
+    UNKNOWN_USER,
+    Encoder,
+    cyclic,
+    fill_lanes,
+    recent_items,
+    softmax,
+)
 from rec.pipeline import Corpus
 
 LENGTH_POWER = 0.7  # of .5, .7 and 1 the best on MovieLens 100K without times
@@ -92,7 +102,9 @@ class Gru(HistoryEncoder):
         self, vectors: tf.Tensor, tokens: tf.Tensor, last: tf.Tensor | None, training: bool
     ) -> tf.Tensor:
         """As `Average.call`. PAD stands behind the items only, so it needs no mask."""
-        if last is not None:  # a step takes its time, and nothing is read behind the longest history
+        if (
+            last is not None
+        ):  # a step takes its time, and nothing is read behind the longest history
             vectors = vectors[:, : tf.reduce_max(last) + 1]
         hidden = self._dropout(vectors, training=training)
         for layer in self._layers:
