@@ -280,8 +280,8 @@ def main() -> None:
     if args.only == "model":
         if args.savedmodels is None:
             raise UserError("--only model needs --savedmodels")
-        report = {"processor": processor(), "model": model_call(args.savedmodels)}
-        return print(json.dumps(report))
+        found = model_call(args.savedmodels)
+        return print(json.dumps({"processor": processor(), "model": found}))
     if args.serve:
         app = {"trivial": trivial, "thread_pool": thread_pool}[args.serve]()
         return uvicorn.run(app, port=args.port, log_level="warning", access_log=False)
@@ -307,16 +307,16 @@ def main() -> None:
                 report[name] = {}
                 for count in clients:
                     load.run(count, PAUSE)
-                    found = load.run(count, SECONDS)
+                    measured: dict[str, float] = load.run(count, SECONDS)
+                    refused = load.statuses[503] if name == "rec" else 0
                     if name == "rec":
-                        found["refused"] = load.statuses[503]
+                        measured["refused"] = refused
                         trivial_rps = report.get("trivial", {}).get(str(count), {}).get("rps")
                         if trivial_rps:
-                            found["percent"] = round(100 * found["rps"] / trivial_rps, 1)
-                    refused = found.get("refused", 0)
+                            measured["percent"] = round(100 * measured["rps"] / trivial_rps, 1)
                     errors += sum(load.statuses.values()) - load.statuses[200] - refused
-                    report[name][str(count)] = found
-                    line = f"{name:12} {count:4} clients  {found}  {processor()}"
+                    report[name][str(count)] = measured
+                    line = f"{name:12} {count:4} clients  {measured}  {processor()}"
                     print(line, file=sys.stderr)
                 report[name]["rss_mb"] = server.megabytes()
                 if name == "rec" and args.requests:

@@ -62,7 +62,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         candidates=K,
         items=ids,
     )
-    metadata = {
+    metadata: dict[str, dict[str, Any]] = {
         "retrieval": {"version": 1, "config": {"index": {"k": K}}},
         "ranking": {"version": 1},
     }

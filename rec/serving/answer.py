@@ -85,11 +85,24 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_any(_: pa.DataType) -> bool:
+    return True
+
+
 KINDS = (
-    Kind("true or false", pt.is_boolean, lambda value: isinstance(value, bool)),
+    Kind("true or false", pt.is_boolean, is_bool),
     Kind("whole numbers", pt.is_integer, is_whole),
-    Kind("numbers", lambda type_: pt.is_floating(type_) or pt.is_decimal(type_), is_number),
-    Kind("text", lambda _: True, lambda value: isinstance(value, str)),
+    Kind("numbers", pt.is_floating, is_number),
+    Kind("numbers", pt.is_decimal, is_number),
+    Kind("text", is_any, is_text),
 )
 
 
