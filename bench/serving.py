@@ -10,13 +10,16 @@
   request, in batches of 1, 8 and 32, and the resident memory after batches of every size up to 64.
 
 Each number in the JSON is a count of clients that ask again as soon as they are answered, over connections that stay
-open: {"rps", "p50_ms", "p99_ms"}; for `rec` also "refused" (503). Every user is another one. The clients are one
-process of this machine, so they take their share of its cores; the resident memory of the server is in megabytes.
+open: {"rps", "p50_ms", "p99_ms"}; for `rec` also "refused" (503) and "percent", its rate as a share of the trivial
+endpoint's with as many clients. "processor" names the machine, on which all figures depend. Every user is another one.
+The clients are one process of this machine, so they take their share of its cores; the resident memory of the server
+is in megabytes.
 """
 
 import argparse
 import json
 import os
+import platform
 import select
 import socket
 import subprocess
@@ -197,6 +200,13 @@ def model_call(savedmodels: Path) -> dict[str, int]:
     return found | {"rss_mb": megabytes(os.getpid())}
 
 
+def processor() -> str:
+    """The processor's name and the number of cores that this process may use."""
+    information = Path("/proc/cpuinfo").read_text()
+    name = information.partition("model name\t: ")[2].partition("\n")[0] or platform.machine()
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
 def megabytes(process: int) -> int:
     """Resident memory of a process and its children."""
     status = Path(f"/proc/{process}/status").read_text()
@@ -281,14 +291,15 @@ def main() -> None:
     if args.only == "model":
         if args.savedmodels is None:
             raise UserError("--only model needs --savedmodels")
-        return print(json.dumps({"model": model_call(args.savedmodels)}))
+        found = model_call(args.savedmodels)
+        return print(json.dumps({"processor": processor(), "model": found}))
     if args.serve:
         app = {"trivial": trivial, "thread_pool": thread_pool}[args.serve]()
         return uvicorn.run(app, port=args.port, log_level="warning", access_log=False)
 
     with tempfile.TemporaryDirectory() as root:
         savedmodels = args.savedmodels or make_model(Path(root))
-        report: dict[str, Any] = {}
+        report: dict[str, Any] = {"processor": processor()}
         errors = 0
         systems: dict[str, tuple[list[str], str, tuple[int, ...]]] = {
             "trivial": (["bench.serving", "--serve", "trivial"], "/users/{}", (1, 32)),
@@ -307,13 +318,17 @@ def main() -> None:
                 report[name] = {}
                 for count in clients:
                     load.run(count, PAUSE)
-                    found = load.run(count, SECONDS)
-                    refused = {"refused": load.statuses[503]} if name == "rec" else {}
-                    errors += (
-                        sum(load.statuses.values()) - load.statuses[200] - refused.get("refused", 0)
-                    )
-                    report[name][str(count)] = found | refused
-                    print(f"{name:12} {count:4} clients  {found}", file=sys.stderr)
+                    measured: dict[str, float] = load.run(count, SECONDS)
+                    refused = load.statuses[503] if name == "rec" else 0
+                    if name == "rec":
+                        measured["refused"] = refused
+                        trivial_rps = report.get("trivial", {}).get(str(count), {}).get("rps")
+                        if trivial_rps:
+                            measured["percent"] = round(100 * measured["rps"] / trivial_rps, 1)
+                    errors += sum(load.statuses.values()) - load.statuses[200] - refused
+                    report[name][str(count)] = measured
+                    line = f"{name:12} {count:4} clients  {measured}  {processor()}"
+                    print(line, file=sys.stderr)
                 report[name]["rss_mb"] = server.megabytes()
                 if name == "rec" and args.requests:
                     report[name]["memory"] = watch_memory(load, server, args.requests)

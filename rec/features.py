@@ -444,3 +444,40 @@ def recent_items(history: tf.Tensor, width: int) -> tf.Tensor:
     length = tf.reduce_sum(tf.cast(history != PAD, tf.int32), 1)
     at = tf.maximum(length - width, 0)[:, None] + tf.range(width)
     return tf.gather(items, at, batch_dims=1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The same numbers in any company
+#
+# A processor computes up to LANES numbers of an array at once, and the few that are left at its end by other code. That
+# rounds exponentials, logarithms and roots differently. One row alone is also multiplied with a matrix by other code
+# than two. So the last bit of a user's score would depend on the batch, and two nearly equal scores change places.
+# Therefore: arrays of which LANES divides each user's part, matrices of two rows or more, and sums over a fixed width.
+
+LANES = 16
+
+
+def at_least(rows: int, matrix: tf.Tensor) -> tf.Tensor:
+    """`matrix` [B, ..], with zeros below where it has fewer rows."""
+    missing = tf.maximum(rows - tf.shape(matrix)[0], 0)
+    return tf.pad(matrix, [[0, missing]] + [[0, 0]] * (len(matrix.shape) - 1))
+
+
+def fill_lanes(lists: tf.Tensor, value: float) -> tf.Tensor:
+    """[.., N] -> [.., N rounded up to a multiple of LANES], with `value` behind."""
+    missing = -tf.shape(lists)[-1] % LANES
+    empty = [[0, 0]] * (len(lists.shape) - 1) + [[0, missing]]
+    return tf.pad(lists, empty, constant_values=tf.cast(value, lists.dtype))
+
+
+def softmax(logits: tf.Tensor) -> tf.Tensor:
+    """tf.nn.softmax, which multiplies by one reciprocal per row; LANES must divide the last axis."""
+    exponentials = tf.exp(logits - tf.reduce_max(logits, -1, keepdims=True))
+    return exponentials / tf.reduce_sum(exponentials, -1, keepdims=True)
+
+
+def log_softmax(logits: tf.Tensor) -> tf.Tensor:
+    """tf.nn.log_softmax, which takes one logarithm per row; LANES must divide the last axis."""
+    shifted = logits - tf.reduce_max(logits, -1, keepdims=True)
+    total = tf.reduce_sum(tf.exp(shifted), -1, keepdims=True)
+    return shifted - tf.math.log(tf.broadcast_to(total, tf.shape(logits)))

@@ -18,7 +18,7 @@ import tensorflow_recommenders as tfrs
 from rec.config import Ranking
 from rec.counts import NUMBERS, Counter, Counts
 from rec.errors import UserError
-from rec.features import PAD, UNKNOWN, UNKNOWN_USER, Encoder, recent_items
+from rec.features import PAD, UNKNOWN, UNKNOWN_USER, Encoder, fill_lanes, log_softmax, recent_items
 from rec.pipeline import Corpus
 from rec.ranking.archs import ARCHS
 from rec.ranking.candidates import CandidateLists
@@ -157,7 +157,8 @@ class RankingModel(tfrs.Model):
             tf.ensure_shape(attention, [None, None, None]),
             past * present[..., None],
         )
-        numbers = [retrieved, rank, tf.broadcast_to(tf.math.log1p(length)[:, None], tf.shape(rank))]
+        lengths = tf.broadcast_to(length[:, None], tf.shape(rank))
+        numbers = [retrieved, rank, tf.math.log1p(lengths)]
         numbers = tf.concat([tf.stack(numbers, 2), counts], 2)
         added = self._out(
             self._arch([candidate, attended], [mean, about_user], numbers, training=training)
@@ -202,9 +203,8 @@ def _retrieved(scores: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Retrieval scores [B, N] as log-probabilities among the candidates, and the logs of their ranks, both [B, N]."""
     found = scores > LOWEST
     better = tf.reduce_sum(tf.cast(scores[:, None] > scores[:, :, None], tf.float32), 2)
-    return tf.where(found, tf.nn.log_softmax(tf.where(found, scores, -1e9)), 0.0), tf.math.log1p(
-        better
-    )
+    probability = log_softmax(tf.where(found, scores, -1e9))
+    return tf.where(found, probability, 0.0), tf.math.log1p(better)
 
 
 def score_candidates(
@@ -226,10 +226,11 @@ def score_candidates(
     Returns:
       [B, N] float32, LOWEST where a row is PAD.
     """
-    past = recent_items(history, model.window)
-    longest = tf.maximum(tf.reduce_max(tf.reduce_sum(tf.cast(past != PAD, tf.int32), 1)), 1)
-    scores = model.score(user, past[:, :longest], items, retrieved, counts(past, items, time))
-    return tf.where(items == PAD, LOWEST, scores)
+    past = recent_items(history, model.window)  # as wide in every batch: see features.LANES
+    offered = fill_lanes(items, PAD)
+    retrieved = fill_lanes(retrieved, LOWEST)
+    scores = model.score(user, past, offered, retrieved, counts(past, offered, time))
+    return tf.where(items == PAD, LOWEST, scores[:, : tf.shape(items)[1]])
 
 
 def score_lists(

@@ -192,13 +192,12 @@ class RetrievalModel(tfrs.Model):
     ) -> tf.Tensor:
         """user [B] rows, history [B, H] item rows (oldest first, PAD anywhere) -> queries [B, d + 1].
 
+        Of two users or more, a query does not depend on the others, down to the last bit. So it is computed from the
+        whole window: sums over a shorter one, to the batch's longest history, would be rounded differently.
+
         time: [B] int64 seconds, of the request; now if not given.
         """
         tokens, last = history_tokens(history, self.config.window)
-        longest = (
-            tf.reduce_max(last) + 1
-        )  # nothing to compute behind the longest history of the batch
-        tokens = tokens[:, :longest]
         time = now(user) if time is None else time
         return self.query_tower(user, tokens, time[:, None], last)[:, 0]
 

@@ -14,7 +14,17 @@ import tensorflow as tf
 
 from rec.config import Retrieval
 from rec.errors import UserError
-from rec.features import PAD, START, UNKNOWN, UNKNOWN_USER, Encoder, cyclic, recent_items
+from rec.features import (
+    PAD,
+    START,
+    UNKNOWN,
+    UNKNOWN_USER,
+    Encoder,
+    cyclic,
+    fill_lanes,
+    recent_items,
+    softmax,
+)
 from rec.pipeline import Corpus
 
 LENGTH_POWER = 0.7  # of .5, .7 and 1 the best on MovieLens 100K without times
@@ -44,9 +54,8 @@ class Average(HistoryEncoder):
         # Products with these weights: on a CPU, cumsum takes three times as long as all of it.
         weights = tf.cast((position <= at) & (tokens > START)[:, None], tf.float32)
         count = tf.reduce_sum(weights, 2, keepdims=True)
-        return tf.where(
-            count > 0, tf.matmul(weights / tf.maximum(count, 1.0) ** 0.5, vectors), vectors[:, :1]
-        )
+        scaled = weights / tf.sqrt(tf.maximum(count, 1.0))
+        return tf.where(count > 0, tf.matmul(scaled, vectors), vectors[:, :1])
 
 
 class Autoencoder(HistoryEncoder):
@@ -68,9 +77,12 @@ class Autoencoder(HistoryEncoder):
         self, vectors: tf.Tensor, tokens: tf.Tensor, last: tf.Tensor | None, training: bool
     ) -> tf.Tensor:
         """vectors [B, L, d] of tokens [B, L], PAD anywhere -> [B, 1, d]; zeros for no history."""
-        weights = tf.cast(tokens > START, tf.float32)
-        count = tf.maximum(tf.reduce_sum(weights, 1, keepdims=True), 1.0)
-        summed = tf.einsum("bl,bld->bd", weights / count**LENGTH_POWER, vectors)
+        is_item = tokens > START
+        count = tf.reduce_sum(tf.cast(is_item, tf.int32), 1, keepdims=True)
+        # Looked up, so that a power does not depend on its place in the batch (see features.LANES).
+        scale = tf.maximum(tf.range(tf.shape(tokens)[1] + 1), 1)
+        scale = tf.gather(tf.cast(scale, tf.float32) ** -LENGTH_POWER, count)
+        summed = tf.einsum("bl,bld->bd", tf.where(is_item, scale, 0.0), vectors)
         return self._dense(summed)[:, None]
 
 
@@ -90,12 +102,25 @@ class Gru(HistoryEncoder):
         self, vectors: tf.Tensor, tokens: tf.Tensor, last: tf.Tensor | None, training: bool
     ) -> tf.Tensor:
         """As `Average.call`. PAD stands behind the items only, so it needs no mask."""
+        if (
+            last is not None
+        ):  # a step takes its time, and nothing is read behind the longest history
+            vectors = vectors[:, : tf.reduce_max(last) + 1]
         hidden = self._dropout(vectors, training=training)
         for layer in self._layers:
             hidden = self._dropout(layer(hidden), training=training)
         return self._dense(
             hidden if last is None else tf.gather(hidden, last, batch_dims=1)[:, None]
         )
+
+
+class Normalization(tf.keras.layers.LayerNormalization):
+    """Keras' layer, but with a root for each value, not one per row (see features.LANES)."""
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        mean, variance = tf.nn.moments(inputs, -1, keepdims=True)
+        scale = tf.math.rsqrt(tf.broadcast_to(variance + self.epsilon, tf.shape(inputs)))
+        return (inputs - mean) * scale * self.gamma + self.beta
 
 
 class Transformer(HistoryEncoder):
@@ -117,10 +142,10 @@ class Transformer(HistoryEncoder):
         self._dropout = keras.Dropout(config.dropout)
         self._blocks = [
             {
-                "norm_attention": keras.LayerNormalization(epsilon=1e-6),
+                "norm_attention": Normalization(epsilon=1e-6),
                 "query_key_value": keras.Dense(3 * dim),
                 "attended": keras.Dense(dim),
-                "norm_feed": keras.LayerNormalization(epsilon=1e-6),
+                "norm_feed": Normalization(epsilon=1e-6),
                 "feed_in": keras.Dense(4 * dim, activation="gelu"),
                 "feed_out": keras.Dense(dim),
             }
@@ -132,7 +157,7 @@ class Transformer(HistoryEncoder):
             )
             for j in range(config.layers)
         ]
-        self._norm = keras.LayerNormalization(epsilon=1e-6)
+        self._norm = Normalization(epsilon=1e-6)
 
     def call(
         self, vectors: tf.Tensor, tokens: tf.Tensor, last: tf.Tensor | None, training: bool
@@ -159,9 +184,11 @@ class Transformer(HistoryEncoder):
             bias = tf.where(back >= 0, tf.gather(distance_bias, tf.maximum(back, 0), axis=1), -1e9)
             query = self._by_head(query, tf.shape(at)[1])
             key, value = (self._by_head(x, tf.size(position)) for x in (key, value))
-            weights = tf.nn.softmax(
-                tf.matmul(query, key, transpose_b=True) / query.shape[-1] ** 0.5 + bias
-            )
+            logits = tf.matmul(query, key, transpose_b=True) / query.shape[-1] ** 0.5 + bias
+            if training:
+                weights = tf.nn.softmax(logits)
+            else:
+                weights = softmax(fill_lanes(logits, -1e9))[..., : tf.size(position)]
             heads = tf.transpose(
                 tf.matmul(self._dropout(weights, training=training), value), [1, 2, 0, 3]
             )
