@@ -13,13 +13,14 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from rec.counts import Counts
 from rec.features import FIRST_ITEM, FIRST_USER, PAD, UNKNOWN_USER, Encoder, Vocabulary
 from rec.pipeline import Corpus, Sequences
+from rec.ranking.count_features import CountFeatures
 from rec.ranking.model import RankingModel, score_candidates
 from rec.recommender import FLAGS, IDS, LISTS, ROWS, TIMES, AnswersUsers, Tensors
 from rec.retrieval.index import ExactIndex, ScannIndex
-from rec.retrieval.model import LOWEST, RetrievalModel, best_unseen
+from rec.retrieval.model import RetrievalModel
+from rec.retrieval.scoring import LOWEST, best_unseen
 
 ROW_LISTS = tf.TensorSpec([None, None], tf.int32)
 SCORES = tf.TensorSpec([None, None], tf.float32)
@@ -112,6 +113,7 @@ class RetrievalModule(AnswersUsers):
         self.index, self.lookup, self.k = index, lookup, k
         self.model = _Untracked(model)
         self.weights = _frozen(model.variables, model.encoders)
+        self.popular = tf.Variable(model.most_popular(), trainable=False, name="popular")
         self.known = (
             None
             if model.config.query_time
@@ -246,9 +248,9 @@ class RetrievalModule(AnswersUsers):
         """query [B, d + 1]; user [B], history [B, H], seen [B, S] as rows -> scores and rows of the k best, [B, k]."""
         widest = tf.reduce_max(tf.reduce_sum(tf.cast(seen != PAD, tf.int32), 1))
         scores, found = self._search(query, self.k + widest)
-        popular = self.model.get.popular[: tf.shape(found)[1]]
+        popular = self.popular[: tf.shape(found)[1]]
         popular = tf.pad(popular, [[0, tf.shape(found)[1] - tf.size(popular)]], constant_values=PAD)
-        prior = tf.where(popular == PAD, LOWEST, self.model.get.prior(popular))
+        prior = tf.where(popular == PAD, LOWEST, self.model.get.cold_start_score(popular))
         cold = self.model.get.is_cold(user, history)[:, None]
         scores, found = tf.where(cold, prior, scores), tf.where(cold, popular, found)
         # A sorted list of what was seen, binary-searched: [B, depth] x log S instead of [B, depth, S].
@@ -279,7 +281,7 @@ class RankingModule(tf.Module):
     SIGNATURES = ("serving_default", "from_history", "answer")
 
     def __init__(
-        self, model: RankingModel, retrieval: RetrievalModel, counts: Counts, lookup: Lookup
+        self, model: RankingModel, retrieval: RetrievalModel, counts: CountFeatures, lookup: Lookup
     ) -> None:
         super().__init__(name="ranking")
         self.counts, self.lookup = counts, lookup

@@ -117,7 +117,9 @@ class Config:
     dataset: str  # a dataset directory, as written by rec.data_prep
     use_wandb: bool = False
     seed: Seed = 42
-    strategy: Strategy = "mirrored"  # of several processes, named in TF_CONFIG (rec/workers.py)
+    strategy: Strategy = (
+        "mirrored"  # of several processes, named in TF_CONFIG (rec/ops/distributed.py)
+    )
     features: Features = Features()
     retrieval: Retrieval = Retrieval()
     ranking: Ranking = Ranking()
@@ -180,7 +182,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def settled(config: Retrieval, ordered: bool, interactions: int) -> Retrieval:
+def with_data_defaults(config: Retrieval, ordered: bool, interactions: int) -> Retrieval:
     """`auto` and 0 replaced by what suits a data set, with or without timestamps, of so many training interactions."""
     arch = ("sasrec" if ordered else "autoencoder") if config.arch == "auto" else config.arch
     epochs = config.epochs or min(max(round(5_000_000 / interactions), 12), 100)

@@ -26,16 +26,16 @@ from tensorflow_serving.apis import model_pb2, predict_pb2, prediction_log_pb2
 
 from rec import registry
 from rec.bundle import Lookup, RankingModule, RetrievalModule
-from rec.checkpoint import TrainedRetrieval, load_ranking, load_retrieval
 from rec.config import Config, add_config_arguments, load_config, to_dict
-from rec.counts import Counts
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError, command_parser, run_command
-from rec.fit import Fitted
 from rec.pipeline import Corpus
-from rec.ranking.model import RankingModel
+from rec.ranking.count_features import CountFeatures
+from rec.ranking.train import TrainedRanking, load_ranking
 from rec.recommender import RecommenderModule, load_bundle
 from rec.retrieval.index import build_index
+from rec.retrieval.train import TrainedRetrieval, load_retrieval
+from rec.training import TrainState
 
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
 TUNING_USERS = 2000  # users whose queries the index is tuned and measured on
@@ -64,25 +64,24 @@ def export_retrieval(trained: TrainedRetrieval, config: Config) -> Path:
         module = RetrievalModule(
             model, index, Lookup(corpus, history, wanted.max_seen, Path(assets)), k
         )
-        about = _about(corpus, model, trained.fitted, trained.run)
+        about = _about(corpus, model, trained.state, trained.description)
         return _save("retrieval", module, config, **about, index=report, built_from={})
 
 
-def export_ranking(
-    model: RankingModel,
-    retrieval: TrainedRetrieval,
-    config: Config,
-    run: dict[str, Any],
-    fitted: Fitted,
-) -> Path:
-    """Writes the ranking bundle for the newest bundle of `retrieval`, whose towers it takes along, and publishes it."""
+def export_ranking(trained: TrainedRanking, config: Config) -> Path:
+    """Writes the ranking bundle for the newest bundle of its retrieval model, whose towers it takes along.
+
+    Returns the bundle's directory.
+    """
+    retrieval = trained.retrieval
     corpus = retrieval.corpus
-    source = registry.read_metadata(bundle_of(config, retrieval.run))
-    counts = Counts(corpus.train, corpus.items.rows)
+    source = registry.read_metadata(bundle_of(config, retrieval.description))
+    counts = CountFeatures(corpus.train, corpus.items.rows)
     with tempfile.TemporaryDirectory() as assets:
-        lookup = Lookup(corpus, corpus.history("test"), config.index.max_seen, Path(assets))
-        module = RankingModule(model, retrieval.model, counts, lookup)
-        about = _about(corpus, model, fitted, run)
+        history = corpus.history("test")
+        lookup = Lookup(corpus, history, config.index.max_seen, Path(assets))
+        module = RankingModule(trained.model, retrieval.model, counts, lookup)
+        about = _about(corpus, trained.model, trained.state, trained.description)
         return _save("ranking", module, config, **about, built_from=_identities(source))
 
 
@@ -103,11 +102,11 @@ def export_recommender(retrieval: Path, ranking: Path, config: Config) -> Path:
     return _save("recommender", module, config, items, **kept, **told)
 
 
-def _about(corpus: Corpus, model: Any, fitted: Fitted, run: dict[str, Any]) -> dict[str, Any]:
+def _about(corpus: Corpus, model: Any, state: TrainState, run: dict[str, Any]) -> dict[str, Any]:
     """What a bundle holds beside its model: the items to show, whose rows its weights are for, how it was trained."""
     items = corpus.item_table.assign(popularity=corpus.popularity[corpus.items.first :])
     data = {"items": items, "dataset": corpus.dataset_id, "vocabulary": corpus.items.digest()}
-    told = {"metrics": fitted.metrics, "run_id": fitted.run_id, "history": fitted.history}
+    told = {"metrics": state.metrics, "run_id": state.run_id, "history": state.history}
     return {**data, "architecture": model.config.arch, "run": run, **told}
 
 
@@ -210,8 +209,7 @@ def export_stage(config: Config, stage: str, checkpoint: Path | None) -> Path:
     retrieval = load_retrieval(places["retrieval"], open_dataset(config.dataset))
     if stage == "retrieval":
         return export_retrieval(retrieval, config)
-    model, fitted, run = load_ranking(places["ranking"], retrieval)
-    return export_ranking(model, retrieval, config, run, fitted)
+    return export_ranking(load_ranking(places["ranking"], retrieval), config)
 
 
 def bundle_of(config: Config, run: dict[str, Any]) -> Path:

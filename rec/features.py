@@ -23,7 +23,6 @@ import pandas as pd
 import tensorflow as tf
 
 from rec.errors import UserError
-from rec.workers import whole
 
 PAD, START, UNKNOWN, FIRST_ITEM = (
     0,
@@ -293,7 +292,9 @@ class Encoder(tf.keras.layers.Layer):
 
     def start_from(self, other: "Encoder") -> None:
         """Takes over the weights of an encoder of the same vocabulary, columns and width."""
-        pairs = zip(whole(self.trainable_variables), whole(other.trainable_variables), strict=True)
+        pairs = zip(
+            unsharded(self.trainable_variables), unsharded(other.trainable_variables), strict=True
+        )
         for variable, value in pairs:
             variable.assign(tf.convert_to_tensor(value))
 
@@ -336,6 +337,17 @@ class Encoder(tf.keras.layers.Layer):
 def _with_special_rows(encoded: np.ndarray, first: int) -> np.ndarray:
     """Puts `first` rows of zeros (no tokens, missing numbers) before the encoded ones."""
     return np.concatenate([np.zeros((first, encoded.shape[1]), encoded.dtype), encoded])
+
+
+def unsharded(variables: list[tf.Variable]) -> list[tf.Variable]:
+    """The same variables; a table that lies in parts on several servers is there once, not part by part."""
+    tables: list[tf.Variable] = []
+    for variable in variables:
+        container = getattr(variable, "_sharded_container", None)
+        table = variable if container is None else container()
+        if not any(table is other for other in tables):
+            tables.append(table)
+    return tables
 
 
 def recent_items(history: tf.Tensor, width: int) -> tf.Tensor:

@@ -77,6 +77,12 @@ class Sequences:
         at = np.where(inside, (self.offsets[users] + begin)[:, None] + columns, 0)
         return np.where(inside, self.items[at] if len(self.items) else PAD, PAD).astype(np.int32)
 
+    def times_at(self, users: np.ndarray, place: np.ndarray | int = 0) -> np.ndarray:
+        """[U] int64 seconds of each user's interaction number `place`; 0 if the data have no times."""
+        if self.times is None:
+            return np.zeros(len(users), np.int64)
+        return self.times[self.offsets[users] + place]
+
     def matrix(self, users: np.ndarray, item_rows: int) -> sp.csr_matrix:
         """Binary [len(users), item_rows] of what each of these users interacted with."""
         lengths = self.lengths[users]

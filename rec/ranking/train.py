@@ -1,0 +1,239 @@
+"""Trains the ranker: one script, from a trained retrieval model to a finished checkpoint.
+
+1. Hold out the latest training interactions. They will be the labels.
+2. Train a second retrieval model, the miner, on the rest: a model that has not seen the labels.
+3. Mine candidate lists with the miner, as they would be in service, and label them.
+4. Put the lists of every fifth user aside, to choose the epoch by.
+5. Train on the others, and keep the epoch that gains most over retrieval's own order.
+
+Point 2 is where two-stage systems leak: a ranker that is trained on lists of a model that knows their labels learns to
+trust the retrieval score, and fails in service.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from rec import metrics
+from rec.checkpoint import describe, read_run
+from rec.config import Config, Ranking
+from rec.errors import UserError
+from rec.pipeline import Corpus
+from rec.ranking.candidates import (
+    CandidateLists,
+    first_queries,
+    hold_out,
+    list_batches,
+    mine,
+    training_queries,
+)
+from rec.ranking.count_features import CountFeatures
+from rec.ranking.model import RankingModel, score_lists
+from rec.retrieval.model import RetrievalModel
+from rec.retrieval.popularity import set_popularity_bias
+from rec.retrieval.train import TrainedRetrieval, train_miner
+from rec.retrieval.validation import MAX_USERS, mean_metrics
+from rec.training import (
+    Distribution,
+    Metrics,
+    NoTracker,
+    OneProcess,
+    Schedule,
+    Tracker,
+    TrainingRun,
+    TrainState,
+    restore,
+)
+
+MAX_LISTS = 50_000  # that a ranker is trained on
+HOLDOUT_EVERY = 5  # of the users: their lists choose the epoch and do not train
+# The lower bound of the mean gain in NDCG@10 over retrieval's order: the mean less one standard error. Keeping
+# retrieval's order scores 0. The best of several epochs by NDCG on validation data alone is often luck.
+GAIN = "val/ndcg@10_gain_lcb"
+
+
+@dataclass(frozen=True)
+class TrainedRanking:
+    """A finished run: the model with its best weights, and how it came about."""
+
+    model: RankingModel
+    retrieval: TrainedRetrieval
+    state: TrainState
+    description: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MinedLists:
+    """Candidate lists whose labels the miner has not seen, and the counts that were known then."""
+
+    train: CandidateLists
+    holdout: CandidateLists
+    counts: CountFeatures
+    miner: RetrievalModel
+
+
+def train_ranking(
+    config: Config,
+    retrieval: TrainedRetrieval,
+    *,
+    init_from: RetrievalModel | None = None,
+    init_name: str | None = None,
+    distribution: Distribution | None = None,
+    tracker: Tracker | None = None,
+) -> TrainedRanking:
+    """Trains a ranker for a trained retrieval model, into CHECKPOINTS/ranking.
+
+    Args:
+      init_from: the model whose embeddings the ranker starts from; by default the miner's, which have not seen the
+        labels. `init_name` says in the run's description which one it is.
+
+    Raises:
+      UserError: no mined list holds a right item.
+    """
+    settings = config.ranking
+    corpus = retrieval.corpus
+    distribution = distribution or OneProcess()
+    tf.keras.utils.set_random_seed(config.seed)
+    with distribution.strategy.scope():
+        model = build_ranking_model(settings, retrieval)
+    mined = mine_training_lists(config, retrieval, distribution)
+    model.start_from(init_from or mined.miner)
+    validation = RankingValidation(config, retrieval, mined)
+    description = describe(
+        config, corpus, "ranking", retrieval_run=retrieval.description, init_from=init_name
+    )
+
+    schedule = Schedule(
+        epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        seed=config.seed,
+        monitor=GAIN,
+        patience=settings.patience,
+    )
+    run = TrainingRun(
+        model,
+        Path(config.output.checkpoints) / "ranking",
+        description,
+        {},
+        schedule,
+        examples=mined.train.items.size,
+        distribution=distribution,
+        tracker=tracker or NoTracker(),
+    )
+    if not run.resume():
+        run.begin(validation.measure(model))
+    for epoch in run.epochs():
+        rng = np.random.default_rng([config.seed, epoch])
+        loss = run.train(list_batches(mined.train, mined.counts, settings.batch_size, rng))
+        run.save(loss | validation.measure(model))
+    run.restore_best()
+    return TrainedRanking(model, retrieval, run.finish({}), run.description)
+
+
+# ranking.objective -> the class of its model
+MODELS: dict[str, type[RankingModel]] = {"implicit": RankingModel, "listwise": RankingModel}
+
+
+def build_ranking_model(config: Ranking, retrieval: TrainedRetrieval) -> RankingModel:
+    """An untrained ranker that reads what the retrieval model reads."""
+    settings = retrieval.model.config
+    model_class = MODELS[config.objective]
+    return model_class(config, settings.window, settings.embedding_dim, retrieval.corpus)
+
+
+def mine_training_lists(
+    config: Config, retrieval: TrainedRetrieval, distribution: Distribution
+) -> MinedLists:
+    """Steps 1 to 4: holds labels out, trains the miner on the rest, mines and labels its lists."""
+    settings = config.ranking
+    corpus = retrieval.corpus
+    past, labels = hold_out(corpus, settings.holdout, config.seed)
+    miner = train_miner(
+        replace(config, retrieval=retrieval.model.config),
+        corpus,
+        past,
+        epochs=max(1, retrieval.state.best_epoch),
+        distribution=distribution,
+    )
+    bias = retrieval.model.candidate_tower.popularity_bias.setting
+    set_popularity_bias(miner, past, **bias)
+    next_item = asks_for_next_item(corpus)
+    queries = training_queries(labels, next_item=next_item, most=MAX_LISTS, seed=config.seed)
+    lists = mine(miner, past, labels, queries, settings.candidates, next_item=next_item)
+    lists = lists.with_hits()
+    is_held_out = lists.user % HOLDOUT_EVERY == 0
+    train = lists.take(np.flatnonzero(~is_held_out))
+    if not len(train):
+        raise UserError(
+            "no candidate list holds a right item: retrieval is too weak to train a ranker on; "
+            "train it longer"
+        )
+    return MinedLists(
+        train=train,
+        holdout=lists.take(np.flatnonzero(is_held_out)),
+        counts=CountFeatures(past, corpus.items.rows),
+        miner=miner,
+    )
+
+
+def asks_for_next_item(corpus: Corpus) -> bool:
+    """Whether the test asks for the next item, and not for all that follow."""
+    return corpus.split_strategy == "leave_one_out"
+
+
+class RankingValidation:
+    """What a ranker gains over retrieval's order, on validation lists and on held-out training lists."""
+
+    def __init__(self, config: Config, retrieval: TrainedRetrieval, mined: MinedLists) -> None:
+        corpus = retrieval.corpus
+        queries = first_queries(corpus.val, MAX_USERS, config.seed)
+        self._relevant = corpus.val.matrix(queries.user, corpus.items.rows)
+        self._val_lists = mine(
+            retrieval.model,
+            corpus.train,
+            corpus.val,
+            queries,
+            config.ranking.candidates,
+            next_item=False,
+        )
+        self._val_counts = CountFeatures(corpus.train, corpus.items.rows)
+        self._mined = mined
+
+    def measure(self, model: RankingModel) -> Metrics:
+        """The mean metrics on validation data, and GAIN."""
+        val = self._val_lists
+        order = ranked_order(model, val, self._val_counts)
+        ranked = np.take_along_axis(val.items, order, 1)
+        holdout = self._mined.holdout
+        holdout_order = ranked_order(model, holdout, self._mined.counts)
+        gain = np.concatenate([ndcg_gain(holdout, holdout_order), ndcg_gain(val, order)])
+        lower_bound = gain.mean() - gain.std() / len(gain) ** 0.5
+        return mean_metrics(ranked, self._relevant) | {GAIN: float(lower_bound)}
+
+
+def ranked_order(model: RankingModel, lists: CandidateLists, counts: CountFeatures) -> np.ndarray:
+    """[Q, N] places in the lists, in the ranker's order."""
+    return np.argsort(-score_lists(model, lists, counts), axis=1, kind="stable")
+
+
+def ndcg_gain(lists: CandidateLists, order: np.ndarray) -> np.ndarray:
+    """[Q]: NDCG@10 of lists in another order [Q, N], less that of retrieval's order."""
+    labels = np.take_along_axis(lists.labels, order, 1)
+    return metrics.ndcg_of_lists(labels, 10) - metrics.ndcg_of_lists(lists.labels, 10)
+
+
+def load_ranking(directory: Path, retrieval: TrainedRetrieval) -> TrainedRanking:
+    """The model of a finished checkpoint.
+
+    Raises:
+      UserError: there is no finished ranking checkpoint, or it was trained for another retrieval model.
+    """
+    description = read_run(directory, "ranking")
+    if description["retrieval_run"] != retrieval.description:
+        raise UserError(f"{directory} was trained for another retrieval model: train ranking again")
+    settings = {**description["ranking"], "hidden": tuple(description["ranking"]["hidden"])}
+    model = build_ranking_model(Ranking(**settings), retrieval)
+    return TrainedRanking(model, retrieval, restore(model, directory), description)
