@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rec.fit import LazyAdam
 
 from rec import metrics
 from rec.config import Features, Retrieval, settled
 from rec.data_prep.dataset import open_dataset
 from rec.errors import run_command
 from rec.features import PAD
-from rec.fit import LazyAdam
 from rec.pipeline import Corpus, load_corpus, window_batches
 from rec.ranking.candidates import first_queries, mine
 from rec.retrieval.model import RetrievalModel

@@ -13,10 +13,11 @@ import json
 import time
 from collections.abc import Callable
 
+from rec.fit import LazyAdam
+
 from rec.config import Features, Retrieval, settled
 from rec.data_prep.dataset import open_dataset
 from rec.errors import run_command
-from rec.fit import LazyAdam
 from rec.pipeline import load_corpus, window_batches
 from rec.retrieval.model import RetrievalModel
 

@@ -25,11 +25,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from rec.fit import LazyAdam
 
 from rec.config import Retrieval, settled
 from rec.errors import UserError, run_command
 from rec.features import FIRST_ITEM, FIRST_USER, Vocabulary
-from rec.fit import LazyAdam
 from rec.pipeline import Corpus, Sequences, window_batches
 from rec.retrieval.model import RetrievalModel
 

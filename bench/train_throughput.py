@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from implicit.cpu.bpr import BayesianPersonalizedRanking
+from rec.fit import LazyAdam
 from scipy.sparse import csr_matrix
 
 from rec.baselines import top_k
@@ -44,7 +45,6 @@ from rec.config import Features, Retrieval
 from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError, run_command
 from rec.features import PAD
-from rec.fit import LazyAdam
 from rec.metrics import per_user
 from rec.pipeline import Corpus, load_corpus, window_batches
 from rec.ranking.candidates import first_queries, mine

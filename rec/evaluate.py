@@ -30,6 +30,7 @@ from rec.config import Config, Features, add_config_arguments, load_config
 from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError, command_parser, run_command
 from rec.features import FIRST_ITEM, PAD
+from rec.ops.rating_baselines import rating_baselines
 from rec.pipeline import Corpus, load_corpus
 from rec.recommender import Recommender
 
@@ -256,7 +257,7 @@ def _rating_errors(task: Task, pair: Recommender) -> dict[str, dict[str, float]]
     """RMSE of the ranker and of rating baselines on the held-out ratings."""
     corpus, held, ratings = task.corpus, task.held, task.held.ratings
     assert ratings is not None
-    fitted = baselines.rating_baselines(corpus.train, corpus.val, corpus.items.rows)
+    fitted = rating_baselines(corpus.train, corpus.val, corpus.items.rows)
     predicted = {
         name: baseline.predict(held.users, held.items) for name, baseline in fitted.items()
     }

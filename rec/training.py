@@ -288,17 +288,21 @@ class TrainingRun:
         self._checkpoint.read(self._weights_of(self.state.best_epoch)).assert_consumed()
 
     def finish(self, metrics: Metrics) -> TrainState:
-        """Makes the partial directory the finished one. `metrics` of the final weights replace the best epoch's."""
+        """Makes the partial directory the finished one.
+
+        `metrics`: of the final weights, if they are not just those of the best epoch.
+        """
         state = self.state
         if not self._distribution.is_chief:
             return state
-        state.metrics.update(metrics)
-        self._log({"epoch": state.best_epoch, **state.metrics})
+        if metrics:
+            state.metrics.update(metrics)
+            self._log({"epoch": state.best_epoch, **state.metrics})
         weights = tf.train.Checkpoint(weights=saved_variables(self._model))
         weights.write(str(self._partial / "weights"))
         _write_state(self._partial, state)
-        _remove_epochs(self._partial, kept=())
         replace_directory(self._partial, self._directory)
+        _remove_epochs(self._directory, kept=())  # not before: until then, the run can be resumed
         return state
 
     def _weights_of(self, epoch: int) -> str:

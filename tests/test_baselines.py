@@ -11,7 +11,7 @@ from rec.baselines import (
     EASE,
     GRIDS,
     IALS,
-    SECONDS_A_DAY,
+    SECONDS_PER_DAY,
     Baseline,
     Popularity,
     RecentPopularity,
@@ -55,7 +55,7 @@ def test_recent_popularity_counts_the_last_days_and_breaks_ties_by_all_time() ->
         [0, 9, 1, 2, 10]
     )  # item 0 on days 0 and 1, item 1 on day 9, item 2 on days 2 and 10
     baseline = RecentPopularity(days=2)
-    baseline.fit(train, days * SECONDS_A_DAY)
+    baseline.fit(train, days * SECONDS_PER_DAY)
     scores = baseline.scores(csr([[0, 0, 0, 0]]))[0]
     assert np.floor(scores).tolist() == [0, 1, 1, 0]
     assert np.argsort(-scores).tolist() == [2, 1, 0, 3]
@@ -78,7 +78,7 @@ def test_ease_is_the_closed_form_of_the_paper() -> None:
 
 
 def test_ease_refuses_a_catalogue_that_memory_cannot_hold() -> None:
-    with pytest.raises(UserError, match="6 GB for this catalogue of 40,000 items: leave it out"):
+    with pytest.raises(UserError, match="6 GB for 40,000 items: leave it out"):
         EASE().fit(csr_matrix((2, 40_000), dtype=np.float32))
 
 
@@ -176,7 +176,7 @@ def test_rank_is_the_same_in_slices_of_users(monkeypatch: pytest.MonkeyPatch) ->
     baseline = EASE()
     baseline.fit(train)
     whole = rank(baseline, train, train, k=5)
-    monkeypatch.setattr(baselines, "SCORES_A_SLICE", 7 * 20)
+    monkeypatch.setattr(baselines, "SCORES_PER_SLICE", 7 * 20)
     np.testing.assert_array_equal(rank(baseline, train, train, k=5), whole)
 
 
@@ -184,7 +184,7 @@ def test_tune_takes_the_best_on_validation_and_returns_it_fitted(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = csr([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]])
-    times = np.array([0, 0, 0, 1, 90]) * SECONDS_A_DAY
+    times = np.array([0, 0, 0, 1, 90]) * SECONDS_PER_DAY
     history, relevant = (
         csr([[0, 0, 0, 0]]),
         csr([[0, 0, 0, 1]]),

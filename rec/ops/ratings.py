@@ -168,6 +168,8 @@ def train_ratings(
             train, known, model.window, settings.batch_size * BATCH_FACTOR, rng
         )
         run.save(run.train(batches) | measure())
+    if not distribution.is_chief:  # it alone finishes the run
+        return TrainedRanking(model, retrieval, run.state, run.description)
     run.restore_best()
     return TrainedRanking(model, retrieval, run.finish({}), run.description)
 

@@ -129,6 +129,8 @@ def train_ranking(
         rng = np.random.default_rng([config.seed, epoch])
         loss = run.train(list_batches(mined.train, mined.counts, settings.batch_size, rng))
         run.save(loss | validation.measure(model))
+    if not distribution.is_chief:  # it alone finishes the run
+        return TrainedRanking(model, retrieval, run.state, run.description)
     run.restore_best()
     return TrainedRanking(model, retrieval, run.finish({}), run.description)
 

@@ -149,6 +149,8 @@ def _train(
     # --------------------------------------------------------------------------------------------------------
     # What is fitted after training
 
+    if not distribution.is_chief:  # it alone finishes the run
+        return TrainedRetrieval(model, corpus, run.state, description)
     run.restore_best()
     if validation is not None:
         fit_popularity_bias(model, corpus)

@@ -11,8 +11,8 @@ import tensorflow as tf
 from rec import promote, serve
 from rec.config import Config
 from rec.errors import UserError
+from rec.ops.tracking import track
 from rec.registry import WandbStore, draft, publish, read_metadata
-from rec.tracking import track
 from tests.conftest import Trained, run
 from tests.wandb_server import WandbServer
 

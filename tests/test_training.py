@@ -8,8 +8,17 @@ import pytest
 import tensorflow as tf
 
 from rec.errors import UserError
-from rec.fit import LazyAdam, fit, read_run, replace_directory, restore
-from rec.tracking import Tracker
+from rec.optimizer import LazyAdam
+from rec.training import (
+    NoTracker,
+    OneProcess,
+    Schedule,
+    TrainingRun,
+    TrainState,
+    read_description,
+    replace_directory,
+    restore,
+)
 
 X = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
 Y = X @ np.array([[1.0], [2.0], [3.0], [4.0]], np.float32)
@@ -39,11 +48,10 @@ def batches(epoch: int) -> tf.data.Dataset:
     return tf.data.Dataset.from_tensor_slices({"x": X[order], "y": Y[order]}).batch(16)
 
 
-class Told(Tracker):
+class EpochWatcher(NoTracker):
     """Calls a function with the number of each epoch."""
 
     def __init__(self, on_epoch: Callable[[int], None]) -> None:
-        super().__init__()
         self._on_epoch = on_epoch
 
     def log(self, values: dict[str, float]) -> None:
@@ -51,40 +59,47 @@ class Told(Tracker):
             self._on_epoch(int(values["epoch"]))
 
 
-def run(directory: Path, model: Linear, on_epoch=lambda _: None, epochs=6, validate=None, **kwargs):
+def train(
+    directory: Path, model: Linear, on_epoch=lambda _: None, epochs=6, validate=None, **description
+) -> TrainState:
+    """Trains as both stages do; `description` tells runs apart."""
+
     def error() -> dict[str, float]:
         return {"val/ndcg@10": -float(np.mean(np.square(X @ model.w.numpy() - Y)))}
 
-    return fit(
+    measure = validate or error
+    run = TrainingRun(
         model,
-        batches,
-        64,
         directory,
-        {"name": "test", **kwargs},
+        {"name": "test", **description},
         {"note.txt": "kept\n"},
-        epochs=epochs,
-        learning_rate=0.1,
-        seed=0,
-        validate=validate or error,
-        patience=2,
-        tracker=Told(on_epoch),
+        Schedule(epochs=epochs, learning_rate=0.1, seed=0, patience=2),
+        examples=64,
+        distribution=OneProcess(),
+        tracker=EpochWatcher(on_epoch),
     )
+    if not run.resume():
+        run.begin(measure())
+    for epoch in run.epochs():
+        run.save(run.train(batches(epoch)) | measure())
+    run.restore_best()
+    return run.finish({})
 
 
 def test_a_killed_run_goes_on_to_the_same_weights_as_an_unbroken_one(tmp_path: Path):
     unbroken = Linear()
-    run(tmp_path / "a", unbroken)
+    train(tmp_path / "a", unbroken)
 
     def kill(epoch: int) -> None:
         if epoch == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "b", Linear(), kill)
+        train(tmp_path / "b", Linear(), kill)
     assert not (tmp_path / "b").exists()
     epochs: list[int] = []
     resumed = Linear()
-    run(tmp_path / "b", resumed, epochs.append)
+    train(tmp_path / "b", resumed, epochs.append)
     assert epochs == [4, 5, 6]  # the killed epoch is trained again
     assert resumed.w.numpy() == pytest.approx(unbroken.w.numpy(), abs=1e-6)
     logged = [
@@ -109,17 +124,17 @@ def test_a_resumed_run_drops_out_what_an_unbroken_one_does(tmp_path: Path):
             raise KeyboardInterrupt
 
     unbroken, resumed = WithDropout(), WithDropout()
-    run(tmp_path / "a", unbroken)
+    train(tmp_path / "a", unbroken)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "b", WithDropout(), kill)
-    run(tmp_path / "b", resumed)
+        train(tmp_path / "b", WithDropout(), kill)
+    train(tmp_path / "b", resumed)
     assert resumed.w.numpy().tolist() == unbroken.w.numpy().tolist()
 
 
 def test_a_kill_between_the_two_renames_loses_neither_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    run(tmp_path / "a", Linear())
+    train(tmp_path / "a", Linear())
     rename = os.replace
 
     def kill(source: Path, target: Path) -> None:
@@ -128,14 +143,16 @@ def test_a_kill_between_the_two_renames_loses_neither_checkpoint(
         rename(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("rec.fit.os.replace", kill)
-        run(tmp_path / "a", Linear(), learning="other")
+        patch.setattr("rec.training.os.replace", kill)
+        train(tmp_path / "a", Linear(), learning="other")
     assert not (tmp_path / "a").exists()
-    assert read_run(tmp_path / "a") == {"name": "test"}  # whoever asks first puts the old one back
+    assert read_description(tmp_path / "a") == {
+        "name": "test"
+    }  # whoever asks first puts the old one back
     epochs: list[int] = []
-    run(tmp_path / "a", Linear(), epochs.append, learning="other")
+    train(tmp_path / "a", Linear(), epochs.append, learning="other")
     assert epochs == []  # all were trained
-    assert read_run(tmp_path / "a") == {"name": "test", "learning": "other"}
+    assert read_description(tmp_path / "a") == {"name": "test", "learning": "other"}
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
@@ -144,16 +161,16 @@ def test_another_configuration_starts_anew(tmp_path: Path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "a", Linear(), stop)
+        train(tmp_path / "a", Linear(), stop)
     epochs: list[int] = []
-    run(tmp_path / "a", Linear(), epochs.append, learning="other")
+    train(tmp_path / "a", Linear(), epochs.append, learning="other")
     assert epochs == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_best_epoch_is_kept_and_training_stops_early(tmp_path: Path):
     values = iter([0.0, 0.1, 0.5, 0.4, 0.3, 0.9])  # before training, then epoch 1, 2, ...
     model, weights = Linear(), []
-    fitted = run(
+    fitted = train(
         tmp_path / "a",
         model,
         lambda *_: weights.append(model.w.numpy()),
@@ -167,15 +184,16 @@ def test_the_best_epoch_is_kept_and_training_stops_early(tmp_path: Path):
     assert restore(other, tmp_path / "a") == fitted
     assert (other.w.numpy() == weights[1]).all()
     assert (tmp_path / "a" / "note.txt").read_text() == "kept\n"
-    assert read_run(tmp_path / "a") == {"name": "test"}
+    assert read_description(tmp_path / "a") == {"name": "test"}
 
 
-def test_a_loss_that_is_not_a_number_is_said(tmp_path: Path):
+def test_a_loss_that_is_not_a_number_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def broken(epoch: int) -> tf.data.Dataset:
         return tf.data.Dataset.from_tensor_slices({"x": X * np.nan, "y": Y}).batch(16)
 
+    monkeypatch.setattr("tests.test_training.batches", broken)
     with pytest.raises(UserError, match="the loss is nan after epoch 1: lower the learning rate"):
-        fit(Linear(), broken, 64, tmp_path / "a", {}, {}, epochs=1, learning_rate=0.1, seed=0)
+        train(tmp_path / "a", Linear())
 
 
 def test_replacing_a_directory_leaves_nothing_of_the_old(tmp_path: Path):

@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from rec.counts import RECENT, SHARES, Counts
+from rec.ranking.count_features import RECENT, SHARES, CountFeatures
 from tests.small import sequences
 
 
 def test_a_window_is_a_share_of_the_interactions_before_the_time():
     data = sequences([3, 3, 4, 4, 4], [5, 5, 5, 5, 5])  # at seconds 1000 to 1009
-    counts = Counts(data, item_rows=10)
+    counts = CountFeatures(data, item_rows=10)
     items = tf.constant([[3, 4, 5]])
     share, everything = SHARES.index(0.3), SHARES.index(1.0)
 
@@ -31,7 +31,7 @@ def test_a_window_is_a_share_of_the_interactions_before_the_time():
 
 def test_without_times_everything_came_before():
     data = sequences([3, 3, 4])
-    counts = Counts(type(data)(data.offsets, data.items, None, None), 10)
+    counts = CountFeatures(type(data)(data.offsets, data.items, None, None), 10)
     found = counts(
         tf.zeros([1, 0], tf.int32), tf.constant([[3, 4]]), tf.constant([1_700_000_000], tf.int64)
     )
@@ -41,7 +41,7 @@ def test_without_times_everything_came_before():
 def test_counts_what_came_soon_after_the_latest_items():
     # 3 is followed by 4 within REACH of the first user and by 5 of the second; 9 of the third is too far from 3.
     data = sequences([3, 4], [3, 5], [3, 6, 6, 6, 6, 6, 9])
-    counts = Counts(data, item_rows=10)
+    counts = CountFeatures(data, item_rows=10)
     last, three, mean, most = len(SHARES) + np.arange(4)
 
     def of(history: list[int]) -> np.ndarray:
