@@ -17,13 +17,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from rec.checkpoint import load_retrieval
 from rec.config import Config, Features, add_config_arguments, load_config
 from rec.data_prep.dataset import open_dataset
 from rec.errors import run_command
 from rec.evaluate import Task, load_latest
 from rec.features import FIRST_ITEM
 from rec.pipeline import load_corpus
+from rec.retrieval.train import load_retrieval
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the choice of how to draw)

@@ -140,7 +140,7 @@ def with_pandas(source: Path, target: Path) -> dict[str, int]:
 def load(dataset: str, where: str) -> dict[str, Any]:
     """The Corpus and an epoch of batches. `where` the Corpus is: "stream" for rec's way, or "memory"."""
     from rec import pipeline
-    from rec.config import Features, Retrieval, settled
+    from rec.config import Features, Retrieval, with_data_defaults
     from rec.data_prep.dataset import open_dataset
     from rec.pipeline import load_corpus, window_batches
 
@@ -150,7 +150,7 @@ def load(dataset: str, where: str) -> dict[str, Any]:
     start, cpu = time.perf_counter(), time.process_time()
     corpus = load_corpus(open_dataset(dataset), Features())
     loaded, load_peak, cpu = time.perf_counter(), peak_mb(), time.process_time() - cpu
-    config = settled(Retrieval(), corpus.ordered, len(corpus.train.items))
+    config = with_data_defaults(Retrieval(), corpus.ordered, len(corpus.train.items))
     targets = sum(
         int(np.count_nonzero(batch["tokens"][:, 1:]))
         for batch in window_batches(corpus, config, corpus.train, 0, 0).as_numpy_iterator()

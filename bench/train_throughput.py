@@ -37,7 +37,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from implicit.cpu.bpr import BayesianPersonalizedRanking
-from rec.fit import LazyAdam
 from scipy.sparse import csr_matrix
 
 from rec.baselines import top_k
@@ -46,6 +45,7 @@ from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError, run_command
 from rec.features import PAD
 from rec.metrics import per_user
+from rec.optimizer import LazyAdam
 from rec.pipeline import Corpus, load_corpus, window_batches
 from rec.ranking.candidates import first_queries, mine
 from rec.retrieval.model import RetrievalModel
@@ -175,7 +175,7 @@ def train_rec(dataset: Dataset, epochs: int, batch_size: int, seed: int) -> dict
 
 def _rec_ndcg_at_10(model: RetrievalModel, corpus: Corpus, split: str) -> float:
     held = corpus.val if split == "val" else corpus.test
-    lists = mine(model, corpus.history(split), held, first_queries(held), 10, whole=True)
+    lists = mine(model, corpus.history(split), held, first_queries(held), 10, next_item=False)
     relevant = held.matrix(lists.user, corpus.items.rows)
     return float(
         per_user(np.where(lists.items == PAD, -1, lists.items), relevant, ks=(10,))[

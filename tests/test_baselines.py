@@ -1,6 +1,7 @@
 """Baselines against their definitions on small matrices, and the ranking and tuning around them."""
 
 import warnings
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -189,7 +190,9 @@ def test_tune_takes_the_best_on_validation_and_returns_it_fitted(
         csr([[0, 0, 0, 0]]),
         csr([[0, 0, 0, 1]]),
     )  # the last item is the only recent one
-    monkeypatch.setitem(GRIDS, RecentPopularity, [{"days": days} for days in (1000, 5, 7)])
+    monkeypatch.setitem(
+        GRIDS, cast(Any, RecentPopularity), [{"days": days} for days in (1000, 5, 7)]
+    )
     value, best = tune(RecentPopularity, train, history, relevant, times)
     assert (value, best) == (1.0, RecentPopularity(days=5))
     assert best.scores(history)[0].argmax() == 3

@@ -13,13 +13,13 @@ from google.protobuf import text_format
 from tensorflow_serving.config import model_server_config_pb2
 
 import rec.export
-from rec.checkpoint import load_ranking, load_retrieval
 from rec.config import Config, load_config
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError
-from rec.features import FIRST_ITEM
 from rec.promote import choose, promote, roll_back
+from rec.ranking.train import load_ranking
 from rec.registry import LocalStore, find_pair, read_metadata, together
+from rec.retrieval.train import load_retrieval
 from tests.conftest import Trained, rewrite, run
 
 ONE, SPOILT, POOR = ({"retrieval": n, "ranking": n, "recommender": n} for n in (1, 2, 3))
@@ -36,15 +36,14 @@ def prepared(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Conf
         retrieval = load_retrieval(trained.checkpoints / "retrieval", open_dataset(config.dataset))
         with pytest.MonkeyPatch.context() as patch:
             if is_spoilt:
-                popularity = retrieval.corpus.popularity[
-                    : FIRST_ITEM + retrieval.corpus.items.trained
-                ]
-                retrieval.model.candidate_tower.lean.assign(-10 * np.log1p(popularity)[:, None])
+                popularity = retrieval.corpus.popularity[: retrieval.model.trained_items]
+                bias = retrieval.model.candidate_tower.popularity_bias
+                bias.assign(np.log1p(popularity), share=1.0, weight=-10.0)
             else:
                 patch.setattr(rec.export, "build_index", that_is_poor(rec.export.build_index))
             first = rec.export.export_retrieval(retrieval, config)
-        model, fitted, described = load_ranking(trained.checkpoints / "ranking", retrieval)
-        second = rec.export.export_ranking(model, retrieval, config, described, fitted)
+        ranking = load_ranking(trained.checkpoints / "ranking", retrieval)
+        second = rec.export.export_ranking(ranking, config)
         rec.export.export_recommender(first, second, config)
     return config
 

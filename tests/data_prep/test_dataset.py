@@ -123,12 +123,12 @@ def test_large_splits_are_several_files_cut_at_the_same_rows_for_any_number_of_t
     for threads in (1, 4):
         prepare(
             tmp_path / str(threads),
-            lambda con, _, n=threads: load_many(con, _, n),
+            lambda con, _, n=threads: load_many(con, _, n),  # type: ignore[misc]
             "many",
             "",
             "temporal",
             0,
-        )  # type: ignore[misc]
+        )
     one, four = open_dataset(tmp_path / "1"), open_dataset(tmp_path / "4")
     assert one.id == four.id
     assert [pq.ParquetFile(file).metadata.num_rows for file in one.files("train")][:2] == [

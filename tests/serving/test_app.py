@@ -603,8 +603,9 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
 
     async def ask() -> list[Any]:
         tasks = [
-            asyncio.create_task(service.ask(slow, "recommend", n)) for n in range(MAX_WAITING + 3)
-        ]  # type: ignore[arg-type]
+            asyncio.create_task(service.ask(slow, "recommend", n))  # type: ignore[arg-type]
+            for n in range(MAX_WAITING + 3)
+        ]
         await asyncio.sleep(0.1)
         slow.let.set()
         return await asyncio.gather(*tasks, return_exceptions=True)
