@@ -26,12 +26,13 @@ from typing import Any
 import numpy as np
 
 from rec import metrics
+from rec.batches import window_batches
 from rec.config import Features, Retrieval, with_data_defaults
+from rec.corpus import Corpus, load_corpus
 from rec.data_prep.dataset import open_dataset
 from rec.errors import run_command
 from rec.features import PAD
 from rec.optimizer import LazyAdam
-from rec.pipeline import Corpus, load_corpus, window_batches
 from rec.ranking.candidates import first_queries, mine
 from rec.retrieval.model import RetrievalModel
 

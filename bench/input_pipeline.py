@@ -13,11 +13,12 @@ import json
 import time
 from collections.abc import Callable
 
+from rec.batches import window_batches
 from rec.config import Features, Retrieval, with_data_defaults
+from rec.corpus import load_corpus
 from rec.data_prep.dataset import open_dataset
 from rec.errors import run_command
 from rec.optimizer import LazyAdam
-from rec.pipeline import load_corpus, window_batches
 from rec.retrieval.model import RetrievalModel
 
 import tensorflow as tf  # isort: skip  (rec goes first: it switches to Keras 2)

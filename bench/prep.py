@@ -139,13 +139,16 @@ def with_pandas(source: Path, target: Path) -> dict[str, int]:
 
 def load(dataset: str, where: str) -> dict[str, Any]:
     """The Corpus and an epoch of batches. `where` the Corpus is: "stream" for rec's way, or "memory"."""
-    from rec import pipeline
+    from rec import corpus as corpus_module
+    from rec import sequences
+    from rec.batches import window_batches
     from rec.config import Features, Retrieval, with_data_defaults
+    from rec.corpus import load_corpus
     from rec.data_prep.dataset import open_dataset
-    from rec.pipeline import load_corpus, window_batches
 
     if where == "memory":
-        pipeline.on_disk, pipeline.BLOCK = lambda n, dtype: np.zeros(n, dtype), 2**62
+        sequences.on_disk = corpus_module.on_disk = lambda n, dtype: np.zeros(n, dtype)
+        sequences.BLOCK = 2**62
     before = peak_mb()
     start, cpu = time.perf_counter(), time.process_time()
     corpus = load_corpus(open_dataset(dataset), Features())

@@ -26,12 +26,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from rec.batches import window_batches
 from rec.config import Retrieval, with_data_defaults
+from rec.corpus import Corpus
 from rec.errors import UserError, run_command
 from rec.features import FIRST_ITEM, FIRST_USER, Vocabulary
 from rec.optimizer import LazyAdam
-from rec.pipeline import Corpus, Sequences, window_batches
 from rec.retrieval.model import RetrievalModel
+from rec.sequences import Sequences
 
 import tensorflow as tf  # isort: skip  (rec goes first: it switches to Keras 2)
 

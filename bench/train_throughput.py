@@ -40,13 +40,14 @@ from implicit.cpu.bpr import BayesianPersonalizedRanking
 from scipy.sparse import csr_matrix
 
 from rec.baselines import top_k
+from rec.batches import window_batches
 from rec.config import Features, Retrieval
+from rec.corpus import Corpus, load_corpus
 from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError, run_command
 from rec.features import PAD
 from rec.metrics import per_user
 from rec.optimizer import LazyAdam
-from rec.pipeline import Corpus, load_corpus, window_batches
 from rec.ranking.candidates import first_queries, mine
 from rec.retrieval.model import RetrievalModel
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from rec.config import Config, Features, to_dict
+from rec.corpus import Corpus, load_corpus
 from rec.data_prep.dataset import Dataset
 from rec.errors import UserError
 from rec.features import FIRST_ITEM, FIRST_USER, Vocabulary, columns_from_json, columns_to_json
-from rec.pipeline import Corpus, load_corpus
 from rec.training import read_description
 
 

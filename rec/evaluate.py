@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 from rec import baselines, metrics, registry
 from rec.config import Config, Features, add_config_arguments, load_config
+from rec.corpus import Corpus, load_corpus
 from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError, command_parser, run_command
 from rec.features import FIRST_ITEM, PAD
 from rec.ops.rating_baselines import rating_baselines
-from rec.pipeline import Corpus, load_corpus
 from rec.recommender import Recommender
 
 K = max(metrics.KS)

@@ -27,9 +27,9 @@ from tensorflow_serving.apis import model_pb2, predict_pb2, prediction_log_pb2
 from rec import registry
 from rec.bundle import Lookup, RankingModule, RetrievalModule
 from rec.config import Config, add_config_arguments, load_config, to_dict
+from rec.corpus import Corpus
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError, command_parser, run_command
-from rec.pipeline import Corpus
 from rec.ranking.count_features import CountFeatures
 from rec.ranking.train import TrainedRanking, load_ranking
 from rec.recommender import RecommenderModule, load_bundle

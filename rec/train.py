@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rec.config import Config, add_config_arguments, load_config
+from rec.corpus import load_corpus
 from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError, command_parser, run_command
 from rec.evaluate import evaluate, show_recommendations, show_systems
@@ -29,7 +30,6 @@ from rec.export import bundle_of, export_ranking, export_recommender, export_ret
 from rec.ops.distributed import distribution_of, exit_unless_chief
 from rec.ops.ratings import train_ratings
 from rec.ops.tracking import track
-from rec.pipeline import load_corpus
 from rec.ranking.archs import ARCHS
 from rec.ranking.train import MODELS, load_ranking, train_ranking
 from rec.retrieval.encoders import ENCODERS

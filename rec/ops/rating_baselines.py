@@ -7,7 +7,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from rec.metrics import rmse
-from rec.pipeline import Sequences
+from rec.sequences import Sequences
 
 SWEEPS = 10  # of alternating least squares
 

@@ -13,9 +13,9 @@ import tensorflow as tf
 from rec import metrics
 from rec.checkpoint import describe
 from rec.config import Config, Ranking
+from rec.corpus import Corpus
 from rec.errors import UserError
 from rec.features import PAD, UNKNOWN, UNKNOWN_USER
-from rec.pipeline import Corpus, Sequences
 from rec.ranking.candidates import CandidateLists
 from rec.ranking.count_features import COUNT_FEATURES
 from rec.ranking.model import RankingModel, mean_of_history, score_lists
@@ -24,6 +24,7 @@ from rec.ranking.train import MODELS, TrainedRanking, build_ranking_model
 from rec.retrieval.model import RetrievalModel
 from rec.retrieval.scoring import LOWEST
 from rec.retrieval.train import TrainedRetrieval
+from rec.sequences import Sequences
 from rec.training import (
     Distribution,
     Metrics,

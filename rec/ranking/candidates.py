@@ -12,11 +12,12 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
+from rec.corpus import Corpus
 from rec.features import PAD, recent_items
-from rec.pipeline import Corpus, Sequences
 from rec.ranking.count_features import COUNT_FEATURES, CountFeatures
 from rec.retrieval.model import RetrievalModel
 from rec.retrieval.scoring import best_unseen, users_per_batch
+from rec.sequences import Sequences
 
 
 @dataclass(frozen=True)

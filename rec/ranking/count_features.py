@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from rec.features import PAD, recent_items
-from rec.pipeline import Sequences
+from rec.sequences import Sequences
 
 SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of all interactions, from the latest
 REACH = 5  # "soon after": within this many interactions of one user

@@ -14,9 +14,9 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
 from rec.config import Ranking
+from rec.corpus import Corpus
 from rec.errors import UserError
 from rec.features import PAD, UNKNOWN, UNKNOWN_USER, Encoder, recent_items
-from rec.pipeline import Corpus
 from rec.ranking.archs import ARCHS
 from rec.ranking.candidates import CandidateLists
 from rec.ranking.count_features import COUNT_FEATURES, CountFeatures

@@ -20,8 +20,8 @@ import tensorflow as tf
 from rec import metrics
 from rec.checkpoint import describe, read_run
 from rec.config import Config, Ranking
+from rec.corpus import Corpus
 from rec.errors import UserError
-from rec.pipeline import Corpus
 from rec.ranking.candidates import (
     CandidateLists,
     first_queries,

@@ -8,13 +8,15 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 from scipy.sparse.linalg import svds
 
+from rec.batches import sampling_probability
 from rec.config import Retrieval
+from rec.corpus import Corpus
 from rec.features import FIRST_ITEM, PAD, UNKNOWN, UNKNOWN_USER, Encoder
-from rec.pipeline import Corpus, Sequences, sampling_probability
 from rec.retrieval.encoders import LENGTH_POWER
 from rec.retrieval.loss import HiddenItems, SampledSoftmax
 from rec.retrieval.scoring import LOWEST
 from rec.retrieval.towers import CandidateTower, QueryTower, history_tokens
+from rec.sequences import Sequences
 
 ROWS = tf.TensorSpec([None], tf.int32)
 ROW_LISTS = tf.TensorSpec([None, None], tf.int32)
@@ -87,7 +89,7 @@ class RetrievalModel(tfrs.Model):
         embeddings.assign(table)
 
     def compute_loss(self, batch: dict[str, tf.Tensor], training: bool = False) -> tf.Tensor:
-        """The loss of a batch of `pipeline.window_batches`, which says the shapes."""
+        """The loss of a batch of `batches.window_batches`, which says the shapes."""
         if self.query_tower.reads_sets:
             return self._loss_of_sets(batch, training)
         return self._loss_of_sequences(batch, training)

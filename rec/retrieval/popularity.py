@@ -15,10 +15,11 @@ import numpy as np
 import tensorflow as tf
 
 from rec import metrics
+from rec.corpus import Corpus
 from rec.features import FIRST_ITEM, PAD
-from rec.pipeline import Corpus, Sequences
 from rec.retrieval.model import RetrievalModel, current_time
 from rec.retrieval.scoring import best_unseen, users_per_batch
+from rec.sequences import Sequences
 
 SHARES = (1.0, 0.3, 0.1, 0.03, 0.01)  # of several that are equally good, the first is taken
 WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the log of popularity

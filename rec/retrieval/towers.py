@@ -9,8 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from rec.config import Retrieval
+from rec.corpus import Corpus
 from rec.features import PAD, START, UNKNOWN, UNKNOWN_USER, Encoder, cyclic, recent_items
-from rec.pipeline import Corpus
 from rec.retrieval.encoders import ENCODERS, Linear
 
 

@@ -12,13 +12,15 @@ from typing import Any
 
 import tensorflow as tf
 
+from rec.batches import window_batches
 from rec.checkpoint import corpus_files, describe, load_trained_corpus, read_run
 from rec.config import Config, Retrieval, with_data_defaults
+from rec.corpus import Corpus
 from rec.data_prep.dataset import Dataset
-from rec.pipeline import Corpus, Sequences, window_batches
 from rec.retrieval.model import RetrievalModel
 from rec.retrieval.popularity import fit_cold_start, fit_popularity_bias
 from rec.retrieval.validation import RetrievalValidation
+from rec.sequences import Sequences
 from rec.training import (
     Distribution,
     Metrics,

@@ -6,8 +6,8 @@ import tensorflow_recommenders as tfrs
 from scipy.sparse import csr_matrix
 
 from rec import metrics
+from rec.corpus import Corpus
 from rec.features import FIRST_ITEM, PAD
-from rec.pipeline import Corpus
 from rec.retrieval.model import RetrievalModel
 from rec.retrieval.scoring import best_unseen, users_per_batch
 

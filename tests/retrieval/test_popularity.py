@@ -5,8 +5,8 @@ import pytest
 import tensorflow as tf
 
 from rec.config import Retrieval
+from rec.corpus import Corpus
 from rec.features import FIRST_ITEM
-from rec.pipeline import Corpus
 from rec.retrieval.model import RetrievalModel
 from rec.retrieval.popularity import fit_cold_start, fit_popularity_bias, recent_popularity
 from tests.small import corpus, sequences

@@ -6,18 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rec import pipeline
+import rec.sequences
+from rec.batches import cut_windows, sampling_probability, window_batches
 from rec.config import Retrieval
 from rec.errors import UserError
 from rec.features import FIRST_ITEM, PAD, START
-from rec.pipeline import (
-    Sequences,
-    concatenate,
-    on_disk,
-    sampling_probability,
-    window_batches,
-    windows,
-)
+from rec.sequences import Sequences, concatenate, on_disk
 from tests.small import corpus, sequences
 
 CONFIG = Retrieval(window=3, batch_size=2, in_batch_negatives=4, uniform_negatives=2)
@@ -63,7 +57,7 @@ def test_only_interactions_of_the_same_second_change_places():
 @pytest.mark.parametrize("seed", range(5))
 def test_every_interaction_is_a_target_of_exactly_one_window(seed: int):
     data = sequences([3] * 10, [4] * 3, [], [5])
-    cut = windows(data, 3, np.random.default_rng(seed))
+    cut = cut_windows(data, 3, np.random.default_rng(seed))
     targets = np.concatenate([np.arange(b, e) for b, e in zip(cut.begin, cut.end, strict=True)])
     assert sorted(targets) == list(range(14))
     assert (cut.end - cut.begin <= 3).all()
@@ -162,5 +156,5 @@ def test_a_disk_without_room_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
 def test_an_order_drawn_in_parts_is_that_drawn_at_once(monkeypatch: pytest.MonkeyPatch):
     data = replace(sequences([*range(3, 30)], [], [5, 6], [*range(40, 70)], [7]), times=None)
     once = data.shuffled(np.random.default_rng(3)).items.tolist()
-    monkeypatch.setattr(pipeline, "BLOCK", 10)
+    monkeypatch.setattr(rec.sequences, "BLOCK", 10)
     assert data.shuffled(np.random.default_rng(3)).items.tolist() == once
