@@ -2,6 +2,7 @@
 
 - `load_config(path, ["retrieval.epochs=3"])` reads a file, then the `--set` overrides (values are YAML too).
 - An unknown, missing or repeated key, a wrong type, an impossible value: one sentence naming file and key.
+- A key that has no effect, since another key or the data decide so: one sentence too (`without_effect`, `overruled`).
 - The loader knows no single key: a new field is a new key.
 
 Not covered: the names of architectures, objectives and kinds of features. Their registries check them; they need
@@ -48,7 +49,7 @@ class Retrieval:
     # query tower (rec/retrieval/towers.py); auto = sasrec, or autoencoder where interactions have no timestamps
     arch: str = "auto"
     embedding_dim: Count = 64
-    layers: Count = 2  # transformer blocks or recurrent layers; the others ignore it
+    layers: Count = 2  # transformer blocks or recurrent layers
     heads: Count = 2  # attention heads of sasrec
     dropout: Rate = 0.2
     window: CountOr0 = 0  # positions a training example, and the longest history that is read; 0 = 50, unordered 1000
@@ -187,8 +188,14 @@ def with_data_defaults(config: Retrieval, ordered: bool, interactions: int) -> R
     arch = ("sasrec" if ordered else "autoencoder") if config.arch == "auto" else config.arch
     epochs = config.epochs or min(max(round(5_000_000 / interactions), 12), 100)
     uniform = config.uniform_negatives or (16384 if arch == "autoencoder" else 2048)
-    window = config.window or (50 if ordered else 1000)
-    return replace(config, arch=arch, window=window, epochs=epochs, uniform_negatives=uniform)
+    return replace(
+        config,
+        arch=arch,
+        window=config.window or (50 if ordered else 1000),
+        epochs=epochs,
+        uniform_negatives=uniform,
+        query_time=config.query_time and ordered,
+    )
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -196,6 +203,127 @@ def to_dict(config: Config) -> dict[str, Any]:
     return asdict(
         config, dict_factory=lambda pairs: {k: list(v) if type(v) is tuple else v for k, v in pairs}
     )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Keys without effect
+
+# A key -> the key that decides whether it is read, and the values of that one with which it is not. An architecture
+# that is added to a registry counts as a reader of everything.
+UNREAD: dict[str, tuple[str, tuple[str, ...]]] = {
+    "retrieval.layers": ("retrieval.arch", ("two_tower", "autoencoder")),
+    "retrieval.heads": ("retrieval.arch", ("two_tower", "gru4rec", "autoencoder")),
+    "retrieval.temperature": ("retrieval.arch", ("autoencoder",)),
+    "retrieval.logq": ("retrieval.arch", ("autoencoder",)),
+    "retrieval.mask_user_positives": ("retrieval.arch", ("autoencoder",)),
+    "ranking.holdout": ("ranking.objective", ("rating",)),
+    "ranking.l2": ("ranking.objective", ("implicit", "listwise")),
+    "index.recall_target": ("index.kind", ("exact",)),
+}
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What of a data set decides whether a key has an effect."""
+
+    ordered: bool  # interactions have timestamps
+    interactions: int  # of training
+    trained_items: int  # that occur in training
+    items: int  # of the whole catalogue
+    has_user_features: bool
+
+
+def without_effect(config: Config, data: DataFacts, sections: Sequence[str]) -> list[str]:
+    """A sentence for each key of these sections that was set, to other than its default, and has no effect."""
+    retrieval = with_data_defaults(config.retrieval, data.ordered, data.interactions)
+    chosen = replace(config, retrieval=retrieval)
+    reasons = _unread(chosen) | _decided_by_data(chosen, data)
+    return [
+        f"{key}: {_show(_get(config, key))} has no effect: {reason}"
+        for key, reason in reasons.items()
+        if key.partition(".")[0] in sections and _is_set(config, key)
+    ]
+
+
+def _unread(config: Config) -> dict[str, str]:
+    """The keys of UNREAD that this config does not read, with the reason."""
+    return {
+        key: f"{decider} {_get(config, decider)} does not read it"
+        for key, (decider, values) in UNREAD.items()
+        if _get(config, decider) in values
+    }
+
+
+def _decided_by_data(config: Config, data: DataFacts) -> dict[str, str]:
+    """The keys that have no effect on these data, with the reason."""
+    retrieval = config.retrieval
+    reasons = {}
+    if not data.ordered:
+        reasons["retrieval.query_time"] = "the interactions have no timestamps"
+    if retrieval.uniform_negatives >= data.trained_items:
+        whole = f"the softmax is over all {data.trained_items:,} items, which are no more than "
+        whole += f"retrieval.uniform_negatives {retrieval.uniform_negatives:,}"
+        reasons["retrieval.in_batch_negatives"] = whole
+        reasons["retrieval.logq"] = whole
+    if retrieval.uniform_negatives > data.trained_items:
+        limit = f"training has only {data.trained_items:,} items, so it takes all of them"
+        reasons["retrieval.uniform_negatives"] = limit
+    reads_context = data.has_user_features or retrieval.user_id or retrieval.query_time
+    if retrieval.arch == "autoencoder" and not reads_context:
+        reasons["retrieval.dropout"] = (
+            "retrieval.arch autoencoder has it only on user features, user_id and query_time"
+        )
+    for key in ("index.k", "ranking.candidates"):
+        if _get(config, key) > data.items:
+            reasons[key] = f"the catalogue has only {data.items:,} items"
+    return reasons
+
+
+def overruled(config: Config, run: dict[str, Any], sections: Sequence[str]) -> list[str]:
+    """A sentence for each key of these sections that was set to another value than the checkpoint was trained with.
+
+    `run` is the checkpoint's run.json.
+    """
+    trained = with_run(config, run)
+    names = [
+        f"{section}.{own.name}" for section in sections for own in fields(_get(config, section))
+    ]
+    return [
+        f"{key}: {_show(_get(config, key))} has no effect: "
+        f"the checkpoint was trained with {_show(_get(trained, key))}"
+        for key in names
+        if _is_set(config, key) and _get(config, key) != _get(trained, key)
+    ]
+
+
+def with_run(config: Config, run: dict[str, Any]) -> Config:
+    """`config` with what a checkpoint's run.json says that its model was trained with.
+
+    The length of the candidate lists stays: a bundle may re-rank more or fewer than the ranker was trained on.
+    """
+    changes: dict[str, Any] = {"features": Features(**run["features"]), "seed": run["seed"]}
+    if "retrieval" in run:
+        changes["retrieval"] = Retrieval(**run["retrieval"])
+    if "ranking" in run:
+        ranking = Ranking(**{**run["ranking"], "hidden": tuple(run["ranking"]["hidden"])})
+        changes["ranking"] = replace(ranking, candidates=config.ranking.candidates)
+    return replace(config, **changes)
+
+
+def _get(config: Config, key: str) -> Any:
+    """The value of a key such as `retrieval.epochs`."""
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _is_set(config: Config, key: str) -> bool:
+    return _get(config, key) != _get(Config(dataset=""), key)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# YAML -> dataclasses
 
 
 def _update(section: Any, tree: object, prefix: str) -> Any:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from rec.config import Features
+from rec.config import DataFacts, Features
 from rec.data_prep.dataset import Dataset, verify
 from rec.features import (
     FIRST_ITEM,
@@ -40,6 +40,17 @@ class Corpus:
     def popularity(self) -> np.ndarray:
         """[item rows] int64: training interactions of each item."""
         return np.bincount(self.train.items, minlength=self.items.rows)
+
+    @property
+    def facts(self) -> DataFacts:
+        """What decides whether a key of the config has an effect."""
+        return DataFacts(
+            ordered=self.ordered,
+            interactions=len(self.train.items),
+            trained_items=self.items.trained,
+            items=len(self.items.ids),
+            has_user_features=bool(self.user_columns),
+        )
 
     def history(self, split: str) -> Sequences:
         """What is known of each user before `split`: train for val; train and val for test."""

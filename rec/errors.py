@@ -12,6 +12,12 @@ class UserError(ValueError):
     """Bad input from a user: the message is one sentence that says what is wrong, where, and how to mend it."""
 
 
+def warn(*sentences: str) -> None:
+    """What a user should know although the command goes on: one line each, on stderr."""
+    for sentence in sentences:
+        print(f"warning: {sentence}", file=sys.stderr)
+
+
 def command_parser(module: str, text: str | None) -> argparse.ArgumentParser:
     """The parser of `python -m MODULE`, whose --help begins with `text`, as it is."""
     kind = argparse.RawDescriptionHelpFormatter

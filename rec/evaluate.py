@@ -8,7 +8,7 @@
 - Every system ranks the full catalogue without what the user has interacted with in earlier splits.
 - The bundles answer from the histories given here, so that --split val hides the validation items from them.
 
-Where users times items are more than 10 billion, so many users are drawn at random as keep to that; both are told.
+If users x items exceeds 10 billion, a random sample of the users is evaluated; the report holds both numbers.
 
 Tables go to stderr; the last line of stdout is JSON: {"dataset", "split", "users", "out_of_users", "systems": {name:
 {"ndcg@10": x, "ndcg@10_ci": [low, high], ...}}}.
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import tensorflow as tf
 from tqdm import tqdm
 
@@ -32,14 +33,13 @@ from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError, command_parser, run_command
 from rec.features import FIRST_ITEM, PAD
 from rec.ops.rating_baselines import rating_baselines
-from rec.recommender import Recommender
+from rec.recommender import LOWEST, Recommender
 
 K = max(metrics.KS)
 BATCH = 256  # users a call
-MOST_SCORES = (
-    10**10
-)  # users times items, a minute or two a system; of more users, so many are drawn at random,
-FEWEST_USERS = 1_000  # but not fewer than these
+# Users x items, a minute or two per system. Beyond that, a random sample of the users is evaluated,
+MOST_SCORES = 10**10
+FEWEST_USERS = 1_000  # but never fewer than these.
 Report = dict[str, Any]  # plain values, for JSON
 SHOWN = ("ndcg@10", "recall@10", "recall@100", "mrr", "coverage@10", "popularity@10")
 
@@ -223,15 +223,13 @@ def _quality(task: Task, pair: Recommender, by_ratings: bool) -> np.ndarray:
 
 def _summary(task: Task, rows: np.ndarray, values: dict[str, np.ndarray], seed: int) -> Report:
     """What the report says of one system."""
-    popularity, top = task.corpus.popularity[FIRST_ITEM:], rows[:, :10]
     coverage = {
         f"coverage@{k}": metrics.coverage(rows, k, task.relevant.shape[1]) for k in metrics.KS
     }
-    return (
-        metrics.summarise(values, seed)
-        | coverage
-        | {"popularity@10": float(popularity[top[top >= 0]].mean())}
-    )
+    top = rows[:, :10]
+    popularity = task.corpus.popularity[FIRST_ITEM:][top[top >= 0]]
+    mean = float(popularity.mean()) if len(popularity) else 0.0
+    return metrics.summarise(values, seed) | coverage | {"popularity@10": mean}
 
 
 def _where(values: dict[str, dict[str, np.ndarray]], mask: np.ndarray, seed: int) -> Report:
@@ -323,23 +321,33 @@ def show_systems(report: Report) -> None:
 
 
 def show_recommendations(config: Config, users: int = 3, k: int = 5) -> None:
-    """Prints, for the first users of the data set, the end of their history and what they are recommended."""
+    """Prints, for the first users of the test data, the end of their history and what they are recommended."""
     pair = load_latest(config)
-    ids = (
-        open_dataset(config.dataset)
-        .interactions("test")["user_id"]
-        .drop_duplicates()
-        .head(users)
-        .tolist()
-    )
-    titles = pair.items.get("title", pair.items.index.to_series())
+    held = open_dataset(config.dataset).interactions("test")
+    ids = held["user_id"].drop_duplicates().head(users).tolist()
     answer = pair.answer(ids, [None] * len(ids), [[]] * len(ids))
-    for user, stored, rows, scores in zip(
+    for user, past, places, scores in zip(
         ids, pair.histories(ids), answer["rows"], answer["scores"], strict=True
     ):
-        print(f"\nuser {user}, after {', '.join(titles[stored[-3:]].astype(str))}", file=sys.stderr)
-        for item, score in zip(pair.items.index[rows[:k]], scores[:k], strict=True):
-            print(f"  {score:8.3f}  {titles[item]}", file=sys.stderr)
+        recent = [show_item(pair.items, item) for item in past[-3:]]
+        print(f"\nuser {user}, after {', '.join(recent) or 'nothing'}", file=sys.stderr)
+        for place, score in zip(places[:k], scores[:k], strict=True):
+            if place >= 0:  # -1 is an empty place: so few items are left
+                row = recommendation_row(pair.items, pair.items.index[place], float(score))
+                print(row, file=sys.stderr)
+
+
+def recommendation_row(items: pd.DataFrame, item: str, score: float) -> str:
+    """One recommended item as a line: its score, or a dash if it has not been scored, and its title."""
+    shown = "-" if score <= LOWEST else f"{score:.3f}"
+    return f"  {shown:>8}  {show_item(items, item)}"
+
+
+def show_item(items: pd.DataFrame, item: str) -> str:
+    """An item's title, or its id if it has none. `items` is items.parquet, indexed by item_id."""
+    title: Any = items["title"].get(item) if "title" in items else None
+    is_missing = np.ndim(title) == 0 and pd.isna(title)
+    return item if is_missing else str(title)
 
 
 def main() -> None:

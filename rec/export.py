@@ -1,11 +1,14 @@
 """Trained models -> SavedModel bundles: signatures, index, metadata, warm-up requests, published by rename.
 
-    python -m rec.export --stage retrieval --set index.kind=exact        another index for the trained model
-    python -m rec.export --stage retrieval --set dataset=data/newer      items added to the catalogue since
+    python -m rec.export --stage all --set dataset=data/newer            items added to the catalogue since
+    python -m rec.export --stage all --set index.kind=exact              another index for the trained models
+    python -m rec.export --stage retrieval --set index.kind=exact        only the retrieval bundle, for TF Serving
     python -m rec.export --stage recommender                             the latest matching pair as one bundle
 
-A bundle loads in TF Serving as it stands: savedmodels/STAGE is a model's base path, VERSION its version. The last line
-of stdout is JSON: {"stage", "bundle", "version", "seconds"}.
+A server follows the latest ranking bundle and the retrieval bundle that it belongs to: only `--stage all` exports both,
+and the recommender. A bundle loads in TF Serving as it stands: savedmodels/STAGE is a model's base path, VERSION its
+version. The last line of stdout is JSON: {"stage", "bundle", "version", "seconds"}, or for `--stage all`
+{"retrieval": {..}, "ranking": {..}, "recommender": {..}}.
 """
 
 import json
@@ -14,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version as library_version
 from pathlib import Path
@@ -26,10 +30,19 @@ from tensorflow_serving.apis import model_pb2, predict_pb2, prediction_log_pb2
 
 from rec import registry
 from rec.bundle import Lookup, RankingModule, RetrievalModule
-from rec.config import Config, add_config_arguments, load_config, to_dict
+from rec.config import (
+    Config,
+    Index,
+    add_config_arguments,
+    load_config,
+    overruled,
+    to_dict,
+    with_run,
+    without_effect,
+)
 from rec.corpus import Corpus
 from rec.data_prep.dataset import open_dataset
-from rec.errors import UserError, command_parser, run_command
+from rec.errors import UserError, command_parser, run_command, warn
 from rec.ranking.count_features import CountFeatures
 from rec.ranking.train import TrainedRanking, load_ranking
 from rec.recommender import RecommenderModule, load_bundle
@@ -60,46 +73,57 @@ def export_retrieval(trained: TrainedRetrieval, config: Config) -> Path:
     )
     if "fallback" in report:
         print(f"index: exact instead of {kind}: {report['fallback']}", file=sys.stderr)
+    if wanted.max_seen < model.config.window:
+        warn(
+            f"index.max_seen: {wanted.max_seen} is also how much of a known user's stored history "
+            f"is read: less than retrieval.window {model.config.window}"
+        )
     with tempfile.TemporaryDirectory() as assets:
         module = RetrievalModule(
             model, index, Lookup(corpus, history, wanted.max_seen, Path(assets)), k
         )
         about = _about(corpus, model, trained.state, trained.description)
+        config = with_run(config, trained.description)
         return _save("retrieval", module, config, **about, index=report, built_from={})
 
 
-def export_ranking(trained: TrainedRanking, config: Config) -> Path:
-    """Writes the ranking bundle for the newest bundle of its retrieval model, whose towers it takes along.
+def export_ranking(trained: TrainedRanking, config: Config, source: Path) -> Path:
+    """Writes the ranking bundle for `source`, the bundle of its retrieval model, whose towers it takes along.
 
     Returns the bundle's directory.
     """
     retrieval = trained.retrieval
     corpus = retrieval.corpus
-    source = registry.read_metadata(bundle_of(config, retrieval.description))
     counts = CountFeatures(corpus.train, corpus.items.rows)
     with tempfile.TemporaryDirectory() as assets:
         history = corpus.history("test")
         lookup = Lookup(corpus, history, config.index.max_seen, Path(assets))
         module = RankingModule(trained.model, retrieval.model, counts, lookup)
         about = _about(corpus, trained.model, trained.state, trained.description)
-        return _save("ranking", module, config, **about, built_from=_identities(source))
+        config = with_run(with_run(config, retrieval.description), trained.description)
+        built_from = _identities(registry.read_metadata(source))
+        return _save("ranking", module, config, **about, built_from=built_from)
 
 
 def export_recommender(retrieval: Path, ranking: Path, config: Config) -> Path:
     """Composes two published bundles into one and publishes it. Raises UserError if they are not a pair."""
     first, second = registry.verify(retrieval, "retrieval"), registry.verify(ranking, "ranking")
     registry.check_pair(first, second, ranking)
-    items, count = (
-        pd.read_parquet(retrieval / "items.parquet"),
-        second["config"]["ranking"]["candidates"],
-    )
+    items = pd.read_parquet(retrieval / "items.parquet")
+    count = second["config"]["ranking"]["candidates"]
     module = RecommenderModule(
         load_bundle(retrieval), load_bundle(ranking), count, items["item_id"]
     )
-    kept = {key: first[key] for key in ("index", "dataset", "vocabulary")}
-    kept |= {key: second[key] for key in ("metrics", "run_id")}
-    told = {"architecture": "recommender", "built_from": _identities(first, second)}
-    return _save("recommender", module, config, items, **kept, **told)
+    metadata = {key: first[key] for key in ("index", "dataset", "vocabulary")}
+    metadata |= {key: second[key] for key in ("metrics", "run_id")}
+    metadata |= {"architecture": "recommender", "built_from": _identities(first, second)}
+    config = with_run(with_run(config, first["run"]), second["run"])
+    config = replace(
+        config,
+        index=Index(**first["config"]["index"]),
+        ranking=replace(config.ranking, candidates=count),
+    )
+    return _save("recommender", module, config, items, **metadata)
 
 
 def _about(corpus: Corpus, model: Any, state: TrainState, run: dict[str, Any]) -> dict[str, Any]:
@@ -180,36 +204,96 @@ def _git_commit() -> str | None:
 
 def main() -> None:
     parser = command_parser("rec.export", __doc__)
-    parser.add_argument("--stage", required=True, choices=registry.STAGES)
-    parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/STAGE of the config")
+    parser.add_argument("--stage", required=True, choices=(*registry.STAGES, "all"))
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="of --stage retrieval or ranking; default: STAGE in output.checkpoints of the config",
+    )
     add_config_arguments(parser)
     args = parser.parse_args()
-    start = time.perf_counter()
-    bundle = export_stage(load_config(args.config, args.overrides), args.stage, args.checkpoint)
-    seconds = round(time.perf_counter() - start, 1)
-    print(
-        json.dumps(
-            {
-                "stage": args.stage,
-                "bundle": str(bundle),
-                "version": int(bundle.name),
-                "seconds": seconds,
-            }
+    if args.checkpoint and args.stage in ("recommender", "all"):
+        raise UserError(
+            f"--checkpoint is for one checkpoint, and --stage {args.stage} needs two: "
+            "use --set output.checkpoints=DIR"
         )
-    )
+    config = load_config(args.config, args.overrides)
+    if args.stage == "all":
+        print(json.dumps(export_all(config)))
+        return
+    print(json.dumps(export_stage(config, args.stage, args.checkpoint)))
 
 
-def export_stage(config: Config, stage: str, checkpoint: Path | None) -> Path:
-    """Exports a stage from its checkpoint, or composes the recommender from the latest pair."""
+def export_stage(config: Config, stage: str, checkpoint: Path | None = None) -> dict[str, Any]:
+    """Exports a stage from its checkpoint, or composes the recommender from the latest pair; returns the JSON."""
+    start = time.perf_counter()
     if stage == "recommender":
         ranking = registry.resolve(Path(config.output.savedmodels) / "ranking")
-        return export_recommender(registry.retrieval_of(ranking), ranking, config)
-    places = {name: Path(config.output.checkpoints) / name for name in ("retrieval", "ranking")}
-    places |= {stage: checkpoint or places[stage]}
-    retrieval = load_retrieval(places["retrieval"], open_dataset(config.dataset))
+        bundle = export_recommender(registry.retrieval_of(ranking), ranking, config)
+        return _answer(bundle, start)
     if stage == "retrieval":
-        return export_retrieval(retrieval, config)
-    return export_ranking(load_ranking(places["ranking"], retrieval), config)
+        bundle = export_retrieval(_load_retrieval(config, checkpoint), config)
+        _warn_of_older_pair(config, bundle)
+        return _answer(bundle, start)
+    retrieval = _load_retrieval(config)
+    trained = _load_ranking(config, retrieval, checkpoint)
+    source = bundle_of(config, retrieval.description)
+    return _answer(export_ranking(trained, config, source), start)
+
+
+def export_all(config: Config) -> dict[str, dict[str, Any]]:
+    """Exports both stages from their checkpoints, and their composition; returns the command's JSON.
+
+    Raises UserError before anything is published if a checkpoint is missing, or if the two are no pair.
+    """
+    start = time.perf_counter()
+    retrieval = _load_retrieval(config)
+    ranking = _load_ranking(config, retrieval)
+    first = export_retrieval(retrieval, config)
+    answer = {"retrieval": _answer(first, start)}
+    start = time.perf_counter()
+    second = export_ranking(ranking, config, first)
+    answer["ranking"] = _answer(second, start)
+    start = time.perf_counter()
+    answer["recommender"] = _answer(export_recommender(first, second, config), start)
+    return answer
+
+
+def _load_retrieval(config: Config, checkpoint: Path | None = None) -> TrainedRetrieval:
+    directory = checkpoint or Path(config.output.checkpoints) / "retrieval"
+    retrieval = load_retrieval(directory, open_dataset(config.dataset))
+    warn(*overruled(config, retrieval.description, ("retrieval", "features")))
+    warn(*without_effect(config, retrieval.corpus.facts, ("index",)))
+    return retrieval
+
+
+def _load_ranking(
+    config: Config, retrieval: TrainedRetrieval, checkpoint: Path | None = None
+) -> TrainedRanking:
+    directory = checkpoint or Path(config.output.checkpoints) / "ranking"
+    trained = load_ranking(directory, retrieval)
+    warn(*overruled(config, trained.description, ("ranking",)))
+    return trained
+
+
+def _warn_of_older_pair(config: Config, bundle: Path) -> None:
+    """A server follows the latest ranking bundle: a new retrieval bundle alone does not reach it."""
+    stage_dir = Path(config.output.savedmodels) / "ranking"
+    if registry.versions(stage_dir):
+        warn(
+            f"no server follows {bundle}: ranking {max(registry.versions(stage_dir))} belongs to "
+            "another retrieval bundle; python -m rec.export --stage all exports both"
+        )
+
+
+def _answer(bundle: Path, start: float) -> dict[str, Any]:
+    """The command's JSON for a bundle whose export began at `start`."""
+    return {
+        "stage": bundle.parent.name,
+        "bundle": str(bundle),
+        "version": int(bundle.name),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
 
 
 def bundle_of(config: Config, run: dict[str, Any]) -> Path:

@@ -4,8 +4,8 @@
     python -m rec.recommend --history i1 i2 --k 5         from a history, oldest first
     python -m rec.recommend                               asks for users, one after the other
 
-Tables go to stderr. The last line of stdout is JSON: {"users": [{"user_id", "cold_start", "items": [{"item_id", "score",
-"title"}, ..]}, ..]}; `score` is null for an item that has not been scored.
+Tables go to stderr. The last line of stdout is JSON: {"users": [{"user_id", "cold_start", "items": [{"item_id",
+"score", "title"}, ..]}, ..]}; `score` is null for an item that has not been scored.
 """
 
 import json

@@ -21,10 +21,18 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from rec.config import Config, add_config_arguments, load_config
+from rec.config import (
+    Config,
+    add_config_arguments,
+    load_config,
+    overruled,
+    to_dict,
+    with_run,
+    without_effect,
+)
 from rec.corpus import load_corpus
 from rec.data_prep.dataset import Dataset, open_dataset
-from rec.errors import UserError, command_parser, run_command
+from rec.errors import UserError, command_parser, run_command, warn
 from rec.evaluate import evaluate, show_recommendations, show_systems
 from rec.export import bundle_of, export_ranking, export_recommender, export_retrieval
 from rec.ops.distributed import distribution_of, exit_unless_chief
@@ -35,7 +43,7 @@ from rec.ranking.train import MODELS, load_ranking, train_ranking
 from rec.retrieval.encoders import ENCODERS
 from rec.retrieval.model import RetrievalModel
 from rec.retrieval.train import TrainedRetrieval, load_retrieval, train_retrieval
-from rec.training import Distribution, OneProcess, TrainState
+from rec.training import Distribution, OneProcess, TrainState, read_description
 
 Answer = dict[str, Any]  # the command's JSON
 
@@ -45,6 +53,7 @@ def run_retrieval(config: Config, distribution: Distribution) -> tuple[TrainedRe
     start = time.perf_counter()
     dataset = open_dataset(config.dataset)
     corpus = load_corpus(dataset, config.features)
+    warn(*without_effect(config, corpus.facts, ("retrieval", "index")))
     with track(config, "retrieval") as tracker:
         trained = train_retrieval(config, corpus, distribution=distribution, tracker=tracker)
         exit_unless_chief(distribution)
@@ -66,7 +75,10 @@ def run_ranking(
     dataset = open_dataset(config.dataset)
     if retrieval is None:
         retrieval = load_retrieval(retrieval_checkpoint(config), dataset)
+        warn(*overruled(config, retrieval.description, ("retrieval", "features")))
     check_dataset(config, retrieval, dataset)
+    check_ranking(with_run(config, retrieval.description), dataset, init_from)
+    warn(*without_effect(config, retrieval.corpus.facts, ("ranking",)))
     source = bundle_of(config, retrieval.description)  # refuses before training if there is none
     train = train_ratings if config.ranking.objective == "rating" else train_ranking
     with track(config, "ranking") as tracker:
@@ -82,13 +94,14 @@ def run_ranking(
         if not isinstance(distribution, OneProcess):
             trained = load_ranking(Path(config.output.checkpoints) / "ranking", retrieval)
         tracker.use(source)
-        bundle = export_ranking(trained, config)
+        bundle = export_ranking(trained, config, source)
         tracker.log_bundle(bundle)
     return _answer("ranking", bundle, trained.state, start)
 
 
 def run_all(config: Config, init_from: Path | None, distribution: Distribution) -> Answer:
     """Both stages and their composition. Ends with a table of the test metrics and recommendations for three users."""
+    check_ranking(config, open_dataset(config.dataset), init_from)
     trained, retrieval = run_retrieval(config, distribution)
     ranking = run_ranking(config, init_from, distribution, trained)
     start = time.perf_counter()
@@ -125,6 +138,37 @@ def check_dataset(config: Config, retrieval: TrainedRetrieval, dataset: Dataset)
         raise UserError(
             f"{retrieval_checkpoint(config)} was trained on another data set than {config.dataset}: "
             "run python -m rec.train --stage retrieval first"
+        )
+
+
+def check_ranking(config: Config, dataset: Dataset, init_from: Path | None) -> None:
+    """To be called before training. `config` says what the retrieval model is trained with.
+
+    Raises:
+      UserError: the data have no ratings to train on, or the checkpoint `init_from` is of another kind of model.
+    """
+    if config.ranking.objective == "rating" and not dataset.has_ratings:
+        raise UserError(
+            f"ranking.objective: rating needs a column of ratings, and {dataset.path} has none"
+        )
+    if init_from is None:
+        return
+    found = read_description(init_from)
+    if found is None or found["stage"] != "retrieval":
+        raise UserError(
+            f"--init-from-retrieval: {init_from} holds no finished retrieval checkpoint"
+        )
+    _check_same("dataset", init_from, found["dataset"], dataset.id)
+    _check_same("features", init_from, found["features"], to_dict(config)["features"])
+    dim = config.retrieval.embedding_dim
+    _check_same("retrieval.embedding_dim", init_from, found["retrieval"]["embedding_dim"], dim)
+
+
+def _check_same(key: str, checkpoint: Path, found: object, wanted: object) -> None:
+    if found != wanted:
+        raise UserError(
+            f"--init-from-retrieval: {checkpoint} was trained with another {key} than the model: "
+            "name a checkpoint of the same data set, features and retrieval.embedding_dim"
         )
 
 

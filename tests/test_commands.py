@@ -13,11 +13,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
+from fastapi.testclient import TestClient
 
+from rec import registry
 from rec.config import load_config
-from rec.data_prep.dataset import digest, open_dataset
-from rec.recommender import load_bundle
-from rec.registry import read_metadata, versions
+from rec.data_prep.dataset import open_dataset
+from rec.recommender import Recommender, load_bundle
+from rec.registry import STAGES, read_metadata, versions
+from rec.serving.app import create_app
+from rec.serving.gate import Tokens
+from rec.serving.service import Service
 from tests.conftest import ROOT, Trained, environment, run
 
 
@@ -117,24 +122,64 @@ def test_ratings_are_predicted_on_their_own_scale(copy: tuple[str, ...], trained
     assert ((scores > 0) & (scores < 6)).all()
 
 
-def test_items_that_came_since_are_exported_without_training(
-    copy: tuple[str, ...], trained: Trained, tmp_path: Path
+@pytest.fixture
+def newer(trained: Trained, tmp_path: Path) -> Path:
+    """The data set that was trained on, prepared again with one item more, which nobody has met."""
+    files = tmp_path / "files"
+    files.mkdir()
+    dataset = open_dataset(trained.dataset)
+    items = dataset.items()
+    added = items.head(1).assign(item_id="brand-new", title="Brand New Western")
+    pd.concat([items, added]).to_parquet(files / "items.parquet")
+    dataset.users().to_parquet(files / "users.parquet")
+    command: list[object] = ["--output-dir", tmp_path / "newer", "--timestamp-col", "timestamp"]
+    command += ["--rating-col", "rating"]
+    for split in ("train", "val", "test"):
+        dataset.interactions(split).to_parquet(files / f"{split}.parquet")
+        command += [f"--{split}", files / f"{split}.parquet"]
+    for table in ("users", "items"):
+        command += [f"--{table}", files / f"{table}.parquet"]
+    answer("rec.data_prep.tabular", *command)
+    return tmp_path / "newer"
+
+
+def test_items_that_came_since_reach_a_running_server_by_one_command_without_training(
+    copy: tuple[str, ...], newer: Path, tmp_path: Path
 ):
-    newer = tmp_path / "newer"
-    shutil.copytree(trained.dataset, newer)
-    items = pd.read_parquet(newer / "items.parquet")
-    added = items.head(1).assign(item_id="brand-new")
-    pd.concat([items, added]).to_parquet(newer / "items.parquet", index=False)
-    manifest = json.loads((newer / "dataset.json").read_text())
-    manifest["files"]["items.parquet"] = digest(newer / "items.parquet")
-    (newer / "dataset.json").write_text(json.dumps(manifest))
-    report = answer("rec.export", "--stage", "retrieval", *copy, "--set", f"dataset={newer}")
-    bundle = load_bundle(Path(report["bundle"]))
-    found = bundle.signatures["similar_items"](item_id=tf.constant(["brand-new"]))
-    assert found["item_id"].numpy()[0, 0] != b""
-    assert (
-        "brand-new" in pd.read_parquet(Path(report["bundle"]) / "items.parquet")["item_id"].tolist()
-    )
+    savedmodels = tmp_path / "savedmodels"
+    service = Service(lambda: registry.find_pair(savedmodels), lambda pair: Recommender.load(*pair))
+    service.load()
+    client = TestClient(create_app(service, Tokens(admin=("secret",))))
+    assert client.get("/v1/items", params={"q": "brand new"}).json()["items"] == []
+
+    report = answer("rec.export", "--stage", "all", *copy, "--set", f"dataset={newer}")
+    assert {stage: part["version"] for stage, part in report.items()} == dict.fromkeys(STAGES, 2)
+    reload = client.post("/v1/models/reload", headers={"Authorization": "Bearer secret"})
+    assert reload.json()["models"] == {"retrieval": 2, "ranking": 2}
+
+    found = client.get("/v1/items", params={"q": "brand new"}).json()["items"]
+    assert [item["item_id"] for item in found] == ["brand-new"]
+    wanted = {"user_id": "u7", "filter": {"title": ["Brand New Western"]}, "k": 1}
+    (best,) = client.post("/v1/recommend", json=wanted).json()["items"]
+    assert best["item_id"] == "brand-new" and best["score"] is not None
+    after = client.post("/v1/recommend", json={"history": ["brand-new"], "k": 5}).json()
+    assert len(after["items"]) == 5 and not after["cold_start"]
+    similar = client.get("/v1/items/brand-new/similar", params={"k": 3}).json()["items"]
+    assert len(similar) == 3
+
+
+def test_a_retrieval_bundle_alone_is_said_to_reach_no_server(copy: tuple[str, ...]):
+    exact = ("--set", "index.kind=exact", "--set", "index.recall_target=.8")
+    done = run("rec.export", "--stage", "retrieval", *copy, *exact, "--set", "retrieval.epochs=9")
+    assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert warnings[:2] == [
+        "warning: retrieval.epochs: 9 has no effect: the checkpoint was trained with 2",
+        "warning: index.recall_target: 0.8 has no effect: index.kind exact does not read it",
+    ]
+    assert "no server follows" in warnings[2] and "--stage all" in warnings[2]
+    bundle = Path(json.loads(done.stdout.splitlines()[-1])["bundle"])
+    assert read_metadata(bundle)["config"]["retrieval"]["epochs"] == 2
 
 
 def test_mistakes_are_one_sentence(trained: Trained, tmp_path: Path, copy: tuple[str, ...]):
@@ -150,6 +195,9 @@ def test_mistakes_are_one_sentence(trained: Trained, tmp_path: Path, copy: tuple
     )
     assert "is not a dataset directory" in error(
         "rec.evaluate", *copy, "--set", f"dataset={tmp_path / 'none'}"
+    )
+    assert "--checkpoint is for one checkpoint" in error(
+        "rec.export", "--stage", "all", "--checkpoint", tmp_path, *copy
     )
     assert "unknown key; did you mean retrieval.epochs?" in error(
         "rec.evaluate", *copy, "--set", "retrieval.epoch=3"

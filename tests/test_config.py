@@ -4,11 +4,25 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from rec.config import Config, Ranking, add_config_arguments, load_config, to_dict
+from rec.config import (
+    UNREAD,
+    Config,
+    DataFacts,
+    Ranking,
+    Retrieval,
+    add_config_arguments,
+    load_config,
+    overruled,
+    to_dict,
+    with_data_defaults,
+    with_run,
+    without_effect,
+)
 from rec.errors import UserError
 
 CONFIGS = sorted(Path(__file__).parent.parent.glob("config/**/*.yaml"))
@@ -274,3 +288,147 @@ def test_a_folder_is_not_a_config(write: Path) -> None:
     write.mkdir()
     with pytest.raises(UserError, match=r"^x.yaml: Is a directory$"):
         load_config(write)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Keys without effect
+
+YOUR_DATA = Path(__file__).parent.parent / "config" / "your_data.yaml"  # sets nothing else
+ALL_SECTIONS = ("features", "retrieval", "ranking", "index")
+DATA = DataFacts(
+    ordered=True, interactions=10**6, trained_items=5000, items=6000, has_user_features=False
+)
+SETS = replace(DATA, ordered=False)  # what the autoencoder is for
+
+
+def said(*overrides: str, data: DataFacts = DATA) -> list[str]:
+    """What is said of the defaults with these overrides."""
+    config = load_config(YOUR_DATA, overrides)
+    return without_effect(config, data, ALL_SECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "data", "sentence"),
+    [
+        (
+            ["retrieval.arch=gru4rec", "retrieval.heads=4"],
+            DATA,
+            "retrieval.heads: 4 has no effect: retrieval.arch gru4rec does not read it",
+        ),
+        (
+            ["retrieval.arch=two_tower", "retrieval.layers=3"],
+            DATA,
+            "retrieval.layers: 3 has no effect: retrieval.arch two_tower does not read it",
+        ),
+        (
+            ["retrieval.temperature=.5"],
+            SETS,
+            "retrieval.temperature: 0.5 has no effect: retrieval.arch autoencoder does not read it",
+        ),
+        (
+            ["retrieval.dropout=.5"],
+            SETS,
+            "retrieval.dropout: 0.5 has no effect: retrieval.arch autoencoder has it only on user "
+            "features, user_id and query_time",
+        ),
+        (
+            ["retrieval.arch=sasrec", "retrieval.query_time=true"],
+            SETS,
+            "retrieval.query_time: true has no effect: the interactions have no timestamps",
+        ),
+        (
+            ["retrieval.uniform_negatives=9000"],
+            DATA,
+            "retrieval.uniform_negatives: 9000 has no effect: training has only 5,000 items, so it "
+            "takes all of them",
+        ),
+        (
+            ["retrieval.in_batch_negatives=64"],
+            replace(DATA, trained_items=2048),
+            "retrieval.in_batch_negatives: 64 has no effect: the softmax is over all 2,048 items, "
+            "which are no more than retrieval.uniform_negatives 2,048",
+        ),
+        (
+            ["retrieval.logq=false"],
+            replace(DATA, trained_items=100),
+            "retrieval.logq: false has no effect: the softmax is over all 100 items, which are no "
+            "more than retrieval.uniform_negatives 2,048",
+        ),
+        (
+            ["ranking.l2=.1"],
+            DATA,
+            "ranking.l2: 0.1 has no effect: ranking.objective implicit does not read it",
+        ),
+        (
+            ["ranking.objective=rating", "ranking.holdout=.3"],
+            DATA,
+            "ranking.holdout: 0.3 has no effect: ranking.objective rating does not read it",
+        ),
+        (
+            ["index.kind=exact", "index.recall_target=.9"],
+            DATA,
+            "index.recall_target: 0.9 has no effect: index.kind exact does not read it",
+        ),
+        (
+            ["index.k=200"],
+            replace(DATA, items=150),
+            "index.k: 200 has no effect: the catalogue has only 150 items",
+        ),
+    ],
+)
+def test_a_key_that_was_set_and_has_no_effect_is_said_with_its_value_and_the_reason(
+    overrides: list[str], data: DataFacts, sentence: str
+) -> None:
+    assert said(*overrides, data=data) == [sentence]
+
+
+def test_what_has_an_effect_or_was_not_set_is_not_said() -> None:
+    assert said() == said(data=replace(DATA, trained_items=3, items=3)) == said(data=SETS) == []
+    assert said("retrieval={arch: sasrec, heads: 4, layers: 3, temperature: .1}") == []
+    assert said("retrieval.dropout=.5", data=replace(SETS, has_user_features=True)) == []
+    assert said("ranking={objective: rating, l2: .1, candidates: 50}") == []
+    config = Config(dataset="d", retrieval=Retrieval(arch="two_tower", layers=3))
+    assert without_effect(config, DATA, ("ranking", "index")) == []
+
+
+def test_the_keys_that_only_some_read_exist_and_so_do_their_readers() -> None:
+    import rec.ops.ratings  # noqa: F401  (registers an objective)
+    from rec.ranking.train import MODELS
+    from rec.retrieval.encoders import ENCODERS
+
+    registered = {"retrieval.arch": list(ENCODERS), "ranking.objective": list(MODELS)}
+    for key, (decider, values) in UNREAD.items():
+        section, _, name = key.partition(".")
+        assert hasattr(getattr(Config(dataset="d"), section), name)
+        for value in values:
+            load_config(CONFIGS[0], [f"{decider}={value}"])
+            assert decider == "index.kind" or value in registered[decider]
+
+
+def test_a_checkpoints_settings_count_and_others_are_said() -> None:
+    trained = with_data_defaults(
+        Retrieval(arch="gru4rec", epochs=3), ordered=True, interactions=100
+    )
+    run = {
+        "seed": 7,
+        "features": {"users": {}, "items": "auto"},
+        "retrieval": to_dict(Config(dataset="d", retrieval=trained))["retrieval"],
+    }
+    asked = Config(dataset="d", retrieval=Retrieval(epochs=9, window=50))
+    assert overruled(asked, run, ("retrieval", "features")) == [
+        "retrieval.epochs: 9 has no effect: the checkpoint was trained with 3"
+    ]
+    used = with_run(asked, run)
+    assert (used.retrieval, used.seed, used.features.users) == (trained, 7, {})
+
+
+def test_a_bundle_may_rank_another_number_of_candidates_than_its_ranker_was_trained_on() -> None:
+    ranking = Ranking(hidden=(8, 4), candidates=100)
+    run = {
+        "seed": 42,
+        "features": {"users": "auto", "items": "auto"},
+        "ranking": to_dict(Config(dataset="d", ranking=ranking))["ranking"],
+    }
+    asked = Config(dataset="d", ranking=Ranking(candidates=30))
+    assert overruled(asked, run, ("ranking",)) == []
+    assert with_run(asked, run).ranking == replace(ranking, candidates=30)

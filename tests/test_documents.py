@@ -96,6 +96,8 @@ RUN_BY = {
     "python -m rec.evaluate": "test_commands.py::test_evaluation_measures_the_bundles_beside_popularity",
     "python -m rec.export --stage retrieval --set index.kind=exact": "test_bundle.py::"
     "test_an_exact_bundle_needs_no_custom_operation_and_finds_the_same",
+    "python -m rec.export --stage all": "test_commands.py::"
+    "test_items_that_came_since_reach_a_running_server_by_one_command_without_training",
     "alias promote": "test_promote.py::test_the_story_of_a_promotion",
     "$ promote": "test_promote.py::test_the_story_of_a_promotion",
     "python -m rec.promote --artifact-name": "test_tracking.py::test_from_training_to_production",

@@ -52,9 +52,8 @@ def generate(users: int, items: int, interactions_per_user: int, seed: int) -> d
     rng = np.random.default_rng(seed)
     genre, sequel, item_table = _make_items(items, rng)
     taste, user_table = _make_users(users, rng)
-    per_user = np.clip(
-        rng.gamma(2.0, interactions_per_user / 2.0, users).astype(int), 3, max(items // 2, 3)
-    )
+    per_user = rng.gamma(2.0, interactions_per_user / 2.0, users).astype(int)
+    per_user = np.clip(per_user, 3, most_per_user(items))
     user, item = _walk(taste, genre, sequel, per_user, rng)
     time = _times(user, rng)
 
@@ -67,6 +66,11 @@ def generate(users: int, items: int, interactions_per_user: int, seed: int) -> d
     columns = [*ids, time[order], rating[order].astype(np.float32), np.arange(len(order))]
     interactions = pa.table(columns, ["user_id", "item_id", "timestamp", "rating", "source_row"])
     return {"users": user_table, "items": item_table, "interactions": interactions}
+
+
+def most_per_user(items: int) -> int:
+    """The most interactions of a user: half of the catalogue, so that there is something left to recommend."""
+    return max(items // 2, 3)
 
 
 def _make_items(items: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, pa.Table]:
@@ -205,6 +209,12 @@ def main() -> None:
 
     def load(con: Connection, scratch: Path) -> dict[str, int]:
         note(f"generating {args.users:,} users and {args.items:,} items")
+        most = most_per_user(args.items)
+        if args.interactions_per_user > most:
+            note(
+                f"--interactions-per-user {args.interactions_per_user} is more than half of the "
+                f"{args.items} items: no user gets more than {most}"
+            )
         for name, table in generate(
             args.users, args.items, args.interactions_per_user, args.seed
         ).items():

@@ -113,7 +113,8 @@ def split_interactions(engine: Engine, strategy: str, seed: int) -> dict[str, st
     if not engine.count(
         "split = 'test' and item_id in (select item_id from interactions where split = 'train')"
     ):
-        raise UserError(
-            "no item of test occurs in train, so nothing can be learnt: compare the item ids of both"
-        )
+        hint = "there are too few interactions per item: use more data, or another --split"
+        if strategy == "given":
+            hint = "compare the item ids of the two files"
+        raise UserError(f"no item of test occurs in train, so nothing can be learnt: {hint}")
     return facts

@@ -5,6 +5,7 @@
 - A bundle of this model has the signatures of a ranking bundle. Its scores are ratings.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -139,12 +140,21 @@ def train_ratings(
     known = train if all_known else None
     val = rated_lists(corpus.val, np.arange(len(corpus.val.items)), train, model.window)
 
+    batch_size = settings.batch_size * BATCH_FACTOR
+    learning_rate = settings.learning_rate * RATE_FACTOR
+    print(
+        f"ranking.objective rating: {batch_size:,} ratings per step ({BATCH_FACTOR} times "
+        f"ranking.batch_size), learning rate {learning_rate:g} ({RATE_FACTOR} times "
+        f"ranking.learning_rate), histories of {model.window} items",
+        file=sys.stderr,
+    )
+
     def measure() -> Metrics:
         return {"val/rmse": metrics.rmse(score_lists(model, val, no_counts), val.labels)}
 
     schedule = Schedule(
         epochs=settings.epochs,
-        learning_rate=settings.learning_rate * RATE_FACTOR,
+        learning_rate=learning_rate,
         seed=config.seed,
         monitor="val/rmse",
         patience=settings.patience,
@@ -165,9 +175,7 @@ def train_ratings(
         run.begin(measure())
     for epoch in run.epochs():
         rng = np.random.default_rng([config.seed, epoch])
-        batches = rating_batches(
-            train, known, model.window, settings.batch_size * BATCH_FACTOR, rng
-        )
+        batches = rating_batches(train, known, model.window, batch_size, rng)
         run.save(run.train(batches) | measure())
     if not distribution.is_chief:  # it alone finishes the run
         return TrainedRanking(model, retrieval, run.state, run.description)

@@ -83,6 +83,19 @@ def concatenate_lists(parts: list[CandidateLists]) -> CandidateLists:
     )
 
 
+def no_lists(n: int) -> CandidateLists:
+    """No lists, of length `n`."""
+    nobody = np.zeros(0, np.int32)
+    return CandidateLists(
+        user=nobody,
+        history=np.zeros((0, 1), np.int32),
+        time=np.zeros(0, np.int64),
+        items=np.zeros((0, n), np.int32),
+        scores=np.zeros((0, n), np.float32),
+        labels=np.zeros((0, n), np.float32),
+    )
+
+
 def hold_out(corpus: Corpus, share: float, seed: int) -> tuple[Sequences, Sequences]:
     """Splits the training interactions into (past, labels), in the way of the data set's own split.
 

@@ -15,7 +15,6 @@ import tensorflow_recommenders as tfrs
 
 from rec.config import Ranking
 from rec.corpus import Corpus
-from rec.errors import UserError
 from rec.features import PAD, UNKNOWN, UNKNOWN_USER, Encoder, recent_items
 from rec.ranking.archs import ARCHS
 from rec.ranking.candidates import CandidateLists
@@ -162,15 +161,8 @@ class RankingModel(tfrs.Model):
     def start_from(self, retrieval: RetrievalModel) -> None:
         """Takes over the retrieval model's item embeddings, and its user embeddings if it has any.
 
-        Raises:
-          UserError: the two models' embeddings have different widths.
+        Both models must have the same vocabularies, feature columns and width.
         """
-        if retrieval.config.embedding_dim != self._dim:
-            raise UserError(
-                f"--init-from-retrieval: that checkpoint's embeddings have {retrieval.config.embedding_dim} "
-                f"dimensions, the model's have {self._dim}: name a checkpoint with the same "
-                "retrieval.embedding_dim and data set"
-            )
         self.items.start_from(retrieval.candidate_tower.items)
         users = retrieval.query_tower.users
         if users is not None and users.ids is not None:
@@ -237,7 +229,7 @@ def score_lists(
     batch_size: int = 256,
 ) -> np.ndarray:
     """The model's scores of all lists, [Q, N] float32, LOWEST for empty places. `counts`: CountFeatures, or alike."""
-    parts = []
+    parts = [np.zeros((0, lists.items.shape[1]), np.float32)]
     for begin in range(0, len(lists), batch_size):
         part = lists.take(np.arange(begin, min(begin + batch_size, len(lists))))
         features = counts(part.history, part.items, part.time)

@@ -10,6 +10,7 @@ Point 2 is where two-stage systems leak: a ranker that is trained on lists of a 
 trust the retrieval score, and fails in service.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from rec import metrics
 from rec.checkpoint import describe, read_run
 from rec.config import Config, Ranking
 from rec.corpus import Corpus
-from rec.errors import UserError
+from rec.errors import UserError, warn
 from rec.ranking.candidates import (
     CandidateLists,
     first_queries,
     hold_out,
     list_batches,
     mine,
+    no_lists,
     training_queries,
 )
 from rec.ranking.count_features import CountFeatures
@@ -36,6 +38,7 @@ from rec.retrieval.model import RetrievalModel
 from rec.retrieval.popularity import set_popularity_bias
 from rec.retrieval.train import TrainedRetrieval, train_miner
 from rec.retrieval.validation import MAX_USERS, mean_metrics
+from rec.sequences import Sequences
 from rec.training import (
     Distribution,
     Metrics,
@@ -89,9 +92,6 @@ def train_ranking(
     Args:
       init_from: the model whose embeddings the ranker starts from; by default the miner's, which have not seen the
         labels. `init_name` says in the run's description which one it is.
-
-    Raises:
-      UserError: no mined list holds a right item.
     """
     settings = config.ranking
     corpus = retrieval.corpus
@@ -107,7 +107,7 @@ def train_ranking(
     )
 
     schedule = Schedule(
-        epochs=settings.epochs,
+        epochs=settings.epochs if len(mined.train) else 0,
         learning_rate=settings.learning_rate,
         seed=config.seed,
         monitor=GAIN,
@@ -149,36 +149,54 @@ def build_ranking_model(config: Ranking, retrieval: TrainedRetrieval) -> Ranking
 def mine_training_lists(
     config: Config, retrieval: TrainedRetrieval, distribution: Distribution
 ) -> MinedLists:
-    """Steps 1 to 4: holds labels out, trains the miner on the rest, mines and labels its lists."""
-    settings = config.ranking
+    """Steps 1 to 4: holds labels out, trains the miner on the rest, mines and labels its lists.
+
+    Without a list to train on, the ranker stays what it is at the start: retrieval's order.
+    """
     corpus = retrieval.corpus
-    past, labels = hold_out(corpus, settings.holdout, config.seed)
+    past, labels = hold_out(corpus, config.ranking.holdout, config.seed)
+    lists = no_lists(config.ranking.candidates)
+    miner = retrieval.model
+    if len(labels.items):
+        miner = _train_miner(config, retrieval, past, distribution)
+        next_item = asks_for_next_item(corpus)
+        queries = training_queries(labels, next_item=next_item, most=MAX_LISTS, seed=config.seed)
+        n = config.ranking.candidates
+        lists = mine(miner, past, labels, queries, n, next_item=next_item).with_hits()
+    if not len(lists):
+        warn(
+            "no candidate list holds a right item, so the ranker keeps retrieval's order: "
+            "it needs users with two or more training interactions, or a better retrieval model"
+        )
+    is_held_out = lists.user % HOLDOUT_EVERY == 0
+    if is_held_out.all():  # of very few users, all are trained on
+        is_held_out = np.zeros_like(is_held_out)
+    return MinedLists(
+        train=lists.take(np.flatnonzero(~is_held_out)),
+        holdout=lists.take(np.flatnonzero(is_held_out)),
+        counts=CountFeatures(past, corpus.items.rows),
+        miner=miner,
+    )
+
+
+def _train_miner(
+    config: Config, retrieval: TrainedRetrieval, past: Sequences, distribution: Distribution
+) -> RetrievalModel:
+    """The retrieval model's twin that has seen `past` only, with the same popularity bias."""
+    print(
+        "training a retrieval model without the ranker's labels, to mine its candidates",
+        file=sys.stderr,
+    )
     miner = train_miner(
         replace(config, retrieval=retrieval.model.config),
-        corpus,
+        retrieval.corpus,
         past,
         epochs=max(1, retrieval.state.best_epoch),
         distribution=distribution,
     )
     bias = retrieval.model.candidate_tower.popularity_bias.setting
     set_popularity_bias(miner, past, **bias)
-    next_item = asks_for_next_item(corpus)
-    queries = training_queries(labels, next_item=next_item, most=MAX_LISTS, seed=config.seed)
-    lists = mine(miner, past, labels, queries, settings.candidates, next_item=next_item)
-    lists = lists.with_hits()
-    is_held_out = lists.user % HOLDOUT_EVERY == 0
-    train = lists.take(np.flatnonzero(~is_held_out))
-    if not len(train):
-        raise UserError(
-            "no candidate list holds a right item: retrieval is too weak to train a ranker on; "
-            "train it longer"
-        )
-    return MinedLists(
-        train=train,
-        holdout=lists.take(np.flatnonzero(is_held_out)),
-        counts=CountFeatures(past, corpus.items.rows),
-        miner=miner,
-    )
+    return miner
 
 
 def asks_for_next_item(corpus: Corpus) -> bool:

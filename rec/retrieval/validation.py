@@ -68,9 +68,10 @@ def factorized_top_k(model: RetrievalModel, corpus: Corpus) -> dict[str, float]:
     val = corpus.val
     candidates = model.candidates()
     row_names = tf.strings.as_string(tf.range(FIRST_ITEM, FIRST_ITEM + model.n_items))
-    search = tfrs.layers.factorized_top_k.BruteForce(k=min(max(FACTORIZED_KS), model.n_items))
+    depths = [min(k, model.n_items) for k in FACTORIZED_KS]  # TFRS fails beyond the catalogue
+    search = tfrs.layers.factorized_top_k.BruteForce(k=max(depths))
     search.index(candidates, row_names)
-    metric = tfrs.metrics.FactorizedTopK(candidates=search, ks=FACTORIZED_KS)
+    metric = tfrs.metrics.FactorizedTopK(candidates=search, ks=depths)
     drawn = np.random.default_rng(0).permutation(len(val.items))[:MAX_INTERACTIONS]
     drawn = np.sort(drawn)
     owners = val.users

@@ -5,7 +5,6 @@ import pytest
 import tensorflow as tf
 
 from rec.config import Ranking, Retrieval
-from rec.errors import UserError
 from rec.features import PAD
 from rec.ops.ratings import RatingModel, rated_lists, squared_error
 from rec.optimizer import LazyAdam
@@ -157,11 +156,6 @@ def test_embeddings_can_start_from_retrieval():
     rows = tf.constant([3, 8])
     assert (model.items(rows).numpy() == towers.candidate_tower.items(rows).numpy()).all()
     assert (model.users(rows[:1]).numpy() == towers.query_tower.users(rows[:1]).numpy()).all()
-
-
-def test_embeddings_of_another_size_are_refused():
-    with pytest.raises(UserError, match="--init-from-retrieval"):
-        RankingModel(Ranking(hidden=(8,)), 4, 16, SMALL).start_from(retrieval())
 
 
 def test_a_loss_looks_only_at_places_that_hold_a_candidate():

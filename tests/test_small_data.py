@@ -1,0 +1,153 @@
+"""Data smaller than the numbers in the code: trained, measured and asked, or refused before training starts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rec.config import load_config
+from rec.data_prep.dataset import open_dataset
+from rec.evaluate import evaluate, load_latest, show_systems
+from rec.train import run_ranking, run_retrieval
+from rec.training import OneProcess
+from tests.conftest import ROOT, environment
+
+Pairs = list[tuple[str, str]]  # users and items, in order of time
+
+# Prepares a data set per list of arguments, all in one process, as the command would. Prints what each ends with.
+PREPARE = """
+import contextlib, io, json, sys
+from rec.data_prep import dummy, tabular
+from rec.errors import UserError
+found = []
+for module, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [module, *arguments]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            {"dummy": dummy, "tabular": tabular}[module].main()
+            found.append("")
+        except UserError as error:
+            found.append(str(error))
+print(json.dumps(found))
+"""
+
+# Each of 12 users meets all of 5 items, from another one on: nothing is left to recommend but what is held out.
+EVERYTHING = [(f"u{user}", f"i{(step + user) % 5}") for step in range(5) for user in range(12)]
+TRAINABLE: dict[str, tuple[Pairs, list[str]]] = {
+    "one_item": ([(f"u{user}", "i") for user in range(10)], ["--split", "temporal"]),
+    "everything_seen": (EVERYTHING, ["--split", "leave_one_out"]),
+    # Four users at a time: those of validation and test have no history.
+    "new_users_only": (
+        [(f"u{event // 4}", f"i{event * 7 % 15}") for event in range(120)],
+        ["--split", "temporal"],
+    ),
+    # All of one second, and of each user one interaction for training: there is nothing to rank by.
+    "one_each": (
+        [("u", "a"), ("u", "b"), ("u", "c"), ("v", "c"), ("v", "a"), ("v", "b")],
+        ["--split", "leave_one_out"],
+    ),
+}
+REFUSED: dict[str, tuple[Pairs, list[str], str]] = {
+    "one_row": ([("u", "i")], ["--split", "temporal"], "the temporal split leaves val empty"),
+    "one_user": (
+        [("u", f"i{step}") for step in range(9)],
+        ["--split", "leave_one_out"],
+        "no item of test occurs in train",
+    ),
+    "one_interaction_per_user": (
+        [(f"u{user}", "i") for user in range(9)],
+        ["--split", "leave_one_out"],
+        "no user has three interactions",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """Where the data sets are, and what preparation said of each: nothing, or why it is refused."""
+    root = tmp_path_factory.mktemp("small")
+    commands = [["dummy", "--output-dir", f"{root}/dummy", "--users", "10", "--items", "20"]]
+    for name, (pairs, options, *_) in {**TRAINABLE, **REFUSED}.items():
+        second = 0 if name == "one_each" else 3600
+        lines = [
+            f"{user},{item},{1_600_000_000 + at * second},{at % 5 + 1}"
+            for at, (user, item) in enumerate(pairs)
+        ]
+        header = "user_id,item_id,timestamp,rating"
+        (root / f"{name}.csv").write_text("\n".join([header, *lines]) + "\n")
+        columns = ["--timestamp-col", "timestamp", "--rating-col", "rating"]
+        if name == "everything_seen":  # without times: a model of sets
+            columns = columns[2:]
+        command = ["tabular", "--interactions", f"{root}/{name}.csv", *columns, *options]
+        commands.append([*command, "--output-dir", f"{root}/{name}"])
+    done = subprocess.run(
+        [sys.executable, "-c", PREPARE, json.dumps(commands)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    names = ["dummy", *TRAINABLE, *REFUSED]
+    return root, dict(zip(names, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_too_little_for_a_split_is_refused_by_preparation(
+    name: str, prepared: tuple[Path, dict[str, str]]
+) -> None:
+    assert REFUSED[name][2] in prepared[1][name]
+
+
+@pytest.mark.parametrize(
+    ("name", "retrieval", "ranking", "objective"),
+    [
+        ("one_item", "sasrec", "mlp", "implicit"),
+        ("everything_seen", "autoencoder", "dlrm", "rating"),
+        ("new_users_only", "gru4rec", "dcn", "listwise"),
+        ("one_each", "two_tower", "mlp", "implicit"),
+        ("dummy", "sasrec", "dlrm", "implicit"),
+    ],
+)
+def test_small_data_are_trained_measured_and_asked(
+    name: str,
+    retrieval: str,
+    ranking: str,
+    objective: str,
+    prepared: tuple[Path, dict[str, str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root, refusals = prepared
+    assert refusals[name] == ""
+    changes = [
+        f"dataset={root / name}",
+        f"retrieval={{arch: {retrieval}, embedding_dim: 4, epochs: 1}}",
+        f"ranking={{arch: {ranking}, objective: {objective}, epochs: 1, hidden: [4]}}",
+        f"output={{checkpoints: {tmp_path}/checkpoints, savedmodels: {tmp_path}/savedmodels}}",
+    ]
+    config = load_config(ROOT / "config" / "your_data.yaml", changes)
+    dataset = open_dataset(config.dataset)
+    trained, of_retrieval = run_retrieval(config, OneProcess())
+    of_ranking = run_ranking(config, None, OneProcess(), trained)
+    report = evaluate(config, "test", with_baselines=True)
+    show_systems(report)
+    for document in (of_retrieval, of_ranking, report):
+        json.dumps(document, allow_nan=False)
+    keeps_order = "the ranker keeps retrieval's order" in capsys.readouterr().err
+    assert keeps_order == (name == "one_each")
+    assert report["systems"]["recommender"]["recall@100"] > 0
+
+    pair = load_latest(config)
+    known = dataset.interactions("train")["user_id"].iloc[0]
+    first = str(pair.items.index[0])
+    found = pair.answer([known, "", "nobody"], [None, [first], None], [[], [], [first]])
+    assert np.isfinite(found["scores"]).all()
+    for rows, seen in zip(found["rows"], [*pair.histories([known]), [first], [first]], strict=True):
+        items = [str(pair.items.index[row]) for row in rows if row >= 0]
+        assert sorted(items) == sorted(set(pair.items.index) - set(seen))  # each once, all of them
+        assert (rows[len(items) :] == -1).all()
