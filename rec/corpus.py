@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 
 from rec.config import DataFacts, Features
-from rec.data_prep.dataset import Dataset, verify
+from rec.data_prep.dataset import RESERVED, Dataset, verify
+from rec.errors import UserError
 from rec.features import (
     FIRST_ITEM,
     FIRST_USER,
@@ -71,7 +72,8 @@ def load_corpus(
       columns: the encodings of user and item features.
 
     Raises:
-      UserError: a file of the dataset is damaged, or a feature column cannot be what `features` says.
+      UserError: a file is damaged, or a column does not fit: it has a reserved name, is missing, or cannot be encoded
+        as `features` or the checkpoint says.
     """
     verify(dataset)
     users = _vocabulary(
@@ -82,6 +84,12 @@ def load_corpus(
     )
     user_table = _in_order(dataset.users(), "user_id", users)
     item_table = _in_order(dataset.items(), "item_id", items)
+    for name in RESERVED:
+        if name in item_table:
+            raise UserError(
+                f"{dataset.path}: the items have a column {name}, a name that answers use themselves: "
+                "rename it in the items file, and prepare the dataset again"
+            )
     if columns is None:
         is_known_user = np.arange(len(users.ids)) < users.trained
         is_known_item = np.arange(len(items.ids)) < items.trained
@@ -89,6 +97,9 @@ def load_corpus(
             fit_columns(user_table, "user_id", features.users, is_known_user, "features.users"),
             fit_columns(item_table, "item_id", features.items, is_known_item, "features.items"),
         )
+    for table, encoded in ((user_table, columns[0]), (item_table, columns[1])):
+        for column in encoded:
+            column.check(table, str(dataset.path))
     return Corpus(
         dataset_id=dataset.id,
         ordered=dataset.ordered,

@@ -1,6 +1,7 @@
-"""What all commands share: --help shows the module's docstring; a user's mistake is one sentence.
+"""What all commands share.
 
-A programming mistake keeps its traceback.
+--help shows the module's docstring, progress is on stderr, and a user's mistake is one sentence. A programming mistake
+keeps its traceback.
 """
 
 import argparse
@@ -12,10 +13,15 @@ class UserError(ValueError):
     """Bad input from a user: the message is one sentence that says what is wrong, where, and how to mend it."""
 
 
+def note(line: str) -> None:
+    """Progress for a person, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def warn(*sentences: str) -> None:
     """What a user should know although the command goes on: one line each, on stderr."""
     for sentence in sentences:
-        print(f"warning: {sentence}", file=sys.stderr)
+        note(f"warning: {sentence}")
 
 
 def command_parser(module: str, text: str | None) -> argparse.ArgumentParser:

@@ -48,6 +48,7 @@ from rec.ranking.train import TrainedRanking, load_ranking
 from rec.recommender import RecommenderModule, load_bundle
 from rec.retrieval.index import build_index
 from rec.retrieval.train import TrainedRetrieval, load_retrieval
+from rec.tables import read_table
 from rec.training import TrainState
 
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
@@ -109,7 +110,7 @@ def export_recommender(retrieval: Path, ranking: Path, config: Config) -> Path:
     """Composes two published bundles into one and publishes it. Raises UserError if they are not a pair."""
     first, second = registry.verify(retrieval, "retrieval"), registry.verify(ranking, "ranking")
     registry.check_pair(first, second, ranking)
-    items = pd.read_parquet(retrieval / "items.parquet")
+    items = read_table(retrieval / "items.parquet")
     count = second["config"]["ranking"]["candidates"]
     module = RecommenderModule(
         load_bundle(retrieval), load_bundle(ranking), count, items["item_id"]

@@ -3,6 +3,7 @@
 - A `Vocabulary` numbers ids. Row 0 of users is the unknown user; rows 0, 1, 2 of items are PAD, START, UNKNOWN.
 - `fit_columns` learns each feature column's encoding from the rows that training has seen; `Column.encode` applies it.
   A column is of a kind of `TOKENIZERS` or of `NUMBERS`: add a kind by adding a function to one of them.
+  `fit_columns` prints a line per column, and leaves out those that cannot tell one such row from another.
 - `Encoder` (a Keras layer) turns rows into vectors: the id's embedding plus what the feature columns say of the row.
   The encoded columns are part of the layer, so the exported graph computes exactly what training computed.
 
@@ -22,7 +23,8 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from rec.errors import UserError
+from rec.errors import UserError, note
+from rec.tables import ColumnLine, describe_columns, shorten
 
 PAD, START, UNKNOWN, FIRST_ITEM = (
     0,
@@ -88,6 +90,18 @@ class Column:
     def is_tokens(self) -> bool:
         return self.kind in TOKENIZERS
 
+    def check(self, table: pd.DataFrame, where: str) -> None:
+        """Raises UserError if a table, of the dataset `where`, has no such column or it cannot be of this kind."""
+        if self.name not in table:
+            raise UserError(
+                f"{where} has no column {self.name}, which the model was trained with: add it, or train again"
+            )
+        if self.kind in NUMBERS and not _holds_numbers(table[self.name]):
+            raise UserError(
+                f"{where}: column {self.name} holds {table[self.name].dtype}, and the model was trained with "
+                f"{self.kind}: prepare it as it was, or train again"
+            )
+
     def encode(self, table: pd.DataFrame) -> np.ndarray:
         """[n] values -> int32 [n, tokens] (0 = none) or float32 [n, numbers], missing values being zeros."""
         if self.is_tokens:
@@ -121,6 +135,12 @@ def cyclic(seconds: Any) -> list[Any]:
     return waves
 
 
+def _holds_numbers(values: pd.Series) -> bool:
+    """Whether a column can be of a kind of NUMBERS."""
+    is_number = pd.api.types.is_numeric_dtype(values)
+    return is_number or pd.api.types.is_datetime64_any_dtype(values)
+
+
 def _numbers(values: pd.Series) -> np.ndarray:
     """[n] float64; a date becomes its seconds since 1970, a missing value NaN."""
     if pd.api.types.is_datetime64_any_dtype(values):
@@ -134,10 +154,15 @@ def _token_lists(values: pd.Series, kind: str) -> list[list[str]]:
     return [[] if np.ndim(v) == 0 and pd.isna(v) else TOKENIZERS[kind](v) for v in values]
 
 
+def _token(value: Any) -> str:
+    """A value as a token; booleans are written as in JSON."""
+    return str(value).lower() if isinstance(value, (bool, np.bool_)) else str(value)
+
+
 # Kinds of columns that are read as tokens: a value that is not missing -> its tokens.
 TOKENIZERS: dict[str, Callable[[Any], list[str]]] = {
-    "categorical": lambda value: [str(value)],
-    "multi": lambda values: [str(value) for value in values] if np.ndim(values) else [],
+    "categorical": lambda value: [_token(value)],
+    "multi": lambda values: [_token(value) for value in values] if np.ndim(values) else [],
     "text": lambda value: re.findall(r"\w+", str(value).lower()),
 }
 # Kinds that are read as numbers: float64 [n] -> what the model reads of them, [n] each, beside the standardised number.
@@ -149,14 +174,23 @@ NUMBERS: dict[str, Callable[[np.ndarray], list[np.ndarray]]] = {
 
 def infer_kind(values: pd.Series) -> str:
     """The kind that `auto` gives a column: by type; strings are text where most of them differ, else categorical."""
+    return _infer_kind(values)[0]
+
+
+def _infer_kind(values: pd.Series) -> tuple[str, str]:
+    """The kind that `auto` gives a column, and what decided it."""
     present = values.dropna()
     if len(present) and isinstance(present.iloc[0], (list, tuple, np.ndarray)):
-        return "multi"
+        return "multi", "it holds lists"
     if pd.api.types.is_datetime64_any_dtype(values):
-        return "time"
+        return "time", f"it holds {values.dtype}"
+    if pd.api.types.is_bool_dtype(values):
+        return "categorical", "it holds true and false"
     if pd.api.types.is_numeric_dtype(values):
-        return "numeric"
-    return "text" if len(present) and present.nunique() > 0.5 * len(present) else "categorical"
+        return "numeric", f"it holds {str(values.dtype).lower()}"
+    different = present.nunique()
+    kind = "text" if len(present) and different > 0.5 * len(present) else "categorical"
+    return kind, f"{different:,} of {len(present):,} values differ"
 
 
 def fit_columns(
@@ -166,10 +200,12 @@ def fit_columns(
     trained: np.ndarray,
     where: str,
 ) -> tuple[Column, ...]:
-    """Learns the encodings of the declared columns of `table`.
+    """Learns the encodings of the declared columns of `table`, and prints a line per column.
+
+    A column that is the same for all trained rows, or of which no value is known from two of them, is left out.
 
     Args:
-      table: users or items, one row an id.
+      table: users or items, one row per id.
       id_column: the id's column, which is not a feature.
       declared: "auto" or {column: kind}.
       trained: [n] bool, the rows that occur in the training data; only they are learnt from.
@@ -180,41 +216,103 @@ def fit_columns(
     """
     available = [name for name in table.columns if name != id_column]
     if isinstance(declared, str):
-        declared = {name: infer_kind(table[name]) for name in available}
+        kinds = {name: _infer_kind(table[name]) for name in available}
+    else:
+        kinds = {name: (kind, "the config says so") for name, kind in declared.items()}
     seen = table[trained]
     columns = []
-    for name, kind in declared.items():
-        if name not in available:
-            raise UserError(
-                f"{where}.{name}: the dataset has no such column; it has {', '.join(available) or 'none'}"
-            )
-        if kind not in (kinds := (*TOKENIZERS, *NUMBERS)):
-            raise UserError(
-                f"{where}.{name}: there is no kind {kind!r}; choose one of {', '.join(kinds)}"
-            )
-        if kind in NUMBERS:
-            is_time = pd.api.types.is_datetime64_any_dtype(table[name])
-            if not (pd.api.types.is_numeric_dtype(table[name]) or is_time):
-                raise UserError(
-                    f"{where}.{name}: {kind} needs numbers, the column holds {table[name].dtype}"
-                )
-            values = _numbers(seen[name])
-            values = values[np.isfinite(values)]
-            std = float(values.std()) if len(values) else 0.0
-            columns.append(
-                Column(
-                    name, kind, mean=float(values.mean()) if len(values) else 0.0, std=std or 1.0
-                )
-            )
+    lines = []
+    warnings = []
+    for name, (kind, why) in kinds.items():
+        _check_kind(table, available, name, kind, where)
+        column = (
+            _fit_numbers(seen, name, kind) if kind in NUMBERS else _fit_tokens(seen, name, kind)
+        )
+        lines.append(_describe(column, table[name], why))
+        reason = _says_nothing(column, seen[name], table[name])
+        if reason:
+            warnings.append(f"warning: {where}.{name} is left out: {reason}")
         else:
-            counts = Counter(
-                token for tokens in _token_lists(seen[name], kind) for token in set(tokens)
-            )
-            kept = sorted(
-                (t for t in counts if counts[t] >= MIN_COUNT), key=lambda t: (-counts[t], t)
-            )
-            columns.append(Column(name, kind, tokens=tuple(kept[:MAX_VOCABULARY])))
+            columns.append(column)
+    describe_columns(f"{where}: learnt from {len(seen):,} of {len(table):,} rows", lines)
+    for warning in warnings:
+        note(warning)
     return tuple(columns)
+
+
+def _check_kind(
+    table: pd.DataFrame, available: list[str], name: str, kind: str, where: str
+) -> None:
+    """Raises UserError if the table has no such column, or it cannot be of this kind."""
+    if name not in available:
+        raise UserError(
+            f"{where}.{name}: the dataset has no such column; it has {', '.join(available) or 'none'}"
+        )
+    known = (*TOKENIZERS, *NUMBERS)
+    if kind not in known:
+        raise UserError(
+            f"{where}.{name}: there is no kind {kind!r}; choose one of {', '.join(known)}"
+        )
+    values = table[name]
+    if kind in NUMBERS and not _holds_numbers(values):
+        raise UserError(f"{where}.{name}: {kind} needs numbers, the column holds {values.dtype}")
+
+
+def _fit_numbers(seen: pd.DataFrame, name: str, kind: str) -> Column:
+    values = _numbers(seen[name])
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return Column(name, kind)
+    return Column(name, kind, mean=float(values.mean()), std=float(values.std()) or 1.0)
+
+
+def _fit_tokens(seen: pd.DataFrame, name: str, kind: str) -> Column:
+    counts = Counter(token for tokens in _token_lists(seen[name], kind) for token in set(tokens))
+    frequent = sorted(
+        (token for token in counts if counts[token] >= MIN_COUNT),
+        key=lambda token: (-counts[token], token),
+    )
+    return Column(name, kind, tokens=tuple(frequent[:MAX_VOCABULARY]))
+
+
+def _says_nothing(column: Column, seen: pd.Series, values: pd.Series) -> str:
+    """Why a column cannot tell one trained row from another, with a value; "" if it can."""
+    present = seen[_is_filled(seen, column.kind)]
+    if not len(present):
+        others = values[_is_filled(values, column.kind)]
+        if not len(others):
+            return "it is empty"
+        example = shorten(others.iloc[0])
+        return f"no trained row has a value; {len(others):,} other rows have, such as {example}"
+    example = shorten(present.iloc[0])
+    if column.is_tokens and not column.tokens:
+        return (
+            f"as {column.kind}, {example} and all others are in fewer than {MIN_COUNT} trained rows"
+        )
+    if len(present) < len(seen):  # those without a value differ from the others
+        return ""
+    if column.is_tokens:
+        tokens_of = TOKENIZERS[column.kind]
+        first = tokens_of(present.iloc[0])
+        is_constant = all(tokens_of(value) == first for value in present)
+    else:
+        is_constant = bool(np.ptp(_numbers(present)) == 0)
+    return f"all {len(seen):,} trained rows have {example}" if is_constant else ""
+
+
+def _is_filled(values: pd.Series, kind: str) -> np.ndarray:
+    """[n] bool: whether there is a value. An empty list is none."""
+    present = values.notna().to_numpy()
+    if kind != "multi":
+        return present
+    return present & np.array([np.size(value) > 0 for value in values], bool)
+
+
+def _describe(column: Column, values: pd.Series, why: str) -> ColumnLine:
+    is_filled = _is_filled(values, column.kind)
+    example = values[is_filled].iloc[0] if is_filled.any() else None
+    size = f", {len(column.tokens):,} tokens" if column.is_tokens else ""
+    return ColumnLine(column.name, column.kind, float(is_filled.mean()), example, f"{why}{size}")
 
 
 def columns_to_json(columns: Iterable[Column]) -> str:

@@ -28,6 +28,7 @@ from typing import Any
 import pandas as pd
 
 from rec.errors import UserError
+from rec.tables import read_table
 
 STAGES = ("retrieval", "ranking", "recommender")
 KNOWN_USERS = 1000  # user ids that a bundle tells, of all that it knows
@@ -157,7 +158,7 @@ def read_catalogue(retrieval: Path) -> tuple[pd.DataFrame, list[str]]:
       UserError: a file is missing or damaged.
     """
     try:
-        items = pd.read_parquet(retrieval / "items.parquet").set_index("item_id")
+        items = read_table(retrieval / "items.parquet").set_index("item_id")
         with open(retrieval / "assets" / "users.txt", encoding="utf-8", newline="\n") as lines:
             return items, [line.removesuffix("\n") for line in islice(lines, KNOWN_USERS)]
     except (OSError, ValueError, KeyError) as error:

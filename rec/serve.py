@@ -8,8 +8,9 @@
     curl -s http://127.0.0.1:8000/v1/recommend -H 'Content-Type: application/json' -d '{"history": ["i1", "i2"]}'
 
 - Listens at once: /healthz says that the process is up, /readyz that the models are loaded and warm.
-- Tokens: REC_API_TOKENS for the API, REC_ADMIN_TOKENS for POST /v1/models/reload (rec/serving/gate.py). A reload
-  finds the bundles anew: `latest`, an alias and a W&B alias may by then mean another version.
+- Tokens: REC_API_TOKENS for the API, REC_ADMIN_TOKENS for POST /v1/models/reload (rec/serving/gate.py). The server
+  refuses to start if one of them is empty in the environment but has tokens in `.env`.
+- A reload finds the bundles anew: `latest`, an alias and a W&B alias may by then mean another version.
 - The config is only read for where the bundles are, and not if one is named.
 
 --retrieval-wandb and --ranking-wandb download artifacts with W&B's client, which was not tried against W&B itself.
@@ -36,6 +37,7 @@ from rec.config import add_config_arguments, load_config
 from rec.errors import UserError, command_parser, run_command
 from rec.serving.answer import Backend
 from rec.serving.app import create_app
+from rec.serving.connections import http_settings
 from rec.serving.gate import Tokens
 from rec.serving.service import Service
 
@@ -189,10 +191,9 @@ def main() -> None:
         signal.SIGTERM, lambda *_: sys.exit(0)
     )  # what uvicorn ends with once its requests are answered
     args = parse()
-    if args.require_auth and not Tokens.from_environment(True).api:
-        print(
-            "warning: --require-auth without REC_API_TOKENS: requests are refused", file=sys.stderr
-        )
+    warning = Tokens.from_environment(args.require_auth).warning()
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
     listener = listen(args.host, args.port)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"listening on http://{host}:{listener.getsockname()[1]}", file=sys.stderr)
@@ -200,6 +201,7 @@ def main() -> None:
         "log_level": "warning",
         "access_log": False,
         "timeout_graceful_shutdown": 10,
+        **http_settings(),
     }
     if args.workers > 1:
         find_pair(args)  # says at once what is wrong

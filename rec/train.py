@@ -9,6 +9,8 @@
 To resume an interrupted run, run the same command again. With TF_CONFIG, the same command on several machines that
 share a directory for checkpoints trains one model (rec/ops/distributed.py); the chief exports it.
 
+A setting that has no effect (another key or the data decide so) is reported before training starts.
+
 Tables and progress go to stderr. The last line of stdout is JSON: {"stage", "bundle", "version", "metrics",
 "examples_per_second", "seconds"}, or for `--stage all` {"retrieval": {..}, "ranking": {..}, "recommender": {..}}.
 """

@@ -146,3 +146,103 @@ def test_id_dropout_replaces_ids_by_the_unknown_one_in_training_only():
     row = tf.constant([3])
     assert (layer(row, training=True).numpy() == layer(tf.constant([UNKNOWN])).numpy()).all()
     assert (layer(row).numpy() != layer(tf.constant([UNKNOWN])).numpy()).any()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is said of columns
+
+
+def fit(values: Any, kind: str, trained: int) -> tuple[Column, ...]:
+    """The columns of a table with one feature `x`, of which the first `trained` rows are in training."""
+    table = pd.DataFrame({"item_id": [str(j) for j in range(len(values))], "x": values})
+    declared = "auto" if kind == "auto" else {"x": kind}
+    mask = np.arange(len(table)) < trained
+    return fit_columns(table, "item_id", declared, mask, "features.items")
+
+
+def test_a_line_per_column_says_its_kind_and_what_decided_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    table = ITEMS.assign(seen=pd.array([True, None, False, True], "boolean"))
+    fit_columns(table, "item_id", "auto", ALL, "features.items")
+    assert capsys.readouterr().err.splitlines() == [
+        "features.items: learnt from 4 of 4 rows",
+        "  column  kind         filled  example           why",
+        "  studio  text         75%     'x'               2 of 3 values differ, 1 tokens",
+        "  genres  multi        50%     ['Drama', 'War']  it holds lists, 1 tokens",
+        "  title   text         75%     'The Red Sea'     3 of 3 values differ, 3 tokens",
+        "  year    numeric      75%     1990.0            it holds float64",
+        "  seen    categorical  75%     True              it holds true and false, 1 tokens",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "trained", "reason"),
+    [
+        ([None, None, None], "auto", 2, "it is empty"),
+        (
+            [None, None, "new"],
+            "auto",
+            2,
+            "no trained row has a value; 1 other rows have, such as 'new'",
+        ),
+        (
+            [[], [], ["new"]],
+            "auto",
+            2,
+            "no trained row has a value; 1 other rows have, such as ['new']",
+        ),
+        (["a", "a", "b"], "categorical", 2, "all 2 trained rows have 'a'"),
+        ([["a", "b"], ["a", "b"], []], "multi", 2, "all 2 trained rows have ['a', 'b']"),
+        ([5, 5, 6], "numeric", 2, "all 2 trained rows have 5"),
+        (
+            ["Toy Story", "Heat", "Heat"],
+            "categorical",
+            2,
+            "as categorical, 'Toy Story' and all others are in fewer than 2 trained rows",
+        ),
+    ],
+)
+def test_a_column_that_says_nothing_is_left_out_with_a_value(
+    capsys: pytest.CaptureFixture[str], values: list[Any], kind: str, trained: int, reason: str
+) -> None:
+    assert fit(values, kind, trained) == ()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"warning: features.items.x is left out: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (["a", None, "a"], "categorical"),  # to have a value or none is something
+        ([5, None, 5], "numeric"),
+        ([5, 6, 5], "numeric"),
+        ([True, False, True], "categorical"),
+    ],
+)
+def test_a_column_that_tells_rows_apart_stays(values: list[Any], kind: str) -> None:
+    assert [column.kind for column in fit(values, kind, 3)] == [kind]
+
+
+def test_booleans_are_tokens_as_json_writes_them() -> None:
+    values = pd.array([True, False, None, True, False], "boolean")
+    (column,) = fit(values, "auto", 5)
+    assert (column.kind, column.tokens) == ("categorical", ("false", "true"))
+    assert column.encode(pd.DataFrame({"x": values})).tolist() == [[3], [2], [0], [3], [2]]
+
+
+def test_whole_numbers_with_gaps_are_read_as_those_without() -> None:
+    values = pd.array([46, None, 48, 46], "Int64")
+    (column,) = fit(values, "categorical", 4)
+    assert column.tokens == ("46",)
+    (column,) = fit(values, "auto", 4)
+    assert (column.kind, column.mean) == ("numeric", pytest.approx(140 / 3))
+
+
+def test_a_table_that_a_trained_column_does_not_fit_is_refused() -> None:
+    year = column("year", "numeric")
+    with pytest.raises(UserError, match="data/new has no column year, which the model was trained"):
+        year.check(ITEMS.drop(columns="year"), "data/new")
+    with pytest.raises(UserError, match="data/new: column year holds .*was trained with numeric"):
+        year.check(ITEMS.assign(year="1990"), "data/new")
+    year.check(ITEMS, "data/new")

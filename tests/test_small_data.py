@@ -106,9 +106,9 @@ def test_too_little_for_a_split_is_refused_by_preparation(
 @pytest.mark.parametrize(
     ("name", "retrieval", "ranking", "objective"),
     [
-        ("one_item", "sasrec", "mlp", "implicit"),
+        ("one_item", "two_tower", "mlp", "implicit"),
         ("everything_seen", "autoencoder", "dlrm", "rating"),
-        ("new_users_only", "gru4rec", "dcn", "listwise"),
+        ("new_users_only", "two_tower", "dcn", "listwise"),
         ("one_each", "two_tower", "mlp", "implicit"),
         ("dummy", "sasrec", "dlrm", "implicit"),
     ],
@@ -126,7 +126,7 @@ def test_small_data_are_trained_measured_and_asked(
     assert refusals[name] == ""
     changes = [
         f"dataset={root / name}",
-        f"retrieval={{arch: {retrieval}, embedding_dim: 4, epochs: 1}}",
+        f"retrieval={{arch: {retrieval}, embedding_dim: 4, layers: 1, epochs: 1}}",
         f"ranking={{arch: {ranking}, objective: {objective}, epochs: 1, hidden: [4]}}",
         f"output={{checkpoints: {tmp_path}/checkpoints, savedmodels: {tmp_path}/savedmodels}}",
     ]
@@ -138,8 +138,11 @@ def test_small_data_are_trained_measured_and_asked(
     show_systems(report)
     for document in (of_retrieval, of_ranking, report):
         json.dumps(document, allow_nan=False)
-    keeps_order = "the ranker keeps retrieval's order" in capsys.readouterr().err
-    assert keeps_order == (name == "one_each")
+    said = capsys.readouterr().err
+    assert ("the ranker keeps retrieval's order" in said) == (name == "one_each")
+    unread = f"retrieval.layers: 1 has no effect: retrieval.arch {retrieval} does not read it"
+    assert (unread in said) == (retrieval != "sasrec")
+    assert ("ratings a step (16 times ranking.batch_size)" in said) == (objective == "rating")
     assert report["systems"]["recommender"]["recall@100"] > 0
 
     pair = load_latest(config)

@@ -5,7 +5,7 @@
     users.parquet  items.parquet                     one row an id, sorted by id; feature columns
 
 The same input and flags give the same bytes, so dataset.json's own sha256 is the dataset's id. Column types are few:
-string, int64, float (32 bits), double, list<string>; times are seconds since 1970 (UTC). Files are read with
+string, int64, bool, float (32 bits), double, list<string>; times are seconds since 1970 (UTC). Files are read with
 `partitioning=None`, since a folder above them that is named `a=b` adds no column.
 """
 
@@ -21,8 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rec.errors import UserError
+from rec.tables import read_table
 
 FORMAT_VERSION = 1
+# What an answer says of an item beside its columns; a column of such a name would be overwritten or hidden.
+RESERVED = ("popularity", "score", "explain", "retrieval_rank", "retrieval_score", "ranking_score")
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,15 @@ class Dataset:
         return found.to_pandas().groupby(column)["count_all"].sum()
 
     def users(self) -> pd.DataFrame:
-        """A row a user that occurs in any split, in order of ids: user_id and features, null where unknown."""
-        return pd.read_parquet(self.path / "users.parquet", partitioning=None)
+        """A row per user of any split, in order of ids: user_id and features, null where unknown.
+
+        Whole numbers are pandas' Int64, booleans `boolean`.
+        """
+        return read_table(self.path / "users.parquet")
 
     def items(self) -> pd.DataFrame:
-        """A row an item of the catalogue, whether anybody has met it or not: item_id and features."""
-        return pd.read_parquet(self.path / "items.parquet", partitioning=None)
+        """A row per item of the catalogue, whether anybody has met it or not: item_id and features."""
+        return read_table(self.path / "items.parquet")
 
 
 def open_dataset(path: str | Path) -> Dataset:

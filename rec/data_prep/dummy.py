@@ -18,8 +18,8 @@ import pandas as pd
 import pyarrow as pa
 from duckdb import DuckDBPyConnection as Connection
 
-from rec.data_prep.write import note, output_parser, prepare
-from rec.errors import UserError, run_command
+from rec.data_prep.write import output_parser, prepare
+from rec.errors import UserError, note, run_command
 
 START = 1_672_531_200  # 2023-01-01 in seconds since 1970
 DAY = 86_400

@@ -3,8 +3,8 @@
     python -m rec.data_prep.movielens --name 100k --split leave_one_out --output-dir data/ml-100k
 
 - 100k (tabs, genre flags, Latin-1), 1m and 10m (`::`), 20m, 25m, 32m and latest-small (CSV).
-- Downloads the zip beside the output directory, resuming where an earlier run was cut off, and compares the md5 that
-  GroupLens publishes; `--source` takes a zip or a folder that you have.
+- Downloads the zip beside the output directory, resuming where an earlier run was cut off, and compares its sha256
+  with the one below; `--source` takes a zip or a folder that you have, whatever its sha256 is.
 - Items: title (without the year), year, genres. Users (100k and 1m): age, gender, occupation.
 
 The data may be used for research; read GroupLens' README of each. Not covered: tags, the tag genome, links.
@@ -13,7 +13,7 @@ Source: F. M. Harper and J. A. Konstan, The MovieLens Datasets: History and Cont
 
 import functools
 import http.client
-import re
+import lzma
 import shutil
 import urllib.error
 import urllib.request
@@ -24,10 +24,13 @@ from pathlib import Path
 from duckdb import DuckDBPyConnection as Connection
 from tqdm import tqdm
 
+from rec.data_prep.columns import ListColumns
 from rec.data_prep.dataset import digest
-from rec.data_prep.tabular import RawFile, load_features, load_interactions
-from rec.data_prep.write import note, output_parser, prepare
-from rec.errors import UserError, run_command
+from rec.data_prep.raw_files import RawFile, kind_of
+from rec.data_prep.rows import duckdb_in_a_sentence
+from rec.data_prep.tabular import load_features, load_interactions
+from rec.data_prep.write import output_parser, prepare
+from rec.errors import UserError, note, run_command
 
 BASE_URL = "https://files.grouplens.org/datasets/movielens"
 FLAGS = [
@@ -67,6 +70,21 @@ FILES = {  # name -> its files of ratings, movies and, if any, users
     "1m": ["ratings.dat", "movies.dat", "users.dat"],
     "10m": ["ratings.dat", "movies.dat"],
 } | dict.fromkeys(["20m", "25m", "32m", "latest-small"], ["ratings.csv", "movies.csv"])
+# sha256 of GroupLens' own zips. They do not change, but for latest-small, which GroupLens may replace.
+DIGESTS = {
+    "100k": "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229",
+    "1m": "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
+    "10m": "813c411ccb6122564edfe752e7f80c4dcc5aa25fa94c93622f6877a7ba252862",
+    "20m": "96f243c338a8665f6bcc89c53edf6ee39162a846940de6b7c8c48aeada765ff3",
+    "25m": "8b21cfb7eb1706b4ec0aac894368d90acf26ebdfb6aced3ebd4ad5bd1eb9c6aa",
+    "32m": "e4a68655d7386b8f95f2f2424b2ff975dfdd15ffd59e0d864a14dca43e99d6ee",
+    "latest-small": "696d65a3dfceac7c45750ad32df2c259311949efec81f0f144fdfb91ebc9e436",
+}
+# The most bytes that a file of a zip may unpack to. The largest, the ratings of 32m, has 0.9 GB.
+UNPACKED_LIMIT = 4 * 2**30
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+DAMAGES = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
+OTHER_METHODS = {9: "deflate64", 93: "zstd", 95: "xz", 98: "PPMd"}  # of those that Python lacks
 # "Toy Story (1995)", "Land Before Time III (1995) (V)", "Fawlty Towers (1975-1979)"; "Babylon 5" has none
 YEAR = r"\s*\((\d{4})(?:[-–]\d{0,4})?\)\s*(?:\(V\))?\s*$"
 
@@ -79,7 +97,20 @@ def load(con: Connection, scratch: Path, name: str, source: Path) -> dict[str, i
     note(f"reading {source}")
     ratings, movies, *people = (_find(name, file, source, scratch) for file in FILES[name])
     load_interactions(con, ratings, ("userId", "movieId", "timestamp", "rating"))
-    load_features(con, movies, "items", "movieId", ["genres"])
+    load_features(con, movies, "items", "movieId", ListColumns(["genres"], "|"))
+    with duckdb_in_a_sentence(movies):
+        _split_titles(con, name)
+    for file in people:
+        load_features(con, file, "users", "userId")
+        with duckdb_in_a_sentence(file):
+            con.execute(
+                "alter table users drop zip; alter table users alter occupation type varchar"
+            )  # 1m numbers them
+    return {}
+
+
+def _split_titles(con: Connection, name: str) -> None:
+    """Replaces table `items` by title (without the year), year and genres."""
     genres = "list_filter(genres, lambda genre: genre <> '(no genres listed)')"
     if name == "100k":
         flags = ", ".join(
@@ -89,64 +120,91 @@ def load(con: Connection, scratch: Path, name: str, source: Path) -> dict[str, i
     con.execute(f"""
         create or replace table items as select item_id, trim(regexp_replace(title, '{YEAR}', '')) as title,
             try_cast(regexp_extract(title, '{YEAR}', 1) as bigint) as year, {genres} as genres from items""")
-    for file in people:
-        load_features(con, file, "users", "userId")
-        con.execute(
-            "alter table users drop zip; alter table users alter occupation type varchar"
-        )  # 1m numbers them
-    return {}
 
 
 def _find(name: str, file: str, source: Path, scratch: Path) -> RawFile:
     """One file of the source: unpacked to `scratch` if that is a zip, and there in UTF-8, which DuckDB reads."""
     folder = "ml-10M100K" if name == "10m" else f"ml-{name}"  # in the zip
-    found = [path for path in (source / file, source / folder / file) if path.is_file()]
-    try:
-        if source.is_file():
-            with zipfile.ZipFile(source) as archive:
-                member = f"{folder}/{file}"
-                found = [
-                    Path(archive.extract(member, scratch))
-                    for each in archive.namelist()
-                    if each == member
-                ]
-    except (zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(
-            f"{source} is no intact zip file ({error}): delete it and run the command again"
-        ) from None
-    if not found:
-        raise UserError(f"{source} holds no {file}: is it really {folder}?")
-    path, (delimiter, columns) = found[0], FORMATS[file]
+    title = ""
+    if source.is_file():
+        path = _unpack(source, f"{folder}/{file}", scratch)
+        title = f"{source}/{folder}/{file}"
+    else:
+        places = (source / file, source / folder / file)
+        path = next((place for place in places if place.is_file()), source / file)
+        if not path.is_file():
+            raise UserError(f"{source} holds no {file}: is it really {folder}?")
+    delimiter, columns = FORMATS[file]
     if file == "u.item" or (name, file) == ("1m", "movies.dat"):  # titles in Latin-1
+        title = title or str(path)
         text = path.read_text("latin-1")
         path = scratch / file
         path.write_text(text, "utf-8")
-    return RawFile(path, delimiter, tuple(columns.split()))
+    quote = "" if columns else '"'
+    return RawFile(path, delimiter, quote, tuple(columns.split()), title=title)
 
 
-def download(url: str, target: Path) -> None:
+def _unpack(source: Path, member: str, scratch: Path) -> Path:
+    """A file of a zip, unpacked. Raises UserError, which says what the zip is, if that cannot be done."""
+    kind = kind_of(source) or "text"
+    if not kind.startswith("a zip"):
+        hint = "name a zip or folder of GroupLens' with --source"
+        raise UserError(f"{source} is no zip file, it seems to be {kind}: {hint}")
+    try:
+        with zipfile.ZipFile(source) as archive:
+            _check_member(source, archive, member)
+            return Path(archive.extract(member, scratch))
+    except (*DAMAGES, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the disk is full, say
+            raise
+        raise UserError(
+            f"{source} is no intact zip file ({error}): delete it, then run the command again or"
+            " fetch it yourself"
+        ) from None
+
+
+def _check_member(source: Path, archive: zipfile.ZipFile, member: str) -> None:
+    """Raises UserError if a file of a zip is missing, encrypted, too large, or packed in a way unknown here."""
+    hint = "unpack it yourself and name the folder with --source"
+    if member not in archive.namelist():
+        folder, _, file = member.partition("/")
+        others = sorted({name.partition("/")[0] for name in archive.namelist()})
+        listed = ", ".join(others[:3]) or "nothing"
+        raise UserError(
+            f"{source} holds no {file} of {folder}: is it really {folder}? It holds {listed}"
+        )
+    info = archive.getinfo(member)
+    if info.flag_bits & 1:
+        raise UserError(f"{source} is an encrypted zip, as GroupLens' are not: {hint}")
+    if info.compress_type not in METHODS:
+        method = OTHER_METHODS.get(info.compress_type, f"method {info.compress_type}")
+        raise UserError(f"{source} is a zip packed by {method}, which Python cannot unpack: {hint}")
+    if info.file_size > UNPACKED_LIMIT:
+        raise UserError(
+            f"{source}: {member} would unpack to {info.file_size:,} bytes, more than the"
+            f" {UNPACKED_LIMIT:,} that any MovieLens file needs: is it really MovieLens?"
+        )
+
+
+def download(url: str, target: Path, sha256: str) -> None:
     """Fetches `url` to `target`, through `target`.part which the next run continues if this one is cut off.
 
-    Raises UserError for no connection, one that breaks, or a file whose md5 is not the one published at `url`.md5.
+    Raises UserError for no connection, one that breaks, or a file with another sha256.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")
     try:
         _receive(url, part)
-        with urllib.request.urlopen(
-            f"{url}.md5", timeout=30
-        ) as response:  # "MD5 (ml-1m.zip) = c4d9eecf..."
-            published = re.findall(r"\b[0-9a-f]{32}\b", response.read().decode())
     except (OSError, http.client.HTTPException) as error:  # no connection and timeouts are OSErrors
-        if not (isinstance(error, urllib.error.HTTPError) and error.code == 404 and part.is_file()):
-            hint = "run the command again to resume, or fetch it yourself and name it with --source"
-            raise UserError(f"the download of {url} failed ({error}): {hint}") from None
-        note(f"{url} has no published checksum: relying on the zip's own")
-        published = []
-    if published and digest(part, "md5") != published[0]:
+        hint = "run the command again to resume, or fetch it yourself and name it with --source"
+        raise UserError(f"the download of {url} failed ({error}): {hint}") from None
+    received = digest(part)
+    if received != sha256:
         part.unlink()
         raise UserError(
-            f"{url} arrived damaged (its md5 is not {published[0]}): run the command again"
+            f"{url} arrived damaged, or is not the file that is known here (its sha256 is"
+            f" {received}, not {sha256}): run the command again, or fetch the file yourself and, if"
+            " you trust it, name it with --source"
         )
     part.rename(target)
 
@@ -182,7 +240,7 @@ def main() -> None:
     add("--source", type=Path, help="a zip or folder of GroupLens', instead of a download")
     add("--split", choices=["temporal", "leave_one_out"], default="temporal")
     add("--min-rating", type=float, help="keep only ratings of at least this as interactions")
-    add("--base-url", default=BASE_URL, help="where the zip and its .md5 lie")
+    add("--base-url", default=BASE_URL, help="where the zip lies")
     args = parser.parse_args()
 
     archive = f"ml-{args.name}.zip"
@@ -190,7 +248,7 @@ def main() -> None:
     if args.source and not source.exists():
         raise UserError(f"--source {source} does not exist")
     if not source.exists():
-        download(f"{args.base_url}/{archive}", source)
+        download(f"{args.base_url}/{archive}", source, DIGESTS[args.name])
     where = f"MovieLens {args.name}, https://grouplens.org/datasets/movielens/"
     reader = functools.partial(load, name=args.name, source=source)
     prepare(

@@ -11,7 +11,7 @@ keep the source's order and threads change nothing. Not covered: filtering rare 
 """
 
 from rec.data_prep.engine import Engine
-from rec.errors import UserError
+from rec.errors import UserError, note
 
 SPLITS = ("train", "val", "test")
 STRATEGIES = {  # each with what to do where it leaves a part empty
@@ -28,7 +28,8 @@ def filter_interactions(
 
     In this order: ratings below `min_rating`; a (user, item) pair that comes again, of which the earliest is kept
     (of a given split the one in the earliest split, since what a user has seen is not recommended again); users with
-    fewer than `min_interactions` in all splits together. Raises UserError if nothing is left.
+    fewer than `min_interactions` in all splits together. A filter that drops nothing is noted. Raises UserError for
+    one that drops everything.
     """
     rated = f"rating >= cast('{min_rating}' as float)" if min_rating is not None else "true"
     keys = {
@@ -40,22 +41,39 @@ def filter_interactions(
     )
     nth = f"row_number() over (partition by user_id, item_id order by {order})"
     total, good = engine.count(), engine.count(rated)
+    if min_rating is not None and good in (0, total):
+        lowest, highest = engine.rows("select min(rating), max(rating) from interactions")[0]
+        if not good:
+            raise UserError(
+                f"--min-rating {min_rating:g} drops all {total:,} interactions: "
+                f"the highest rating is {highest:g}"
+            )
+        note(f"--min-rating {min_rating:g} drops nothing: the lowest rating is {lowest:g}")
     numbered = f"(select *, {nth} as nth from interactions where {rated}) as numbered"
     firsts = left = engine.replace(
         f"select {', '.join(engine.columns)} from {numbered} where nth = 1"
     )
     if min_interactions > 1:
-        active = f"select user_id from interactions group by user_id having count(*) >= {min_interactions}"
-        left = engine.replace(f"select * from interactions where user_id in ({active})")
-    if not left:
-        raise UserError(
-            f"nothing is left of {total:,} interactions: loosen --min-rating or --min-interactions"
-        )
+        left = _drop_inactive_users(engine, min_interactions)
+        if left == firsts:
+            note(f"--min-interactions {min_interactions} drops nothing: every user has as many")
     return {
         "below_min_rating": total - good,
         "duplicates": good - firsts,
         "of_inactive_users": firsts - left,
     }
+
+
+def _drop_inactive_users(engine: Engine, fewest: int) -> int:
+    """Keeps users with at least `fewest` interactions; returns the number of rows left. Raises UserError for none."""
+    per_user = "select user_id, count(*) as n from interactions group by user_id"
+    (most,) = engine.rows(f"select max(n) from ({per_user}) as per_user")[0]
+    if most < fewest:
+        raise UserError(
+            f"--min-interactions {fewest} drops all users: the most active one has {most:,}"
+        )
+    active = f"select user_id from ({per_user}) as per_user where n >= {fewest}"
+    return engine.replace(f"select * from interactions where user_id in ({active})")
 
 
 def split_interactions(engine: Engine, strategy: str, seed: int) -> dict[str, str | int]:

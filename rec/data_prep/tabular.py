@@ -4,120 +4,62 @@
         --timestamp-col time --items products.csv --list-col tags --output-dir data/mine
 
 - Ids are strings exactly as written: leading zeros, commas, quotes and any alphabet are kept.
-- Times are seconds since 1970 or ISO 8601, in UTC unless they name a zone; nothing is guessed.
+- Times are seconds since 1970 or ISO 8601, in UTC unless they name a zone, or as --timestamp-format says. A range that
+  ends before 1990 or starts after tomorrow is refused, unless --allow-any-time is given.
 - A malformed row (wrong number of columns, empty id, line break in an id, time or rating that is no number) stops
   the command with file and line; --skip-bad-rows drops and counts it.
+- Every line of a text file is a row, the header, blank, or counted as malformed. A quote that swallows lines is
+  refused with its line. No field of interactions goes on to another line; one of users or items may.
+- --delimiter names the separator. If the one that the extension tells is not in the first line, and another gives
+  all the columns, that one is taken and printed. In a .tsv, and with --quote none, quotes are plain characters.
+- Text is UTF-8. A column without a name, such as pandas' index, is left out and printed.
 - A feature column of a CSV is int64 or double if all its values are written as such (02139 is not: it is a zip
-  code), a list if --list-col names it, otherwise a string. An empty field is null.
+  code), a list if --list-col names it, otherwise a string. An empty field is null. What decided is printed.
+- A file of items or users without a single id of the interactions is refused, with one id of each side.
 
 Not covered: compressed CSV, quotes escaped otherwise than by doubling them.
 """
 
-import csv
+import argparse
 import difflib
-import glob
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import duckdb
 from duckdb import DuckDBPyConnection as Connection
 
+from rec.data_prep.checks import check_times
+from rec.data_prep.columns import ListColumns, type_columns
+from rec.data_prep.raw_files import RawFile, delimiter_of, literal, quoted
+from rec.data_prep.rows import VALUES, in_a_sentence, read_rows
 from rec.data_prep.split import SPLITS, STRATEGIES
-from rec.data_prep.write import note, output_parser, prepare
-from rec.errors import UserError, run_command
+from rec.data_prep.write import output_parser, prepare
+from rec.errors import UserError, note, run_command
 
-DELIMITERS = {".csv": ",", ".tsv": "\t", ".parquet": ""}
-WHOLE, NUMBER = "-?(0|[1-9][0-9]{0,17})", "-?(0|[1-9][0-9]*)([.][0-9]+)?([eE][+-]?[0-9]{1,2})?"
-FRACTIONS = ("FLOAT", "DOUBLE", "DECIMAL")
-ID = "case when regexp_matches({0}, '\\S') and not regexp_matches({0}, '[\\r\\n]') then {0} end"  # a vocabulary's line
-SECONDS = "coalesce(try_cast(timestamp as double), epoch(try_cast(timestamp as timestamptz)))"
-TIME = f"case when {SECONDS} between -62135596800 and 253402300799 then {SECONDS} end"  # the years 1 to 9999
-RATING = "case when isfinite(try_cast(rating as float)) then cast(rating as float) end"
-VALUES = {  # column of `interactions` -> its value, null if the text is malformed, and what is wrong then
-    "user_id": (ID.format("user_id"), "is empty or holds a line break"),
-    "item_id": (ID.format("item_id"), "is empty or holds a line break"),
-    "timestamp": (
-        TIME,
-        "is neither seconds since 1970 (milliseconds are not taken) nor an ISO 8601 time",
-    ),
-    "rating": (RATING, "is not a number"),
-}
+NO_LISTS = ListColumns()
 
 
-@dataclass(frozen=True)
-class RawFile:
-    """A file as it was received, and how it is written."""
-
-    path: Path
-    delimiter: str  # "" for Parquet
-    header: tuple[
-        str, ...
-    ] = ()  # column names of a file without quotes; none: the first line holds them
-
-    @classmethod
-    def of(cls, path: Path) -> "RawFile":
-        """A user's file. Raises UserError if its extension does not tell the format, or it is empty or none."""
-        if path.suffix.lower() not in DELIMITERS:
-            raise UserError(
-                f"{path}: the name must end in .csv, .tsv or .parquet, so that the format is known"
-            )
-        if not path.is_file() or not path.stat().st_size:
-            raise UserError(f"{path} {'is empty' if path.is_file() else 'is not a file'}")
-        return cls(path, DELIMITERS[path.suffix.lower()])
-
-    def record(self, number: int, blank_too: bool = False) -> tuple[int, list[str]]:
-        """The line on which a record begins, and its fields. The first is number 1, a CSV's header number 0."""
-        if not self.delimiter or self.header:  # rows of Parquet, and files where a record is a line
-            return number, []
-        csv.field_size_limit(2**31 - 1)
-        with open(self.path, encoding="utf-8-sig", errors="replace", newline="") as text:
-            reader, line = csv.reader(text, delimiter=self.delimiter), 1
-            for fields in reader:
-                number -= bool(fields) or blank_too
-                if number < 0:
-                    return line, fields
-                line = reader.line_num + 1
-        return line, []
-
-    def relation(self, con: Connection) -> duckdb.DuckDBPyRelation:
-        """The rows, all columns of text files as text; those that cannot be read go to table `reject_errors`."""
-        path = glob.escape(str(self.path))
-        if not self.delimiter:
-            return con.read_parquet(path)
-        names = self.header or self.record(0)[1]
-        if len({name.lower() for name in names}) < len(names):
-            raise UserError(f"{self.path} cannot be read: two of its columns have the same name")
-        quote, columns = "" if self.header else '"', dict.fromkeys(names, "VARCHAR")
-        form: dict[str, Any] = {
-            "sep": self.delimiter,
-            "quotechar": quote,
-            "escapechar": quote,
-            "columns": columns,
-        }
-        return con.read_csv(
-            path, header=not self.header, auto_detect=False, store_rejects=True, **form
-        )
-
-
+@in_a_sentence
 def load_interactions(
     con: Connection,
     file: RawFile,
     columns: Sequence[str | None],
     split: str | None = None,
     skip: bool = False,
+    time_format: str | None = None,
 ) -> int:
     """Adds a file's rows to table `interactions`, under `split` if given; returns how many malformed ones it skipped.
 
-    `columns` is what the file calls the user id, item id, time and rating; None for what it does not have. Raises
-    UserError for a missing column, or a malformed row unless `skip`.
+    `columns` is what the file calls the user id, item id, time and rating; None for what it does not have.
+    `time_format` is how times are written, for strptime; None: as seconds or in ISO 8601. Raises UserError for a
+    missing column, or a malformed row unless `skip`.
     """
-    skipped = _read(
+    skipped = read_rows(
         con,
         file,
         {name: column for name, column in zip(VALUES, columns, strict=True) if column},
         skip,
+        time_format=time_format,
     )
     rows = f"select *, '{split}' as split from raw" if split else "from raw"
     con.execute(
@@ -127,135 +69,80 @@ def load_interactions(
     return skipped
 
 
+@in_a_sentence
 def load_features(
     con: Connection,
     file: RawFile,
     table: str,
     column: str,
-    lists: Sequence[str] = (),
+    lists: ListColumns = NO_LISTS,
     skip: bool = False,
 ) -> int:
     """Creates table `users` or `items` from a file; returns how many malformed rows it skipped.
 
-    `column` is what the file calls the id; `lists` are columns of text that hold several values, separated by "|".
-    Raises UserError for no column of ids, or a malformed row (an id that comes again is one) unless `skip`.
+    `column` is what the file calls the id. Each other column has a comment in the database: what decided its type.
+    Raises UserError for no column of ids, a malformed row (an id that comes again is one) unless `skip`, or a list
+    column that has nothing to split.
     """
     key = {"users": "user_id", "items": "item_id"}[table]
-    skipped = _read(con, file, {key: column}, skip, features=True)
-    values, raw = [key], con.table("raw")
-    for name, kind in zip(
-        raw.columns[2:], map(str, raw.types[2:]), strict=True
-    ):  # after source_row and the key
-        text = _quoted(name)
-        if file.delimiter:
-            fits = ", ".join(
-                f"bool_and(regexp_full_match({text}, '{pattern}'))" for pattern in (WHOLE, NUMBER)
-            )
-            whole, number = raw.aggregate(fits).fetchall()[0]
-            kind = "BIGINT" if whole else "DOUBLE" if number else "VARCHAR"
-        if kind.endswith("[]"):
-            value = f"cast({text} as varchar[])"
-        elif name in lists:
-            parts = f"string_split_regex(trim(cast({text} as varchar)), ' *[|] *')"
-            value = f"list_filter(coalesce({parts}, []), lambda part: part <> '')"
-        elif kind.startswith(("DATE", "TIMESTAMP")):
-            value = f"cast(floor(epoch(cast({text} as timestamptz))) as bigint)"
-        else:
-            whole, number = kind.endswith(("INT", "INTEGER")), kind.startswith(FRACTIONS)
-            value = f"cast({text} as {'bigint' if whole else 'double' if number else 'varchar'})"
-        values.append(f"{value} as {text}")
+    skipped = read_rows(con, file, {key: column}, skip, features=True)
+    typed = type_columns(con, file, lists)
+    values = [key, *(f"{each.value} as {quoted(name)}" for name, each in typed.items())]
     con.execute(f"create table {table} as select {', '.join(values)} from raw; drop table raw")
+    for name, each in typed.items():
+        con.execute(f"comment on column {table}.{quoted(name)} is {literal(each.why)}")
+    if not typed:
+        note(f"{file} has no column beside {column}, so it adds no features")
     return skipped
 
 
-def _read(
-    con: Connection, file: RawFile, columns: dict[str, str], skip: bool, features: bool = False
-) -> int:
-    """Creates table `raw` of a file's well-formed rows, numbered; returns how many are malformed.
+def _raw_files(args: argparse.Namespace, names: Sequence[str]) -> dict[str, RawFile]:
+    """The files that options name, by the options."""
+    delimiter = None if args.delimiter is None else delimiter_of(args.delimiter)
+    quote = "" if args.quote == "none" else args.quote
+    paths = {name: path for name in names if (path := getattr(args, name))}
+    return {name: RawFile.of(path, delimiter, quote) for name, path in paths.items()}
 
-    `columns`: a name in `raw` -> what the file calls that column, which is read as text. With `features` the other
-    columns are added as they are, and no id may come twice.
-    """
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises UserError for an option that needs another one, or could have no effect."""
+    needs = {
+        "min_rating": "rating_col",
+        "allow_any_time": "timestamp_col",
+        "timestamp_format": "timestamp_col",
+        "list_separator": "list_col",
+    }
+    for option, other in needs.items():
+        if getattr(args, option) not in (None, False) and not getattr(args, other):
+            raise UserError(f"--{_dashed(option)} needs --{_dashed(other)}")
+    if args.timestamp_format:
+        _check_time_format(args.timestamp_format)
+    if args.min_interactions < 1:
+        raise UserError(f"--min-interactions must be at least 1, not {args.min_interactions}")
+    columns = {
+        option: getattr(args, option)
+        for option in ("user_col", "item_col", "timestamp_col", "rating_col")
+        if getattr(args, option)
+    }
+    for name in columns.values():
+        same = [_dashed(other) for other, each in columns.items() if each == name]
+        if len(same) > 1:
+            raise UserError(f"--{same[0]} and --{same[1]} name the same column, {name}")
+
+
+def _check_time_format(form: str) -> None:
+    """Raises UserError for a format that strptime cannot read times by."""
+    where = f"--timestamp-format {form!r}"
+    if "%" not in form:
+        raise UserError(f"{where} has no %: write YYYYMMDD as '%Y%m%d', for example")
     try:
-        source = file.relation(con)
-        kinds = dict(zip(source.columns, map(str, source.types), strict=True))
-        for name, column in columns.items():
-            if column not in kinds:
-                near = difflib.get_close_matches(column, kinds, 1)
-                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(kinds)}"
-                raise UserError(f"{file.path} has no column {column}: {hint}")
-            if name.endswith("_id") and (kind := kinds[column]).startswith(FRACTIONS):
-                raise UserError(
-                    f"{file.path}: column {column} holds fractions ({kind}); ids are text or whole numbers"
-                )
-            if features and name != column and name in map(str.lower, kinds):
-                raise UserError(
-                    f"{file.path} has a column {name} beside its id column {column}: rename one of them"
-                )
-        checks = [(name, f"{VALUES[name][0]} is null", VALUES[name][1]) for name in columns]
-        if features:
-            (key,) = columns
-            checks.append(
-                (
-                    key,
-                    f"row_number() over (partition by {key} order by source_row) > 1",
-                    "came before",
-                )
-            )
-        others = [_quoted(name) for name in kinds if features and name not in columns.values()]
-        texts = [
-            f"cast({_quoted(column)} as varchar) as {name}" for name, column in columns.items()
-        ]
-        values = [f"{VALUES[name][0]} as {name}" for name in columns]
-        bad = " ".join(
-            f"when {wrong} then ['{at}', {name}]" for at, (name, wrong, _) in enumerate(checks)
-        )
-        numbered = source.project(
-            ", ".join(["row_number() over () as source_row", *texts, *others])
-        )
-        numbered.project(
-            ", ".join(["source_row", *values, *others, f"case {bad} end as bad_row"])
-        ).create("raw")
+        duckdb.execute(f"select try_strptime('', {literal(form)})")
     except duckdb.Error as error:
-        hint = (
-            "; all its lines must end alike, and quotes inside fields be doubled"
-            if file.delimiter
-            else ""
-        )
-        raise UserError(f"{file.path} cannot be read: {str(error).splitlines()[0]}{hint}") from None
-    found = []  # of each kind of malformed rows: the line of the first, what is wrong with it, how many there are
-    if file.delimiter:  # the rows that DuckDB could not read, and did not number
-        first = "min(line), arg_min(lower(error_type), [line, column_idx])"
-        row, reason, count = con.execute(
-            f"select {first}, count(distinct line) from reject_errors"
-        ).fetchall()[0]
-        con.execute("drop table reject_errors; drop table reject_scans")
-        if count:  # this row counts blank lines, and the header
-            found.append((file.record(row - (not file.header), blank_too=True)[0], reason, count))
-    first = "min(source_row), arg_min(bad_row, source_row)"
-    row, bad, count = con.execute(
-        f"select {first}, count(*) from raw where bad_row is not null"
-    ).fetchall()[0]
-    if count:  # its line is right if all rows before it were read; if not, it is beyond the line found above
-        name, _, wrong = checks[int(bad[0])]
-        found.append(
-            (file.record(row)[0], f"{columns[name]} {(bad[1] or '')[:60]!r} {wrong}", count)
-        )
-    if not found and not len(con.table("raw")):
-        raise UserError(f"{file.path} has no rows")
-    con.execute("delete from raw where bad_row is not null; alter table raw drop bad_row")
-    total = sum(count for *_, count in found)
-    if found:
-        line, reason, _ = min(found)
-        if not skip:
-            hint = f"{total:,} malformed row(s) in all; mend the file or drop them with --skip-bad-rows"
-            raise UserError(f"{file.path}:{line}: {reason} ({hint})")
-        note(f"{file.path}:{line}: {reason}; {total:,} malformed row(s) dropped")
-    return total
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
 
 
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
+def _dashed(option: str) -> str:
+    return option.replace("_", "-")
 
 
 def main() -> None:
@@ -275,6 +162,15 @@ def main() -> None:
     add(
         "--timestamp-col", help="seconds since 1970, or ISO 8601; without it the data are unordered"
     )
+    add(
+        "--timestamp-format",
+        help="how times are written, for strptime: '%%Y%%m%%d'; default: seconds or ISO 8601",
+    )
+    add(
+        "--allow-any-time",
+        action="store_true",
+        help="take times that end before 1990 or start after tomorrow",
+    )
     add("--rating-col", help="a number")
     add("--min-rating", type=float, help="drop interactions rated lower")
     add("--min-interactions", type=int, default=1, help="drop users with fewer, before the split")
@@ -284,14 +180,24 @@ def main() -> None:
         "--list-col",
         action="append",
         default=[],
-        help='a text feature with several values, "a|b|c"; repeatable',
+        help='a text feature with several values, such as "a|b|c"; repeatable',
+    )
+    add(
+        "--list-separator",
+        help="what separates the values of --list-col; default: |, else what is found, which is printed",
     )
     add(
         "--split",
         choices=list(STRATEGIES),
         help="default: temporal, or given where there is --train",
     )
-    add("--seed", type=int, default=42, help="of what is drawn where data without times are split")
+    add("--delimiter", help="separates the fields of text files; default: by the extension")
+    add(
+        "--quote",
+        choices=["none", '"'],
+        help='opens fields of text files that may hold separators; default: ", none in a .tsv',
+    )
+    add("--seed", type=int, help="default: 42; of what is drawn where data without times are split")
     add("--skip-bad-rows", dest="skip", action="store_true", help="drop and count malformed rows")
     args = parser.parse_args()
 
@@ -305,33 +211,36 @@ def main() -> None:
         raise UserError(
             f"--{'test' if args.train else 'train'} is missing: a given split needs --train and --test"
         )
-    if args.min_rating is not None and not args.rating_col:
-        raise UserError("--min-rating needs --rating-col")
-    files = {
-        part: RawFile.of(path)
-        for part in ("interactions", *SPLITS)
-        if (path := getattr(args, part))
-    }
-    features = {
-        table: RawFile.of(path) for table in ("users", "items") if (path := getattr(args, table))
-    }
+    check_options(args)
+    files = _raw_files(args, ("interactions", *SPLITS))
+    features = _raw_files(args, ("users", "items"))
+    if (args.delimiter or args.quote) and not any(
+        file.is_text for file in (*files.values(), *features.values())
+    ):
+        raise UserError("--delimiter and --quote are for text files, and all files are Parquet")
+    lists = ListColumns(args.list_col, args.list_separator)
 
     def load(con: Connection, scratch: Path) -> dict[str, int]:
         bad_rows, known = 0, []
         columns = (args.user_col, args.item_col, args.timestamp_col, args.rating_col)
         for part, file in files.items():
             note(f"reading {file.path}")
-            bad_rows += load_interactions(con, file, columns, part if given else None, args.skip)
+            name = part if given else None
+            bad_rows += load_interactions(
+                con, file, columns, name, args.skip, time_format=args.timestamp_format
+            )
+        if args.timestamp_col and not args.allow_any_time:
+            check_times(con)
         for table, file in features.items():
             key = args.user_col if table == "users" else args.item_col
-            bad_rows += load_features(con, file, table, key, args.list_col, args.skip)
-            known += con.table(table).columns
+            bad_rows += load_features(con, file, table, key, lists, args.skip)
+            known += con.table(table).columns[1:]  # without the id
         for name in set(args.list_col) - set(known):
             near = "".join(
                 f": did you mean {near}?" for near in difflib.get_close_matches(name, known, 1)
             )
             raise UserError(
-                f"--list-col {name}: neither --users nor --items has such a column{near}"
+                f"--list-col {name}: neither --users nor --items has such a feature{near}"
             )
         return {"bad_rows": bad_rows}
 
@@ -340,7 +249,11 @@ def main() -> None:
         ", ".join(path.name for path in every),
         (args.min_rating, args.min_interactions),
     )
-    prepare(args.output_dir, load, every[0].stem, source, strategy, args.seed, filters, args.engine)
+    is_drawn = (given and not args.val) or (not given and not args.timestamp_col)
+    if args.seed is not None and not is_drawn:
+        note(f"--seed {args.seed} has no effect: this split draws nothing at random")
+    seed = 42 if args.seed is None else args.seed
+    prepare(args.output_dir, load, every[0].stem, source, strategy, seed, filters, args.engine)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,22 @@ import glob
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
+from rec.data_prep.checks import check_tables
 from rec.data_prep.dataset import FORMAT_VERSION, digest, open_dataset
 from rec.data_prep.engine import ENGINES, Engine
 from rec.data_prep.split import SPLITS, filter_interactions, split_interactions
-from rec.errors import UserError, command_parser
+from rec.errors import UserError, command_parser, note
+from rec.tables import ColumnLine, describe_columns
 
 GROUP_ROWS = 2**17  # rows a row group: what a streaming reader holds at a time
 SHARDS = {
@@ -46,11 +49,6 @@ Load = Callable[[duckdb.DuckDBPyConnection, Path], dict[str, int]]
 Filters = tuple[
     float | None, int
 ]  # the least rating of an interaction, and the fewest interactions of a user
-
-
-def note(line: str) -> None:
-    """Progress for a person, on stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def output_parser(module: str, text: str | None) -> argparse.ArgumentParser:
@@ -93,6 +91,8 @@ def prepare(
                     f"set memory_limit = '{MEMORY}'; set TimeZone = 'UTC'; set enable_progress_bar = false"
                 )
                 dropped = load(con, directory.parent)
+                check_tables(con)
+                decided = _comments(con)
                 db = ENGINES[engine](con, directory.parent)
                 note("filtering and splitting")
                 dropped |= filter_interactions(db, *filters)
@@ -101,7 +101,7 @@ def prepare(
                 if not db.count(known):
                     note("warning: no user of test occurs in train, so all of them are new")
                 note("writing")
-                counts, columns = _write_tables(db, directory)
+                counts, columns = _write_tables(db, directory, decided)
         except (
             duckdb.IOException,
             duckdb.OutOfMemoryException,
@@ -175,10 +175,21 @@ def _discard(temporary: Path, final: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _comments(con: duckdb.DuckDBPyConnection) -> dict[tuple[str, str], str]:
+    """What decided the type of a column, where a source says it: (table, column) -> the column's comment."""
+    rows = con.execute(
+        "select table_name, column_name, comment from duckdb_columns() where comment is not null"
+    ).fetchall()
+    return {(table, column): comment for table, column, comment in rows}
+
+
 def _write_tables(
-    engine: Engine, directory: Path
+    engine: Engine, directory: Path, decided: dict[tuple[str, str], str]
 ) -> tuple[dict[str, int], dict[str, dict[str, str]]]:
-    """Writes all three tables as Parquet; returns the counts of rows and the columns' types."""
+    """Writes all three tables as Parquet; returns the counts of rows and the columns' types.
+
+    Prints a line per feature column; `decided` is why it has its type: (table, column) -> a few words.
+    """
     counts, schemas = {}, {}
     for table, join in JOINS.items():
         key = f"{table[:-1]}_id"
@@ -190,6 +201,15 @@ def _write_tables(
         )
         pq.write_table(rows, directory / f"{table}.parquet")
         counts[table], schemas[table] = len(rows), rows.schema
+        lines = [
+            _describe_column(name, rows[name], decided.get((table, name), ""))
+            for name in rows.column_names
+            if name != key
+        ]
+        describe_columns(f"{table}: columns of {len(rows):,} rows", lines)
+        for line in lines:
+            if not line.filled:
+                note(f"warning: {table}: column {line.name} is empty in all {len(rows):,} rows")
     has = [name for name in engine.columns if name not in ("source_row", "split")]
     selected = ", ".join(f"{CASTS.get(name, name)} as {name}" for name in has)
     order = "interactions.timestamp, source_row" if "timestamp" in has else "source_row"
@@ -207,7 +227,21 @@ def _write_tables(
         )
     columns = {}
     for table, schema in schemas.items():
-        columns[table] = {
-            field.name: str(field.type).replace("list<l: ", "list<") for field in schema
-        }
+        columns[table] = {field.name: _type_name(field.type) for field in schema}
     return counts, columns
+
+
+def _describe_column(name: str, values: pa.ChunkedArray, why: str) -> ColumnLine:
+    """Of a feature column as it is written; an empty list is no value."""
+    if pa.types.is_list(values.type):
+        is_filled = pc.greater(pc.fill_null(pc.list_value_length(values), 0), 0)
+    else:
+        is_filled = pc.is_valid(values)
+    first = pc.index(is_filled, True).as_py()
+    filled = pc.mean(is_filled).as_py() or 0.0
+    example = values[first].as_py() if first >= 0 else None
+    return ColumnLine(name, _type_name(values.type), filled, example, why)
+
+
+def _type_name(kind: pa.DataType) -> str:
+    return str(kind).replace("list<l: ", "list<")

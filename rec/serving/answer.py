@@ -12,7 +12,7 @@ All of it runs in the one thread that calls the models.
 import difflib
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +27,8 @@ from rec.serving.metrics import COLD, STAGE_SECONDS
 from rec.serving.schemas import LOWEST, RecommendRequest
 
 DEEPEST = 10_000  # the most popular passing items that are scored for a narrow filter: some 5 ms
+MATCHES = 64 * 1024 * 1024  # bytes for the rows of the latest filters,
+LONG = 1000  # of which each is shorter than this as JSON
 COMPARED = 50  # the latest items of a history, among which an explanation finds the nearest
 Arrays = dict[str, np.ndarray]
 
@@ -76,6 +78,8 @@ class Catalogue:
         self._rows_by_value = lru_cache(None)(
             self._collect
         )  # a million items: 0.3 s when a filter first names genres
+        matches = MATCHES // (8 * len(self.ids) + LONG)
+        self._matching = lru_cache(min(max(matches, 8), 1000))(self._intersect)
 
     def rows(self, items: Iterable[str]) -> list[int]:
         """Of the items that there are."""
@@ -101,9 +105,13 @@ class Catalogue:
         )
 
     def matching(self, wanted: dict[str, list[Any]]) -> np.ndarray:
-        """[M] rows, ascending, that have one of the values in every one of the columns."""
+        """[M] rows, ascending, that have one of the values in every one of the columns. Not to be written to."""
+        text = to_json(wanted)
+        return self._matching(text) if len(text) < LONG else self._intersect(text)
+
+    def _intersect(self, wanted: str) -> np.ndarray:
         rows = np.arange(len(self.ids))
-        for name, values in wanted.items():
+        for name, values in json.loads(wanted).items():
             found = [
                 row for value in set(values) for row in self._rows_by_value(name).get(value, ())
             ]
@@ -142,6 +150,15 @@ def places_of(found: Arrays, width: int) -> list[list[Place]]:
         [Place(*each) for each in zip(*row, strict=True) if each[0] >= 0]
         for row in zip(*parts, strict=True)
     ]
+
+
+def is_among(rows: Any, among: np.ndarray) -> np.ndarray:
+    """[N] rows -> [N] bool: is it one of `among` [M], which ascends? N log M, where np.isin sorts them all."""
+    rows = np.asarray(rows, int)
+    if len(among) == 0:
+        return np.zeros(len(rows), bool)
+    at = np.searchsorted(among, rows).clip(max=len(among) - 1)
+    return among[at] == rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,8 +215,14 @@ class Engine:
                     f"filter: there is no column {name[:64]!r}; did you mean {nearest}?"
                 )
 
-    def recommend(self, requests: Sequence[RecommendRequest]) -> list[str]:
-        """The answers (schemas.Recommendations) to a batch of requests, in its order."""
+    def recommend(
+        self, requests: Sequence[RecommendRequest], between: Callable[[], None] | None = None
+    ) -> list[str]:
+        """The answers (schemas.Recommendations) to a batch of requests, in its order.
+
+        Args:
+          between: called before each step that takes long, for what else the thread has to do.
+        """
         start = time.perf_counter()
         users, histories = (
             [request.user_id or "" for request in requests],
@@ -209,24 +232,47 @@ class Engine:
         called = time.perf_counter()
         STAGE_SECONDS.labels("model").observe(called - start)
         COLD.inc(int(found["cold"].sum()))
-        model, answers = to_json(self.versions), []
         width = max(self.max_k if request.filter else request.k for request in requests)
-        for request, places, cold in zip(
-            requests, places_of(found, width), found["cold"].tolist(), strict=True
-        ):
-            if request.filter or len(places) < request.k:
-                places = self._choose(request, places)
-            more, reasons = (
-                self._explained(request, places[: request.k], cold) if request.explain else ("", [])
-            )
-            show = zip(places[: request.k], reasons or [""] * request.k, strict=False)
-            shown = ",".join(
-                [self.catalogue.show(place.row, place.score, reason) for place, reason in show]
-            )
-            rest = f'"cold_start":{"true" if cold else "false"},"model":{model}{more}'
-            answers.append(f'{{"user_id":{to_json(request.user_id)},"items":[{shown}],{rest}}}')
+        candidates = [
+            self._passing(request, places)
+            for request, places in zip(requests, places_of(found, width), strict=True)
+        ]
+        stored = self._stored(
+            request
+            for request, places in zip(requests, candidates, strict=True)
+            if len(places) < request.k or request.explain
+        )
+        model = to_json(self.versions)
+        answers = []
+        for request, places, cold in zip(requests, candidates, found["cold"].tolist(), strict=True):
+            history = stored.get(request.user_id, [])
+            if between is not None:
+                between()
+            if len(places) < request.k:
+                places = self._fill_up(request, places, history)
+            answers.append(self._write(request, places, history, cold, model))
         STAGE_SECONDS.labels("answer").observe(time.perf_counter() - called)
         return answers
+
+    def _write(
+        self,
+        request: RecommendRequest,
+        places: list[Place],
+        stored: list[str],
+        cold: bool,
+        model: str,
+    ) -> str:
+        more, reasons = "", [""] * len(places)
+        if request.explain:
+            more, reasons = self._explained(request, places, stored, cold)
+        shown = ",".join(
+            [
+                self.catalogue.show(place.row, place.score, reason)
+                for place, reason in zip(places, reasons, strict=True)
+            ]
+        )
+        rest = f'"cold_start":{"true" if cold else "false"},"model":{model}{more}'
+        return f'{{"user_id":{to_json(request.user_id)},"items":[{shown}],{rest}}}'
 
     def similar(self, wanted: Sequence[tuple[str, int]]) -> list[str]:
         """The answers (schemas.Similar): the k items nearest to each known item."""
@@ -257,38 +303,43 @@ class Engine:
         self.backend.close()
         return [None]
 
-    def _stored(self, request: RecommendRequest) -> list[str]:
-        return self.backend.histories([request.user_id])[0] if request.user_id else []
+    def _stored(self, requests: Iterable[RecommendRequest]) -> dict[str | None, list[str]]:
+        """The stored histories of the requests' users, by user, in one call."""
+        users: list[str] = sorted({request.user_id for request in requests if request.user_id})
+        return dict(zip(users, self.backend.histories(users), strict=True)) if users else {}
 
-    def _choose(self, request: RecommendRequest, places: list[Place]) -> list[Place]:
-        """The k best items that the filter lets pass, of the candidates if they are enough."""
+    def _passing(self, request: RecommendRequest, places: list[Place]) -> list[Place]:
+        """The first k candidates that the filter lets pass."""
+        if request.filter:
+            allowed = self.catalogue.matching(request.filter)
+            passing = is_among([place.row for place in places], allowed)
+            places = [place for place, passes in zip(places, passing, strict=True) if passes]
+        return places[: request.k]
+
+    def _fill_up(
+        self, request: RecommendRequest, places: list[Place], history: list[str]
+    ) -> list[Place]:
+        """The k best items that the filter lets pass, where the candidates are not enough."""
         allowed = self.catalogue.matching(request.filter)
-        passing = np.isin([place.row for place in places], allowed)
-        places = [place for place, passes in zip(places, passing, strict=True) if passes][
-            : request.k
-        ]
-        if len(places) == request.k:
-            return places
-        taken = self.catalogue.rows(
-            [*request.exclude, *(request.history or ()), *self._stored(request)]
-        )
-        rest = np.setdiff1d(allowed, taken)
+        seen = [*request.exclude, *(request.history or ()), *history]
+        taken = np.unique(np.array(self.catalogue.rows(seen), int))
+        rest = allowed[: DEEPEST + len(taken)]
+        rest = rest[~is_among(rest, taken)]
         if request.filter and len(rest) > len(places):
             deeper = self.backend.answer_within(
                 request.user_id or "", request.history, rest[:DEEPEST]
             )
             places = places if deeper is None else places_of(deeper, request.k)[0]
-        popular = np.setdiff1d(rest, [place.row for place in places])[: request.k - len(places)]
-        return [*places, *map(Place, popular.tolist())]
+        others = rest[~is_among(rest, np.sort(np.array([place.row for place in places], int)))]
+        popular = others[: request.k - len(places)].tolist()
+        return [*places, *map(Place, popular)]
 
     def _explained(
-        self, request: RecommendRequest, places: list[Place], cold: bool
+        self, request: RecommendRequest, places: list[Place], stored: list[str], cold: bool
     ) -> tuple[str, list[str]]:
         """The history, and of each item where it comes from (schemas.Item), both as JSON to add."""
         catalogue = self.catalogue
-        history = catalogue.rows(
-            self._stored(request) if request.history is None else request.history
-        )
+        history = catalogue.rows(stored if request.history is None else request.history)
         near, latest = np.full((len(places), 1), LOWEST), history[-COMPARED:]
         if latest and places:
             ids = [catalogue.ids[place.row] for place in places]

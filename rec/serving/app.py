@@ -16,6 +16,7 @@ from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -98,7 +99,7 @@ class Fast:
     more, a quarter of all that a request costs. Whatever is unusual goes FastAPI's way."""
 
     PATH, QUERY = (
-        re.compile(r"/v1/users/(.{1,512})/recommendations"),
+        re.compile(r"/v1/users/(.{1,512})/recommendations", re.DOTALL),
         re.compile(rb"(?:k=([1-9]\d{0,3}))?"),
     )
 
@@ -135,6 +136,21 @@ async def _service(request: Request) -> Service:
     return request.app.state.service
 
 
+class AnyText(Convertor[str]):
+    """A part of an address that may hold line breaks: an id is taken as it is, in an address as in a body."""
+
+    regex = "(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("path", AnyText())  # in place of Starlette's, which ends at a line break
+
+
 class Json(Response):
     media_type = "application/json"
 
@@ -150,7 +166,7 @@ K = Annotated[int, Query(ge=1, description="How many items; at most max_k of /v1
 Limit = Annotated[int, Query(ge=1, le=100)]
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
-    s: {"model": Problem} for s in (400, 401, 403, 404, 409, 413, 422, 503)
+    s: {"model": Problem} for s in (400, 401, 403, 404, 408, 409, 413, 414, 422, 431, 503)
 }
 v1 = APIRouter(prefix="/v1", responses=PROBLEMS)
 around = APIRouter(responses={status: PROBLEMS[status] for status in (401, 403, 503)})
@@ -173,6 +189,7 @@ async def recommend_to_user(user_id: InPath, service: Serving, k: K = 10) -> Res
 @v1.post(BATCH.removeprefix("/v1"), response_model=schemas.Batch)
 async def recommend_to_many(body: BatchRequest, service: Serving) -> Response:
     """As /v1/recommend for up to 100 requests, all answered by the same models."""
+    await service.wait_for_room(len(body.requests))
     engine = service.ready
     for request in body.requests:
         engine.check(request.k, request.filter)
@@ -279,12 +296,18 @@ SENTENCES = {  # in place of the framework's two words
 }
 
 
+UNREADABLE = {  # why Python could not read a body as JSON
+    RecursionError: "the body is nested too deeply",
+    UnicodeDecodeError: "the body is not UTF-8 text",
+    ValueError: "the body has a whole number with more digits than can be read",
+}
+
+
 async def _refused(_: Request | None, error: Any) -> JSONResponse:
     if isinstance(error, UserError):
         return JSONResponse({"detail": str(error)}, 422)
-    return JSONResponse(
-        {"detail": SENTENCES.get(error.detail, error.detail)}, error.status_code, error.headers
-    )
+    sentence = SENTENCES.get(error.detail) or UNREADABLE.get(type(error.__cause__))
+    return JSONResponse({"detail": sentence or error.detail}, error.status_code, error.headers)
 
 
 async def _invalid(_: Request, error: Any) -> JSONResponse:

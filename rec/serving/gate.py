@@ -1,7 +1,9 @@
-"""The gate in front of the API, in plain ASGI: request ids, tokens, the size of a body, hang-ups, metrics and the log.
+"""The gate in front of the API, in plain ASGI: addresses, tokens, the size of a body, hang-ups, metrics and the log.
 
 - REC_API_TOKENS (or API_TOKENS) open /v1/*; REC_ADMIN_TOKENS open that and the reload, which is closed without them.
   Comma-separated, from the environment or `.env` (the environment wins); sent as `Authorization: Bearer TOKEN`.
+- A variable that is set but holds no token ends the start if `.env` has tokens for it: nobody opens an API by accident.
+- An address or headers that two readers could understand differently are refused.
 - Without API tokens /v1/* is open to all; with `required` everything but the health checks is closed to all.
 - A request whose client has hung up is cancelled, so that no model works for it.
 - The log is a JSON line a request on stdout. An X-Request-ID is taken over and returned, or made up.
@@ -15,8 +17,10 @@ import json
 import os
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from urllib.parse import unquote_to_bytes
 
 from dotenv import dotenv_values
 from starlette.exceptions import HTTPException
@@ -24,10 +28,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rec.errors import UserError
+from rec.serving.connections import MAX_HEADERS
 from rec.serving.metrics import HUNG_UP, REQUEST_SECONDS, REQUESTS
 from rec.serving.schemas import MAX_BATCH_BODY, MAX_BODY
 
 HEALTH = ("/healthz", "/readyz")
+TOKENS = ("REC_API_TOKENS", "API_TOKENS", "REC_ADMIN_TOKENS")
+MAX_URL = 8 * 1024  # bytes: room for an id of 512 characters, each of them four bytes and escaped
 PAGE, RELOAD, BATCH = "/", "/v1/models/reload", "/v1/recommend/batch"
 TICK = 0.05  # seconds between looks for clients that have hung up, and between writes of the log
 REQUEST_ID = re.compile(rb"[\w.:/+=-]{1,128}")
@@ -41,13 +49,31 @@ class Tokens:
 
     @classmethod
     def from_environment(cls, required: bool) -> "Tokens":
-        values = {**dotenv_values(".env", interpolate=False), **os.environ}
-        names = ("REC_API_TOKENS", "API_TOKENS", "REC_ADMIN_TOKENS")
-        lists = [(values.get(name) or "").split(",") for name in names]
-        api, fallback, admin = (
-            tuple(token.strip() for token in each if token.strip()) for each in lists
-        )
+        """
+        Raises:
+          UserError: a variable is empty in the environment but not in `.env`, holds commas alone, or a token that no
+            header can carry.
+        """
+        file = _dotenv()
+        for name in TOKENS:
+            if file.get(name) and not os.environ.get(name, "unset").strip():
+                raise UserError(
+                    f"{name} is empty in the environment, but .env has tokens for it: unset it to use those, or "
+                    "delete them from .env"
+                )
+        values = {**file, **os.environ}
+        api, fallback, admin = (_tokens_of(name, values.get(name) or "") for name in TOKENS)
         return cls(api or fallback, admin, required)
+
+    def warning(self) -> str | None:
+        """What a person who starts a server with these tokens should know."""
+        if self.api:
+            return None
+        if self.required:
+            return "--require-auth without REC_API_TOKENS: requests are refused"
+        if {*TOKENS[:2]} & {*_dotenv(), *os.environ}:
+            return "REC_API_TOKENS is empty: the API is open to everyone who reaches the port"
+        return None
 
     def refusal(self, path: str, authorization: bytes) -> JSONResponse | None:
         """The answer to a request that may not pass, or None."""
@@ -56,8 +82,8 @@ class Tokens:
             return None  # the page has no data of its own: it asks for a token, and sends it with what it asks
         accepted = self.admin if path == RELOAD else self.admin + self.api
         if not accepted:
-            return JSONResponse(
-                {"detail": "this server was started without the tokens that open this address"}, 403
+            return _problem(
+                403, "this server was started without the tokens that open this address"
             )
         scheme, _, sent = authorization.partition(b" ")
         equal = [
@@ -67,6 +93,62 @@ class Tokens:
             return None
         sentence = "this address needs the header Authorization: Bearer TOKEN, with a valid token"
         return JSONResponse({"detail": sentence}, 401, {"WWW-Authenticate": "Bearer"})
+
+
+def _dotenv() -> Mapping[str, str | None]:
+    try:
+        return dotenv_values(".env", interpolate=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f".env cannot be read: {error}") from error
+
+
+def _tokens_of(name: str, value: str) -> tuple[str, ...]:
+    """The tokens of a comma-separated list, which may be empty."""
+    tokens = tuple(token.strip() for token in value.split(",") if token.strip())
+    if value.strip() and not tokens:
+        raise UserError(f"{name} holds commas and no token: set tokens, or unset it")
+    for number, token in enumerate(tokens, 1):
+        if not token.isprintable():  # undecodable bytes of the environment are not, either
+            raise UserError(
+                f"{name}: token {number} is not UTF-8 text or has control characters, so no client can send it"
+            )
+    return tokens
+
+
+def malformed(scope: Scope, headers: Mapping[bytes, bytes]) -> JSONResponse | None:
+    """The answer to a request that two readers could understand differently, or None.
+
+    Args:
+      headers: the scope's, the last of each name.
+    """
+    path, raw = scope["path"], scope.get("raw_path") or b""
+    if len(raw) + len(scope["query_string"]) > MAX_URL:
+        return _problem(414, f"the address is too long: at most {MAX_URL:,} bytes")
+    if len(scope["headers"]) > MAX_HEADERS:
+        return _problem(431, f"too many headers: at most {MAX_HEADERS}")
+    if len(headers) < len(scope["headers"]):
+        names = [name for name, _ in scope["headers"]]
+        if names.count(b"authorization") > 1:
+            return _problem(400, "the header Authorization is repeated: send it once")
+    if "\ufffd" in path and not _is_utf8(raw):  # what a decoder puts in the place of bad bytes
+        return _problem(400, "the address is not UTF-8 text")
+    if b"%" in scope["query_string"] and not _is_utf8(scope["query_string"]):
+        return _problem(400, "the address is not UTF-8 text")
+    if path.endswith("\n"):  # the framework's patterns, which end with $, would pass over it
+        return _problem(404, "there is nothing at this address; /docs lists what there is")
+    return None
+
+
+def _is_utf8(quoted: bytes) -> bool:
+    try:
+        unquote_to_bytes(quoted).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _problem(status: int, sentence: str) -> JSONResponse:
+    return JSONResponse({"detail": sentence}, status)
 
 
 class Exchange:
@@ -115,7 +197,7 @@ class Exchange:
             "id": self.id.decode(),
             "client": (self.scope.get("client") or ("",))[0],
             "method": self.scope["method"],
-            "path": self.scope["path"],
+            "path": self.scope["path"][:MAX_URL],
             "status": self.status,
             "ms": round(seconds * 1000, 2),
         }
@@ -139,9 +221,10 @@ class Gate:
         exchange = Exchange(scope, receive, send, request_id)
         self._open.add(exchange)
         try:
-            app = (
-                self._tokens.refusal(scope["path"], headers.get(b"authorization", b"")) or self.app
+            refusal = malformed(scope, headers) or self._tokens.refusal(
+                scope["path"], headers.get(b"authorization", b"")
             )
+            app = refusal or self.app
             await app(scope, exchange.receive, exchange.send)
         except asyncio.CancelledError:
             if not exchange.gone:

@@ -17,7 +17,8 @@ REQUESTS = Counter("rec_requests", "Requests answered.", ["address", "status"])
 REQUEST_SECONDS = Histogram(
     "rec_request_seconds", "From the request to its answer.", ["address"], buckets=SECONDS
 )
-# queue: the longest wait of a batch; model: the TensorFlow calls; answer: choosing and writing JSON.
+# queue: the longest wait of a batch; model: the TensorFlow calls; answer: choosing and writing JSON,
+# and the plain requests that are answered between its steps.
 STAGE_SECONDS = Histogram("rec_stage_seconds", "Each stage of a batch.", ["stage"], buckets=SECONDS)
 BATCH_SIZE = Histogram(
     "rec_batch_size", "Requests that shared a call.", buckets=(1, 2, 4, 8, 16, 32, 64)

@@ -26,7 +26,12 @@ EXAMPLES: list[Any] = [
 
 
 class RecommendRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": EXAMPLES})
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,  # Python reads NaN and Infinity, which are not JSON
+        json_schema_extra={"examples": EXAMPLES},
+    )
 
     user_id: Id | None = Field(
         default=None, description="Absent, null, empty or unknown: an anonymous user."

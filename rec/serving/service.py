@@ -1,8 +1,10 @@
 """The engine in service: a queue, the one thread that calls the models, and how new bundles take over.
 
-- The thread takes whatever has queued while its last call ran, and answers it in one call: a lone request does not
-  wait for company, and there is no timer. (Waiting 1 ms for company was slower at every load.)
-- The queue is bounded: a request that finds it full is refused with 503 and Retry-After.
+- The thread takes what has queued while its last call ran, and answers it in one call: a lone request does not wait for
+  company, and there is no timer. (Waiting 1 ms for company was slower at every load.) Batches and expensive requests
+  take turns in calls of their own (rec/serving/lanes.py).
+- The queue is bounded: a request that finds it full is refused with 503 and Retry-After. Batches have a bound of their
+  own, so that they refuse nobody else.
 - New bundles are loaded, warmed and checked beside the old ones and then take over in one step. A request keeps the
   engine that it was checked against. If anything fails, the old bundles stay, and `failed` says what and why.
 """
@@ -16,26 +18,26 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 from starlette.exceptions import HTTPException
 
 from rec.errors import UserError
 from rec.registry import Pair
 from rec.serving.answer import Backend, Engine
+from rec.serving.lanes import Job, Lanes
 from rec.serving.metrics import BATCH_SIZE, QUEUE, RELOADS, STAGE_SECONDS, VERSION
 from rec.serving.schemas import UnavailableError
 
-MAX_WAITING = 512  # a quarter of a second of work
-LARGEST = 64  # requests of one call: larger ones cost as much a request, and the first of them waits longer
+MAX_WAITING = 512  # a quarter of a second of plain requests; and as many of batches
+PATIENCE = 1.0  # seconds for which a batch waits for room in the queue
 
 
-class Job(NamedTuple):
-    engine: Engine
-    method: str  # of the engine
-    argument: Any
-    future: asyncio.Future[Any] | None
-    queued: float
+def overloaded() -> HTTPException:
+    return HTTPException(
+        503, "the server is overloaded: try again in a second", {"Retry-After": "1"}
+    )
 
 
 class Service:
@@ -48,7 +50,9 @@ class Service:
         self._refused: Pair | None = None
         self._reloading = threading.Lock()
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._lanes = Lanes()  # the thread's own
         self._waiting = 0
+        self._in_batches = 0  # of those that wait
         threading.Thread(target=self._work, name="model", daemon=True).start()
 
     @property
@@ -62,43 +66,74 @@ class Service:
     # --------------------------------------------------------------------------------------------------------
     # Questions
 
+    async def wait_for_room(self, size: int) -> None:
+        """Waits until a batch of this size fits into the queue: a client that is refused at once asks again at once.
+
+        Call it before an engine is chosen, which may be closed meanwhile.
+
+        Raises:
+          HTTPException: 503, because there is no room within a second.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while self._in_batches + size > MAX_WAITING:
+            if time.monotonic() > deadline:
+                raise overloaded()
+            await asyncio.sleep(PATIENCE / 20)
+
     async def ask(self, engine: Engine, method: str, *arguments: Any) -> list[Any]:
         """What the engine's method answers to each of the arguments.
 
         Raises:
           HTTPException: 503, because too many requests wait already.
         """
-        if self._waiting + len(arguments) > MAX_WAITING:
-            raise HTTPException(
-                503, "the server is overloaded: try again in a second", {"Retry-After": "1"}
-            )
+        in_batch = len(arguments) if len(arguments) > 1 else 0
+        alike = self._in_batches if in_batch else self._waiting - self._in_batches
+        if alike + len(arguments) > MAX_WAITING:
+            raise overloaded()
         loop, now = asyncio.get_running_loop(), time.perf_counter()
         futures = [loop.create_future() for _ in arguments]
         self._waiting += len(futures)
+        self._in_batches += in_batch
+        batch = object() if in_batch else None
         try:
             for argument, future in zip(arguments, futures, strict=True):
-                self._jobs.put(Job(engine, method, argument, future, now))
+                self._jobs.put(Job(engine, method, argument, future, now, batch))
             return [await future for future in futures]
         except UnavailableError as error:
             raise HTTPException(503, str(error), {"Retry-After": "2"}) from error
         finally:
             self._waiting -= len(futures)
+            self._in_batches -= in_batch
             for future in futures:
                 future.cancel()  # where the client has hung up: the thread passes over it
 
     def _work(self) -> None:
         """The thread of the models."""
         while True:
-            jobs = [self._jobs.get()]
-            while len(jobs) < LARGEST and not self._jobs.empty():
-                jobs.append(self._jobs.get())
-            STAGE_SECONDS.labels("queue").observe(time.perf_counter() - jobs[0].queued)
-            groups: dict[tuple[Engine, str], list[Job]] = {}
-            for job in jobs:
-                if job.future is None or not job.future.cancelled():
-                    groups.setdefault((job.engine, job.method), []).append(job)
-            for (engine, method), group in groups.items():
-                self._answer(getattr(engine, method), group)
+            if not self._lanes:
+                self._lanes.add(self._jobs.get())
+            self._sort()
+            self._call(self._lanes.take())
+
+    def _sort(self) -> None:
+        while not self._jobs.empty():
+            self._lanes.add(self._jobs.get())
+
+    def _call_plain(self) -> None:
+        """Answers the plain requests that have arrived, between the steps of a longer call."""
+        self._sort()
+        self._call(self._lanes.take_plain())
+
+    def _call(self, jobs: list[Job]) -> None:
+        groups: dict[tuple[Engine, str, bool], list[Job]] = {}
+        for job in jobs:
+            groups.setdefault((job.engine, job.method, job.is_plain), []).append(job)
+        for (engine, method, is_plain), group in groups.items():
+            STAGE_SECONDS.labels("queue").observe(time.perf_counter() - group[0].queued)
+            function = getattr(engine, method)
+            if method == "recommend" and not is_plain:
+                function = partial(function, between=self._call_plain)
+            self._answer(function, group)
 
     def _answer(self, function: Callable[[list[Any]], list[Any]], group: list[Job]) -> None:
         BATCH_SIZE.observe(len(group))

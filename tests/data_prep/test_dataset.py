@@ -1,5 +1,6 @@
 """The dataset directory: what is written, what is refused, and what a kill leaves behind."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -121,14 +122,8 @@ def test_large_splits_are_several_files_cut_at_the_same_rows_for_any_number_of_t
         return {}
 
     for threads in (1, 4):
-        prepare(
-            tmp_path / str(threads),
-            lambda con, _, n=threads: load_many(con, _, n),  # type: ignore[misc]
-            "many",
-            "",
-            "temporal",
-            0,
-        )
+        load = functools.partial(load_many, threads=threads)
+        prepare(tmp_path / str(threads), load, "many", "", "temporal", 0)
     one, four = open_dataset(tmp_path / "1"), open_dataset(tmp_path / "4")
     assert one.id == four.id
     assert [pq.ParquetFile(file).metadata.num_rows for file in one.files("train")][:2] == [

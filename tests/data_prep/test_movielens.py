@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import json
+import re
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -175,21 +176,86 @@ def test_min_rating_keeps_that_rating_and_above(
     assert json.loads(capsys.readouterr().out)["dropped"]["below_min_rating"] == 1
 
 
-def test_a_source_of_another_dataset_or_a_broken_zip_is_one_sentence(
-    run: Run, tmp_path: Path
-) -> None:
+def test_a_source_of_another_dataset_is_one_sentence(run: Run, tmp_path: Path) -> None:
     source = write(tmp_path / "m", csv_files())
     with pytest.raises(UserError, match="m holds no u.data: is it really ml-100k?"):
         run("--name", "100k", "--source", source)
     with pytest.raises(UserError, match="--source .*none does not exist"):
         run("--name", "100k", "--source", str(tmp_path / "none"))
-    content = bytearray(zipped("ml-25m", csv_files()))
-    content[60] ^= 255
-    (tmp_path / "m.zip").write_bytes(content)
-    with pytest.raises(UserError, match="m.zip is no intact zip file"):
+    (tmp_path / "m.zip").write_bytes(zipped("ml-1m", dat_files("latin-1")))
+    with pytest.raises(UserError, match="no u.data of ml-100k: is it .* It holds __MACOSX, ml-1m$"):
+        run("--name", "100k", "--source", str(tmp_path / "m.zip"))
+
+
+def damaged(content: bytes) -> bytes:
+    """The same with a bit of the first file's data changed."""
+    return content[:60] + bytes([content[60] ^ 255]) + content[61:]
+
+
+def marked(content: bytes, offset: int, value: int, size: int = 2) -> bytes:
+    """A zip with a field of its entries changed, in the headers of the files and in the directory at the end."""
+    changed = bytearray(content)
+    for signature, shift in ((b"PK\3\4", 0), (b"PK\1\2", 2)):
+        at = -1
+        while (at := content.find(signature, at + 1)) >= 0:
+            place = at + offset + shift
+            changed[place : place + size] = value.to_bytes(size, "little")
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (damaged, "is no intact zip file .*delete it"),
+        (lambda content: content[:50], "is no intact zip file .*delete it"),
+        (lambda content: b"userId,movieId\n1,2\n", "is no zip file, it seems to be text"),
+        (lambda content: b"\x1f\x8b" + content, "is no zip file, it seems to be a gzip file"),
+        (lambda content: marked(content, 6, value=1), "is an encrypted zip.*unpack it yourself"),
+        (lambda content: marked(content, 8, value=9), "is a zip packed by deflate64.*unpack it"),
+        (lambda content: marked(content, 8, value=77), "is a zip packed by method 77.*unpack it"),
+        (
+            lambda content: marked(content, 22, value=2**32 - 2, size=4),
+            "ratings.csv would unpack to 4,294,967,294 bytes, more than",
+        ),
+    ],
+)
+def test_a_zip_that_cannot_be_unpacked_is_named_by_what_it_is(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[bytes], bytes],
+    problem: str,
+) -> None:
+    monkeypatch.setattr(movielens, "UNPACKED_LIMIT", 2**31)
+    (tmp_path / "m.zip").write_bytes(spoil(zipped("ml-25m", csv_files())))
+    with pytest.raises(UserError, match=f"m.zip.*{problem}"):
         run("--name", "25m", "--source", str(tmp_path / "m.zip"))
-    (tmp_path / "m.zip").write_bytes(content[:50])
-    with pytest.raises(UserError, match="m.zip is no intact zip file"):
+    assert not (tmp_path / "data/out").exists()
+
+
+def test_a_bomb_is_refused_by_what_it_would_unpack_to(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(movielens, "UNPACKED_LIMIT", 10**6)
+    files = csv_files() | {"ratings.csv": b"0" * (10**6 + 1)}
+    (tmp_path / "m.zip").write_bytes(zipped("ml-25m", files))
+    with pytest.raises(UserError, match="would unpack to 1,000,001 bytes"):
+        run("--name", "25m", "--source", str(tmp_path / "m.zip"))
+
+
+def test_a_damaged_file_of_the_source_is_one_sentence(run: Run, tmp_path: Path) -> None:
+    source = write(tmp_path / "m", csv_files() | {"movies.csv": b"movieId,name,genres\n1,x,y\n"})
+    with pytest.raises(UserError, match="movies.csv cannot be read: .*title"):
+        run("--name", "25m", "--source", source)
+    rows = csv_files()["ratings.csv"] + b"3,x,good,100\n"
+    (tmp_path / "m/ratings.csv").write_bytes(rows)
+    with pytest.raises(
+        UserError, match=r"ratings.csv:8: rating 'good' is not a number .*; fix the file\)$"
+    ):
+        run("--name", "25m", "--source", source)
+    files = csv_files() | {"ratings.csv": rows}
+    (tmp_path / "m.zip").write_bytes(zipped("ml-25m", files))
+    with pytest.raises(UserError, match="/m.zip/ml-25m/ratings.csv:8: rating 'good'"):
         run("--name", "25m", "--source", str(tmp_path / "m.zip"))
 
 
@@ -239,11 +305,12 @@ PART = "data/ml-latest-small.zip.part"
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     with Server(("127.0.0.1", 0), Handler) as server:
         content = zipped("ml-latest-small", csv_files())
-        md5 = f"MD5 (ml-latest-small.zip) = {hashlib.md5(content).hexdigest()}\n"
-        server.files = {ZIP: content, f"{ZIP}.md5": md5.encode()}
+        digest = hashlib.sha256(content).hexdigest()
+        monkeypatch.setitem(movielens.DIGESTS, "latest-small", digest)
+        server.files = {ZIP: content}
         server.most, server.ranges, server.requests = 10**9, True, []
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -265,7 +332,7 @@ def test_download_is_checked_kept_and_not_repeated(
         "out",
     ]
     fetch()
-    assert [path for path, _ in server.requests] == [ZIP, f"{ZIP}.md5"]
+    assert [path for path, _ in server.requests] == [ZIP]
 
 
 def test_download_resumes_where_it_broke_off(
@@ -289,7 +356,7 @@ def test_download_that_only_lacked_its_name_is_not_repeated(
     (tmp_path / "data").mkdir()
     (tmp_path / PART).write_bytes(server.files[ZIP])
     fetch()
-    assert [path for path, _ in server.requests] == [ZIP, f"{ZIP}.md5"]
+    assert [path for path, _ in server.requests] == [ZIP]
 
 
 def test_download_from_a_server_without_ranges_begins_again(
@@ -301,21 +368,19 @@ def test_download_from_a_server_without_ranges_begins_again(
     assert fetch().manifest["counts"]["users"] == 2
 
 
-def test_download_with_another_md5_is_thrown_away(
+def test_download_with_another_sha256_is_thrown_away(
     fetch: Callable[[], Dataset], server: Server, tmp_path: Path
 ) -> None:
     server.files[ZIP] = server.files[ZIP][:-1] + b"x"
-    with pytest.raises(UserError, match="arrived damaged"):
+    with pytest.raises(UserError, match="arrived damaged, or is not the file.*--source"):
         fetch()
     assert list((tmp_path / "data").iterdir()) == []
 
 
-def test_download_without_a_published_md5_says_so(
-    fetch: Callable[[], Dataset], server: Server, capsys: pytest.CaptureFixture[str]
-) -> None:
-    del server.files[f"{ZIP}.md5"]
-    fetch()
-    assert "has no published checksum" in capsys.readouterr().err
+def test_the_sha256_of_every_archive_is_known() -> None:
+    assert movielens.DIGESTS.keys() == movielens.FILES.keys()
+    assert len(set(movielens.DIGESTS.values())) == len(movielens.FILES)
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in movielens.DIGESTS.values())
 
 
 def test_download_that_does_not_exist_or_connect_mentions_source(run: Run, server: Server) -> None:

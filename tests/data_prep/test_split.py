@@ -230,10 +230,31 @@ def test_min_rating_applies_before_duplicates_and_min_interactions_after() -> No
     ]
 
 
-def test_filters_that_leave_nothing_are_refused() -> None:
-    engine = database("user_id varchar, item_id varchar, rating float", [("u", "a", 1.0)])
-    with pytest.raises(UserError, match="nothing is left of 1 interactions"):
-        filter_interactions(engine, 2.0, 1)
+def test_a_filter_that_drops_everything_is_refused_with_a_value() -> None:
+    columns = "user_id varchar, item_id varchar, rating float"
+    rows: list[Row] = [("u", "a", 1.0), ("u", "b", 3.5), ("v", "a", 2.0)]
+    with pytest.raises(
+        UserError, match="^--min-rating 4 drops all 3 interactions: the highest rating is 3.5$"
+    ):
+        filter_interactions(database(columns, rows), 4.0, 1)
+    with pytest.raises(
+        UserError, match="^--min-interactions 3 drops all users: the most active one has 2$"
+    ):
+        filter_interactions(database(columns, rows), None, 3)
+
+
+def test_a_filter_that_drops_nothing_is_said_with_a_value(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    columns = "user_id varchar, item_id varchar, rating float"
+    rows: list[Row] = [("u", "a", 1.0), ("u", "b", 3.5), ("v", "a", 2.0), ("v", "b", 2.0)]
+    filter_interactions(database(columns, rows), 0.5, 2)
+    assert capsys.readouterr().err.splitlines() == [
+        "--min-rating 0.5 drops nothing: the lowest rating is 1",
+        "--min-interactions 2 drops nothing: every user has as many",
+    ]
+    filter_interactions(database(columns, rows), 1.5, 2)
+    assert capsys.readouterr().err == ""
 
 
 def test_min_rating_compares_as_the_ratings_are_stored() -> None:

@@ -1,5 +1,6 @@
 """The tabular command on files as people really have them."""
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 
 from rec.data_prep import tabular
 from rec.data_prep.dataset import Dataset, open_dataset
+from rec.data_prep.raw_files import RawFile
 from rec.errors import UserError
 
 Run = Callable[..., Dataset]
-TIMED = ["--timestamp-col", "time", "--split", "leave_one_out"]
+TIMED = ["--timestamp-col", "time", "--allow-any-time", "--split", "leave_one_out"]
 CLICKS = "user_id,item_id,time\nu,a,1\nu,b,2\nu,c,3\nv,c,1\nv,b,2\nv,a,3\n"
 
 
@@ -108,6 +110,7 @@ def test_other_column_names_some_with_quotes(run: Run) -> None:
         "it's",
         "--timestamp-col",
         "Time",
+        "--allow-any-time",
         "--split",
         "leave_one_out",
     ]
@@ -139,24 +142,23 @@ def test_times_are_seconds_or_iso_8601_in_utc(run: Run, written: str, second: in
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ("u,d", "missing columns"),
-        ("u,d,4,5,6", "too many columns"),
+        ("u,d", "has fewer fields than the file has columns"),
+        ("u,d,4,5,6", "has more fields than the file has columns"),
         (",d,4,5", "user_id '' is empty or holds a line break"),
         ("u,  ,4,5", "item_id '  ' is empty or holds a line break"),
         ("u,\t,4,5", r"item_id '\\t' is empty or holds a line break"),
-        ('u,"d\ne",4,5', r"item_id 'd\\ne' is empty or holds a line break"),
         ("u,d,soon,5", "time 'soon' is neither seconds since 1970"),
         ("u,d,,5", "time '' is neither seconds since 1970"),
         ("u,d,nan,5", "time 'nan' is neither"),
         (
             "u,d,1700000000000,5",
-            "time '1700000000000' is neither seconds since 1970 .milliseconds are not taken",
+            "time '1700000000000' is neither .* looks like milliseconds since 1970; divide by 1,000 first",
         ),
         ("u,d,4,good", "stars 'good' is not a number"),
         ("u,d,4,", "stars '' is not a number"),
         ("u,d,4,nan", "stars 'nan' is not a number"),
         ("u,d,4,inf", "stars 'inf' is not a number"),
-        ('u,"d"x,4,5', "unquoted value"),
+        ('u,"d"x,4,5', "a quote opens a field, and does not close at its end"),
     ],
 )
 def test_a_malformed_row_is_named_by_file_and_line_or_skipped_and_counted(
@@ -181,12 +183,19 @@ def test_a_malformed_row_is_named_by_file_and_line_or_skipped_and_counted(
     }
 
 
-def test_the_line_of_a_malformed_row_counts_line_breaks_inside_fields(run: Run) -> None:
-    text = 'user_id,item_id,time,note\nu,a,1,"three\nlines\nlong"\nu,b,soon,x\n'
-    with pytest.raises(UserError, match="^clicks.csv:5: time 'soon'"):
-        run("--interactions", "clicks.csv", *TIMED, clicks_csv=text)
-    with pytest.raises(UserError, match="^clicks.csv:5: missing columns"):
-        run("--interactions", "clicks.csv", *TIMED, clicks_csv=text.replace("u,b,soon,x", "u,b"))
+def test_a_field_of_items_may_go_on_to_another_line_which_is_said(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--interactions", "c.csv", *TIMED, "--items", "i.csv"]
+    items = 'item_id,note\na,x\nb,"three\n\nlines"\nc,"two\r\nlines"\n'
+    notes = run(*args, c_csv=CLICKS, i_csv=items).items()["note"].tolist()
+    assert notes == ["x", "three\n\nlines", "two\r\nlines"]
+    said = "i.csv:3: a field goes on to another line; 2 such line(s) in all"
+    assert said in capsys.readouterr().err
+    with pytest.raises(UserError, match="^i.csv:8: item_id '' is empty"):
+        run(*args, i_csv=items + ",x\n")
+    with pytest.raises(UserError, match="^i.csv:8: has fewer fields"):
+        run(*args, i_csv=items + "d\n")
 
 
 def test_the_first_malformed_row_is_named_whatever_is_wrong_with_it(run: Run) -> None:
@@ -196,8 +205,19 @@ def test_the_first_malformed_row_is_named_whatever_is_wrong_with_it(run: Run) ->
 
 
 def test_a_row_that_is_not_utf8_is_malformed(run: Run) -> None:
-    with pytest.raises(UserError, match="^clicks.csv:8: invalid encoding"):
+    with pytest.raises(UserError, match="^clicks.csv:8: is not UTF-8; .* Latin-1"):
         run("--interactions", "clicks.csv", *TIMED, clicks_csv=CLICKS.encode() + b"u,caf\xe9,4\n")
+
+
+def test_a_file_of_malformed_rows_alone_is_refused_even_if_they_may_be_skipped(run: Run) -> None:
+    with pytest.raises(UserError, match="^clicks.csv:2: has fewer fields .* no row is well-formed"):
+        run(
+            "--interactions",
+            "clicks.csv",
+            *TIMED,
+            "--skip-bad-rows",
+            clicks_csv=CLICKS.splitlines()[0] + "\n" + "u\n",
+        )
 
 
 def test_a_malformed_row_of_parquet_is_named_by_its_number(run: Run, tmp_path: Path) -> None:
@@ -215,7 +235,12 @@ def test_a_malformed_row_of_parquet_is_named_by_its_number(run: Run, tmp_path: P
         ("user_id,item_id,time", "clicks.csv has no rows"),
         ("user_id,itemid,time\nu,a,1\n", "clicks.csv has no column item_id: did you mean itemid?"),
         ("x\nu\n", "clicks.csv has no column user_id: it has x"),
-        ("user_id,item_id,time,time\nu,a,1,1\n", "clicks.csv cannot be read: .*"),
+        ("user_id,item_id,time,Time\nu,a,1,1\n", "two of its columns have the name time"),
+        ("\nuser_id,item_id,time\nu,a,1\n", "clicks.csv:1: the first line is blank"),
+        ('user_id,"item_id,time\nu,a,1\n', "clicks.csv:1: a quote opens a name that goes on"),
+        ("u1,i1,5\nu2,i2,6\n", "the first line seems to be data .u1, i1, 5.; put a line of names"),
+        ("p,item;id;time\nu;a;1\n", "no column user_id: it has p, item;id;time"),
+        ("user;item;when\nu;a;1\n", "it has user;item;when, where fields seem .* by ';'"),
     ],
 )
 def test_a_file_without_content_or_column_is_one_sentence(
@@ -228,13 +253,15 @@ def test_a_file_without_content_or_column_is_one_sentence(
 def test_parquet_that_is_none_and_ids_that_are_fractions_are_refused(
     run: Run, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="clicks.parquet cannot be read"):
+    with pytest.raises(UserError, match="clicks.parquet is not Parquet, it seems to be text"):
         run("--interactions", "clicks.parquet", clicks_parquet=CLICKS)
+    with pytest.raises(UserError, match="clicks.parquet cannot be read: .*magic bytes"):
+        run("--interactions", "clicks.parquet", clicks_parquet=b"PAR1" + CLICKS.encode())
     pd.DataFrame({"user_id": [1.0, None], "item_id": [1, 2]}).to_parquet(
         tmp_path / "clicks.parquet"
     )
     with pytest.raises(
-        UserError, match="column user_id holds fractions .DOUBLE.; ids are text or whole numbers"
+        UserError, match="column user_id holds DOUBLE; ids are text or whole numbers"
     ):
         run("--interactions", "clicks.parquet")
 
@@ -326,7 +353,7 @@ def test_features_of_parquet_keep_their_kind(run: Run, tmp_path: Path) -> None:
         "item_id": "string",
         "tags": "list<string>",
         "at": "int64",
-        "flag": "string",
+        "flag": "bool",
         "price": "double",
         "stock": "int64",
     }
@@ -334,7 +361,7 @@ def test_features_of_parquet_keep_their_kind(run: Run, tmp_path: Path) -> None:
     assert (row["tags"].tolist(), row["at"], row["flag"], row["price"], row["stock"]) == (
         ["x"],
         86400,
-        "true",
+        True,
         1.5,
         3,
     )
@@ -357,7 +384,7 @@ def test_malformed_features_are_refused(run: Run, items: str, problem: str) -> N
 
 
 def test_a_feature_called_like_the_id_is_refused(run: Run) -> None:
-    args = ["--item-col", "sku", "--items", "items.csv", "--timestamp-col", "time"]
+    args = ["--item-col", "sku", "--items", "items.csv", *TIMED]
     text = CLICKS.replace("item_id", "sku")
     with pytest.raises(
         UserError, match="has a column item_id beside its id column sku: rename one of them"
@@ -414,8 +441,178 @@ def test_rows_keep_the_order_of_a_file_that_is_read_in_parallel(tmp_path: Path) 
     path.write_text("user_id,item_id\n" + "".join(f"user{n},item{n}\n" for n in range(300_000)))
     con = duckdb.connect()
     con.execute("set threads = 4")
-    tabular.load_interactions(con, tabular.RawFile.of(path), ("user_id", "item_id", None, None))
+    tabular.load_interactions(con, RawFile.of(path), ("user_id", "item_id", None, None))
     wrong = con.execute(
         "select count(*) from interactions where user_id <> 'user' || (source_row - 1)"
     ).fetchall()
     assert wrong == [(0,)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quotes, separators, encodings
+
+
+OPEN_QUOTE = CLICKS.replace("u,b,2", 'u,"b,2')
+
+
+@pytest.mark.parametrize("skip", [[], ["--skip-bad-rows"]])
+@pytest.mark.parametrize(
+    "text",
+    [
+        OPEN_QUOTE,  # to the end of the file
+        OPEN_QUOTE.replace("v,b,2", 'v,b",2'),  # to a quote that closes it: 3 lines are one row
+        OPEN_QUOTE.replace("v,b,2", 'v,b"x,2'),
+        CLICKS.replace("u,b,2", 'u,"b\n",2'),
+    ],
+)
+def test_a_quote_that_swallows_lines_of_interactions_is_refused_with_its_line(
+    run: Run, text: str, skip: list[str]
+) -> None:
+    args = ["--interactions", "c.csv", *TIMED, *skip]
+    with pytest.raises(UserError, match="^c.csv:3: a quote opens a field .* --quote none"):
+        run(*args, c_csv=text)
+
+
+@pytest.mark.parametrize("skip", [[], ["--skip-bad-rows"]])
+def test_a_quote_of_items_that_is_never_closed_is_refused_with_its_line(
+    run: Run, skip: list[str]
+) -> None:
+    items = 'item_id,name\na,"x\ny"\nb,"z\nc,w\n'
+    args = ["--interactions", "c.csv", *TIMED, "--items", "i.csv", *skip]
+    with pytest.raises(UserError, match="^i.csv:4: a quote opens a field .* is not closed"):
+        run(*args, c_csv=CLICKS, i_csv=items)
+
+
+def test_in_a_tsv_and_with_quote_none_quotes_are_characters(run: Run) -> None:
+    text = OPEN_QUOTE.replace(",c,3", ',"c,3')
+    for name, args in (("c.csv", ["--quote", "none"]), ("c.tsv", [])):
+        content = text.replace(",", "\t") if name == "c.tsv" else text
+        dataset = run("--interactions", name, *TIMED, *args, **{name.replace(".", "_"): content})
+        assert dataset.items()["item_id"].tolist() == ['"b', '"c', "a", "b", "c"]
+
+
+def test_a_tsv_may_have_quotes_if_they_are_asked_for(run: Run) -> None:
+    text = '"user_id"\t"item_id"\t"time"\nu\t"a\tb"\t1\nu\tb\t2\nu\tc\t3\nv\tb\t1\nv\tc\t2\nv\t"a\tb"\t3\n'
+    args = ["--interactions", "c.tsv", *TIMED]
+    with pytest.raises(UserError, match="its names are in quotes: use --quote"):
+        run(*args, c_tsv=text)
+    assert run(*args, "--quote", '"').items()["item_id"].tolist() == ["a\tb", "b", "c"]
+
+
+@pytest.mark.parametrize("skip", [[], ["--skip-bad-rows"]])
+@pytest.mark.parametrize(
+    ("usual", "odd"), [("\n", "\r\n"), ("\r\n", "\n"), ("\n", "\r"), ("\r", "\n")]
+)
+def test_an_odd_line_end_is_refused_with_its_line(
+    run: Run, usual: str, odd: str, skip: list[str]
+) -> None:
+    text = CLICKS.replace("\n", usual).replace(f"u,c,3{usual}", f"u,c,3{odd}")
+    with pytest.raises(UserError, match="^c.csv:4: the line ends in .* let all of them end alike"):
+        run("--interactions", "c.csv", *TIMED, *skip, c_csv=text)
+
+
+def test_another_separator_is_named_or_seen_in_the_first_line(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--interactions", "c.csv", *TIMED]
+    files = run(*args, c_csv=CLICKS).manifest["files"]
+    for separator in ";|\t":
+        assert run(*args, c_csv=CLICKS.replace(",", separator)).manifest["files"] == files
+        said = f"c.csv: fields are separated by {separator!r}, not by ','"
+        assert said in capsys.readouterr().err
+    for separator, written in ((":", ":"), ("\t", r"\t"), (" ", " ")):
+        named = run(*args, "--delimiter", written, c_csv=CLICKS.replace(",", separator))
+        assert named.manifest["files"] == files
+        assert "separated" not in capsys.readouterr().err
+    both = CLICKS.replace(",", ";").replace("time", "time;x,y").replace("\nu", "\nu")
+    with pytest.raises(
+        UserError, match="seem to be separated by ';', not by ',': use --delimiter ';'"
+    ):
+        run(*args, c_csv=both)
+
+
+def test_a_column_without_a_name_is_left_out_and_said(
+    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rows = [f"{number},{line}" for number, line in enumerate(CLICKS.splitlines()[1:])]
+    text = "\n".join([",user_id,item_id,time", *rows, ""])
+    items = pd.DataFrame({"item_id": ["a", "b"], "name": ["x", "y"]}, index=[5, 7])
+    items.to_parquet(tmp_path / "i.parquet")
+    dataset = run("--interactions", "c.csv", *TIMED, "--items", "i.parquet", c_csv=text)
+    err = capsys.readouterr().err
+    assert "c.csv: column 1 is left out: it has no name" in err
+    assert "i.parquet: column 3 is left out" in err
+    assert list(dataset.items().columns) == ["item_id", "name"]
+    assert len(dataset.interactions("train")) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (CLICKS.encode("utf-16"), "^c.csv:1: the file seems to be UTF-16, .*iconv -f UTF-16 "),
+        (CLICKS.encode("utf-16-be"), "^c.csv:1: the file seems to be UTF-16BE"),
+        (CLICKS.encode("utf-16-le"), "^c.csv:1: the file seems to be UTF-16LE"),
+        (CLICKS.encode("utf-32"), "^c.csv:1: the file seems to be UTF-32"),
+        (CLICKS.replace("c,3", "\0,3").encode(), "^c.csv:4: holds a NUL byte"),
+        (
+            CLICKS.replace("b", "café").encode("latin-1"),
+            "^c.csv:3: is not UTF-8; .*'u,café,2'.*iconv",
+        ),
+        (CLICKS.replace("b", "caf\\x").encode().replace(b"\\x", b"\xc3\xa9\xc3"), "is damaged"),
+        (CLICKS.replace("time", "Größe").encode("latin-1"), "^c.csv:1: is not UTF-8; .*'.*Größe'"),
+        (gzip.compress(CLICKS.encode()), "^c.csv is not text, it seems to be a gzip file"),
+        (b"PK\3\4" + CLICKS.encode(), "^c.csv is not text, it seems to be a zip file"),
+    ],
+)
+def test_another_encoding_or_kind_of_file_is_named(run: Run, content: bytes, problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        run("--interactions", "c.csv", *TIMED, c_csv=content)
+
+
+def test_the_first_line_may_be_data_which_is_said(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--user-col", "7", "--item-col", "8", "--split", "leave_one_out"]
+    rows = "".join(f"{user},{item}\n" for user in (7, 8) for item in (8, 9, 10))
+    run("--interactions", "c.csv", *args, c_csv=rows)
+    said = "c.csv: the first line is taken as names of columns (7, 8); if it is data, this row is"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        (["--delimiter", ""], "--delimiter '' is not one character"),
+        (["--delimiter", "::"], "--delimiter '::' is not one character"),
+        (["--delimiter", '"'], "--delimiter '\"' is not one character"),
+        (["--quote", "none"], "are for text files, and all files are Parquet"),
+        (["--delimiter", ";"], "are for text files, and all files are Parquet"),
+    ],
+)
+def test_options_for_text_that_have_no_effect_are_refused(
+    run: Run, tmp_path: Path, args: list[str], problem: str
+) -> None:
+    pq.write_table(pa.table({"user_id": ["u"], "item_id": ["a"]}), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match=problem):
+        run("--interactions", "c.parquet", *args)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[["a"], ["b"]], [{"x": 1}, {"x": 2}], [b"a", b"b"], [True, False], [1.5, 2.5], [None, None]],
+)
+def test_ids_of_parquet_are_text_or_whole_numbers(
+    run: Run, tmp_path: Path, values: list[object]
+) -> None:
+    pq.write_table(pa.table({"user_id": values, "item_id": ["a", "b"]}), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match="ids are text or whole numbers|user_id '' is empty"):
+        run("--interactions", "c.parquet")
+
+
+def test_every_error_of_duckdb_in_a_load_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "i.csv"
+    path.write_text("item_id\na\n")
+    con = duckdb.connect()
+    con.execute("create table items (x integer)")  # so that a later statement of the load fails
+    with pytest.raises(UserError, match="^.*i.csv cannot be read: Catalog Error: .*already exists"):
+        tabular.load_features(con, RawFile.of(path), "items", "item_id")

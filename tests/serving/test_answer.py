@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rec.serving.answer import Catalogue
+from rec.serving.answer import Catalogue, is_among
 from rec.serving.schemas import LOWEST
 
 ITEMS = pd.DataFrame(
@@ -66,3 +66,15 @@ def test_a_filter_matches_any_value_of_every_column(
     catalogue: Catalogue, wanted: dict[str, list[object]], rows: list[int]
 ) -> None:
     assert catalogue.matching(wanted).tolist() == rows
+    assert catalogue.matching(wanted).tolist() == rows  # from the cache
+    longer = {name: [*values, *["?" * 500] * 2] for name, values in wanted.items()}
+    assert catalogue.matching(longer).tolist() == rows
+
+
+def test_rows_are_looked_up_as_numpy_does() -> None:
+    random = np.random.default_rng(1)
+    for size in (0, 1, 5, 50):
+        among = np.unique(random.integers(0, 60, size))
+        rows = random.integers(0, 70, 40)
+        assert is_among(rows, among).tolist() == np.isin(rows, among).tolist()
+    assert is_among([], np.arange(3)).tolist() == []

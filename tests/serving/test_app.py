@@ -146,7 +146,11 @@ def test_an_anonymous_user_with_a_history_is_not_cold(client: TestClient, engine
 
 
 @pytest.mark.parametrize(
-    "user", ["a/b", "/", "recommendations/recommendations", "Zoë 東京", "100%", "a?b#c&k=1"]
+    "user",
+    [
+        *("a/b", "/", "recommendations/recommendations", "Zoë 東京", "100%", "a?b#c&k=1"),
+        *("a\nb", "\n", "\r\n", "a\0b", "\x7f\x1b[0m", "\ufffd", "a\n/recommendations"),
+    ],
 )
 def test_a_user_id_is_taken_as_it_is(client: TestClient, user: str) -> None:
     assert client.get(f"/v1/users/{quote(user, safe='')}/recommendations").json()["user_id"] == user
@@ -374,6 +378,10 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "k null": {"json": {"k": None}},
     "k infinite": {"content": '{"k": Infinity}'},
     "k NaN": {"content": '{"k": NaN}'},
+    "filter by NaN": {"content": '{"filter": {"price": [NaN]}}'},
+    "filter by -Infinity": {"content": '{"filter": {"price": [-Infinity]}}'},
+    "filter by a number without end": {"content": '{"filter": {"price": [1e999]}}'},
+    "filter by 10,000 digits": {"content": '{"filter": {"price": [' + "9" * 10_000 + "]}}"},
     "user a number": {"json": {"user_id": 7}},
     "user a list": {"json": {"user_id": ["u7"]}},
     "user half a character": {"content": '{"user_id": "\\ud800"}'},
@@ -443,11 +451,13 @@ def test_a_bad_body_is_refused_with_one_sentence(client: TestClient, case: str) 
         ("GET", "/v1/items//similar", 422),
         ("GET", "/v1/items/i5/similar?k=1000", 422),
         ("GET", "/v1/items/%00/similar", 404),
-        ("GET", "/v1/items/%ff%fe/similar", 404),
+        ("GET", "/v1/items/%ff%fe/similar", 400),
+        ("GET", "/v1/items/a%0Ab/similar", 404),
+        ("GET", "/v1/items/a%0A/similar%0A", 404),
         ("GET", "/v1/items/%F0%9F%8E%AC/similar", 404),
         ("GET", "/v1/items/i5", 404),
         ("GET", "/v1/users/u7/recommendations/", 404),
-        ("GET", "/v1/users/a%0Ab/recommendations", 404),
+        ("GET", "/v1/users/a%0A/b", 404),
         ("GET", "/v2/models", 404),
         ("GET", "/../../etc/passwd", 404),
         ("GET", "/v1/recommend", 405),
@@ -455,6 +465,9 @@ def test_a_bad_body_is_refused_with_one_sentence(client: TestClient, case: str) 
         ("POST", "/v1/users/u7/recommendations", 405),
         ("DELETE", "/v1/models", 405),
         ("POST", "/healthz", 405),
+        ("OPTIONS", "/v1/recommend", 405),
+        ("TRACE", "/v1/models", 405),
+        ("BREW", "/v1/models", 405),
         ("POST", "/v1/models/reload", 403),
     ],
 )
@@ -482,6 +495,32 @@ def test_the_sentence_says_where_and_what(
     client: TestClient, body: dict[str, Any], sentence: str
 ) -> None:
     assert asked(client, **body).json()["detail"] == sentence
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "sentence"),
+    [
+        ("[" * 50_000, 400, "the body is nested too deeply"),
+        (b'{"user_id": "\xff"}', 400, "the body is not UTF-8 text"),
+        (HOSTILE["a number of 10,000 digits"]["content"], 400, "the body has a whole number with"),
+        ('{"k": 1', 400, "the body is not JSON: Expecting ',' delimiter at character 7"),
+        ('{"filter": {"price": [NaN]}}', 422, "filter['price'][0]: input should be a "),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/recommend", "/v1/recommend/batch"])
+def test_a_body_that_cannot_be_read_is_refused_with_the_reason(
+    client: TestClient, path: str, content: str | bytes, status: int, sentence: str
+) -> None:
+    if status == 422 and path.endswith("batch"):
+        content, sentence = f'{{"requests": [{content!s}]}}', "requests[0]['filter']"
+    response = client.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert_refused(response, status)
+    assert response.json()["detail"].startswith(sentence)
+
+
+def test_a_request_for_the_head_alone_gets_no_body(client: TestClient) -> None:
+    response = client.head("/v1/models")
+    assert response.status_code == 405 and response.headers["Allow"] == "GET"
 
 
 def test_the_largest_request_that_is_allowed_is_answered(client: TestClient) -> None:

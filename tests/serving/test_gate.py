@@ -1,13 +1,15 @@
-"""Tokens: where they come from and what they open."""
+"""Tokens: where they come from and what they open; addresses and headers that are refused."""
 
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
 
+from rec.errors import UserError
 from rec.registry import Pair
 from rec.serving.app import create_app
-from rec.serving.gate import RELOAD, Tokens
+from rec.serving.connections import MAX_HEADERS
+from rec.serving.gate import MAX_URL, RELOAD, Tokens
 from rec.serving.service import Service
 
 CLOSED, NO_MODELS = (401, 403), 503
@@ -78,16 +80,113 @@ def test_required_tokens_close_everything_but_health() -> None:
     assert status(Tokens(required=True), "/readyz") == NO_MODELS
 
 
-def test_tokens_come_from_the_environment_before_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A directory without `.env`, and an environment without tokens."""
     monkeypatch.chdir(tmp_path)
     for name in ("REC_API_TOKENS", "API_TOKENS", "REC_ADMIN_TOKENS"):
         monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_tokens_come_from_the_environment_before_the_file(empty: pytest.MonkeyPatch) -> None:
     assert Tokens.from_environment(required=True) == Tokens(required=True)
     Path(".env").write_text("API_TOKENS=one, two,,\nREC_ADMIN_TOKENS='$dollar${HOME}'\n")
     assert Tokens.from_environment(required=False) == Tokens(("one", "two"), ("$dollar${HOME}",))
-    monkeypatch.setenv("API_TOKENS", "three")
+    empty.setenv("API_TOKENS", "three")
     assert Tokens.from_environment(required=False).api == ("three",)
-    monkeypatch.setenv("REC_API_TOKENS", "four")
+    empty.setenv("REC_API_TOKENS", "four")
     assert Tokens.from_environment(required=False).api == ("four",)
+
+
+def refusal() -> str:
+    with pytest.raises(UserError) as refused:
+        Tokens.from_environment(required=False)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["REC_API_TOKENS", "API_TOKENS", "REC_ADMIN_TOKENS"])
+@pytest.mark.parametrize("blank", ["", "  "])
+def test_an_empty_variable_does_not_hide_the_tokens_of_the_file(
+    empty: pytest.MonkeyPatch, name: str, blank: str
+) -> None:
+    Path(".env").write_text(f"{name}=secret\n")
+    empty.setenv(name, blank)
+    assert refusal().startswith(f"{name} is empty in the environment, but .env has tokens for it")
+    Path(".env").unlink()
+    assert Tokens.from_environment(required=False) == Tokens()
+
+
+def test_an_empty_variable_leaves_the_other_name_of_the_tokens(empty: pytest.MonkeyPatch) -> None:
+    Path(".env").write_text("API_TOKENS=secret\n")
+    empty.setenv("REC_API_TOKENS", "")
+    assert Tokens.from_environment(required=False).api == ("secret",)
+
+
+def test_tokens_that_cannot_be_sent_or_read_end_the_start(empty: pytest.MonkeyPatch) -> None:
+    for value in ("good,\udcff\udcfe", "good,a\nb", "good,\x7f"):
+        empty.setenv("REC_API_TOKENS", value)
+        assert refusal().startswith("REC_API_TOKENS: token 2 is not UTF-8 text or has control")
+    empty.setenv("REC_API_TOKENS", " , ,")
+    assert refusal() == "REC_API_TOKENS holds commas and no token: set tokens, or unset it"
+    empty.delenv("REC_API_TOKENS")
+    Path(".env").write_bytes(b"REC_API_TOKENS=\xff\n")
+    assert refusal().startswith(".env cannot be read: ")
+
+
+def test_a_server_that_is_open_by_an_empty_variable_warns(empty: pytest.MonkeyPatch) -> None:
+    assert Tokens().warning() is None
+    empty.setenv("REC_API_TOKENS", "")
+    assert "the API is open" in (Tokens.from_environment(required=False).warning() or "")
+    assert "requests are refused" in (Tokens.from_environment(required=True).warning() or "")
+    assert Tokens(api=("a",)).warning() is None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Addresses and headers that two readers could understand differently
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/v1/models", NO_MODELS),
+        ("/v1/models%0A", 404),
+        ("/v1/users/u/recommendations%0A", 404),
+        ("/healthz%0A", 404),
+        ("/v1/users/%ff/recommendations", 400),
+        (
+            "/v1/users/%EF%BF%BD/recommendations",
+            NO_MODELS,
+        ),  # the character that stands for bad bytes
+        ("/v1/items?q=%fe", 400),
+        ("/v1/items?q=%C3%BC", NO_MODELS),
+        ("/v1/items?q=" + "q" * MAX_URL, 414),
+        ("/" + "u" * MAX_URL, 414),
+    ],
+)
+def test_an_address_has_one_meaning_and_a_limit(path: str, expected: int) -> None:
+    assert status(Tokens(), path) == expected
+
+
+def test_no_line_break_leads_past_the_admin_token() -> None:
+    client = TestClient(create_app(SERVICE, Tokens(api=("user",), admin=("boss",))))
+    headers = {"Authorization": "Bearer user"}
+    assert client.post(RELOAD, headers=headers).status_code == 401
+    assert client.post(f"{RELOAD}%0A", headers=headers).status_code == 404
+
+
+def test_a_token_is_sent_once() -> None:
+    client = TestClient(create_app(SERVICE, Tokens(api=("right",))))
+    for tokens in (("right", "wrong"), ("wrong", "right"), ("right", "right")):
+        headers = [("Authorization", f"Bearer {token}") for token in tokens]
+        response = client.get("/v1/models", headers=headers)
+        assert response.status_code == 400
+        assert response.json() == {"detail": "the header Authorization is repeated: send it once"}
+
+
+def test_there_are_not_too_many_headers() -> None:
+    client = TestClient(create_app(SERVICE, Tokens()))
+    for number, expected in ((MAX_HEADERS - 10, 200), (MAX_HEADERS + 1, 431)):
+        headers = {f"X-{at}": "" for at in range(number)}
+        assert client.get("/healthz", headers=headers).status_code == expected

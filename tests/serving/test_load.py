@@ -142,6 +142,21 @@ def test_ten_thousand_hostile_requests_are_refused_in_the_same_memory(server: Ru
     assert server.megabytes() < before + 20
 
 
+def test_what_is_not_http_or_too_long_is_refused_with_a_sentence(server: Running) -> None:
+    for sent, status in (
+        (b"hello\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nA: " + b"a" * 70_000, 431),
+        (b"GET /" + b"a" * 70_000, 431),
+        (get("/" + "a" * 10_000), 414),
+    ):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+            client.sendall(sent)
+            answer = client.recv(10_000)
+            assert int(answer[9:12]) == status
+            content = json.loads(answer.partition(b"\r\n\r\n")[2] or client.recv(10_000))
+            assert list(content) == ["detail"]
+
+
 def test_a_client_that_hangs_up_leaves_the_queue(server: Running) -> None:
     body = json.dumps(
         {"requests": [{"user_id": f"u{n}", "k": 50, "explain": True} for n in range(100)]}
