@@ -1,5 +1,9 @@
-# `make help` lists the targets. Each sets up what it needs in .venv first, once, and again only when the
-# requirements change. To choose the interpreter: make PYTHON=python3.12 quickstart
+# `make help` lists the targets. Each sets up what it needs in .venv first, once, and again only when the locks change.
+# To choose the interpreter: make PYTHON=python3.12 quickstart
+#
+# What is installed comes from the locks: requirements*.lock name every package at one version, with the hashes that
+# PyPI has for its files, and pip refuses any other file. The inputs, requirements*.txt, are for people; `make lock`
+# resolves them anew.
 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
@@ -7,9 +11,15 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+INSTALL := $(PIP) install --require-hashes --requirement
+UV := uv==0.13.9
+# uv repeats the platform of pyproject.toml in every line. `make lock` takes that out: elsewhere pip would skip such lines
+# without a word; now it finds no file and says so.
+PLATFORM := s/ and (platform_machine == 'x86_64'|sys_platform == 'linux')//g; \
+    s/(;|and) python_full_version < '3.14' and /\1 /; s/ (;|and) python_full_version < '3.14' / /
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint serve bench clean
+.PHONY: help install quickstart test lint serve bench lock clean
 MAKEFLAGS += --no-print-directory
 
 help: ## list the targets
@@ -38,6 +48,15 @@ bench: $(VENV)/.bench ## the quick benchmarks, at small sizes, some 5 minutes; e
 	$(BIN)/python -m bench.prep --rows 1000000
 	$(BIN)/python -m bench.growth --interactions 30000 100000 300000 --users 1000 10000
 
+lock: $(VENV)/.uv ## resolve requirements*.txt anew, into requirements*.lock
+	@for name in '' -spark -dev -bench; do \
+	    shared=$${name:+--constraint requirements.lock}; \
+	    $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
+	        --custom-compile-command 'make lock' $$shared \
+	        requirements$$name.txt --output-file requirements$$name.lock && \
+	    sed -i -E "$(PLATFORM)" requirements$$name.lock || exit 1; \
+	done
+
 clean: ## remove caches; keeps .venv, data, checkpoints and savedmodels
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -54,17 +73,23 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.runtime: requirements.txt | $(VENV)/.created
-	@echo 'installing requirements.txt into $(VENV) (2.5 GB, a minute or two)' >&2
-	@$(PIP) install --requirement requirements.txt
+$(VENV)/.runtime: requirements.lock | $(VENV)/.created
+	@echo 'installing requirements.lock into $(VENV) (2.5 GB, a minute or two)' >&2
+	@$(INSTALL) requirements.lock
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt requirements-spark.txt $(VENV)/.runtime
-	@echo 'installing requirements-dev.txt into $(VENV)' >&2
-	@$(PIP) install --requirement requirements-dev.txt
+# Without build isolation pyspark, which comes as source only, is built by the setuptools of requirements.lock.
+$(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime
+	@echo 'installing requirements-dev.lock into $(VENV)' >&2
+	@$(INSTALL) requirements-dev.lock --no-build-isolation
 	@touch $@
 
-$(VENV)/.bench: requirements-bench.txt $(VENV)/.runtime
-	@echo 'installing requirements-bench.txt into $(VENV)' >&2
-	@$(PIP) install --requirement requirements-bench.txt
+# Only here does pip fetch build tools that no lock names: hnswlib is compiled with pybind11.
+$(VENV)/.bench: requirements-bench.lock $(VENV)/.runtime
+	@echo 'installing requirements-bench.lock into $(VENV)' >&2
+	@$(INSTALL) requirements-bench.lock
+	@touch $@
+
+$(VENV)/.uv: | $(VENV)/.created
+	@$(PIP) install $(UV)
 	@touch $@

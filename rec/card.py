@@ -4,7 +4,6 @@ Mitchell et al., "Model Cards for Model Reporting", FAT* 2019. `python -m rec.pr
 SAVEDMODELS/cards/STAGE-VERSION/: its numbers are measured anew, from the bundles.
 """
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 
 from rec.config import Config
 from rec.evaluate import SHOWN, Report, data_of, evaluate
+from rec.files import replace_directory, sole_writer
 from rec.recommender import Recommender
 from rec.registry import Metadata, Store, built_from, bundles, draft
 
@@ -35,8 +35,8 @@ def write_card(store: Store, config: Config, stage: str, version: int) -> Path:
         _plot(report, pair.metadata, beside)
         page = _page(store.metadata(stage)[version], pair.metadata, dataset.manifest, report)
         (beside / "card.md").write_text(page)
-        shutil.rmtree(place, ignore_errors=True)
-        beside.rename(place)
+        with sole_writer(place, wait=True):
+            replace_directory(beside, place)
     return place / "card.md"
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from rec.config import DataFacts, Features
-from rec.data_prep.dataset import RESERVED, Dataset, verify
+from rec.data_prep.dataset import RESERVED, Dataset, check_unchanged, verify
 from rec.errors import UserError
 from rec.features import (
     FIRST_ITEM,
@@ -100,7 +100,7 @@ def load_corpus(
     for table, encoded in ((user_table, columns[0]), (item_table, columns[1])):
         for column in encoded:
             column.check(table, str(dataset.path))
-    return Corpus(
+    corpus = Corpus(
         dataset_id=dataset.id,
         ordered=dataset.ordered,
         split_strategy=dataset.split_strategy,
@@ -114,6 +114,8 @@ def load_corpus(
         val=_sequences(dataset, "val", users, items),
         test=_sequences(dataset, "test", users, items),
     )
+    check_unchanged(dataset)
+    return corpus
 
 
 def _vocabulary(

@@ -37,6 +37,7 @@ from rec.registry import (
     Versions,
     WandbStore,
     bundles,
+    check_alias,
     pick,
     together,
 )
@@ -124,8 +125,9 @@ def promote(
     """Moves the alias, where the gate lets it; returns the entry of the history, and the command's JSON.
 
     Raises:
-      UserError: a bundle is damaged, or the candidate cannot be measured.
+      UserError: the alias has a name that is not allowed, a bundle is damaged, or the candidate cannot be measured.
     """
+    check_alias(alias)
     with store.writing():
         current = store.named(alias)
         to = together(store, stage, version, current)
@@ -144,8 +146,9 @@ def roll_back(store: Store, why: str, alias: str = GUARDED) -> Entry:
     """Gives the alias back to the versions that had it before the last move that stands; returns the entry.
 
     Raises:
-      UserError: there is nothing before, or it is damaged.
+      UserError: the alias has a name that is not allowed, there is nothing before, or it is damaged.
     """
+    check_alias(alias)
     with store.writing():
         stack: list[Versions] = []  # of what each move that stands has replaced
         for entry in store.history():

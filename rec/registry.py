@@ -1,26 +1,28 @@
 """Numbered bundles, and what they are called: in a directory, or as W&B's artifacts.
 
-    SAVEDMODELS/STAGE/VERSION/       published by rename, never changed, never numbered again
+    SAVEDMODELS/STAGE/VERSION/       published by rename, never changed
+    SAVEDMODELS/STAGE/.last_version  the highest number so far: the number of a deleted version is not used again
     SAVEDMODELS/STAGE/aliases.json   {alias: version}; `latest` is always the highest number
     SAVEDMODELS/history.jsonl        who moved which alias, when, from what to what and why
     SAVEDMODELS/models.config        what TF Serving should load: `stable` is production, `canary` the alias canary
 
 The last three kinds are links into SAVEDMODELS/.promotions/current, itself a link, to a directory with a copy of each.
 A move of aliases writes such a directory, then renames the one link: it happens to all stages at once, or not at all.
+A missing aliases.json or history.jsonl is read from there; one that is a plain file (written by hand, or by a copy that
+followed the links) is read instead, and the next move takes it over.
 
 `LocalStore` and `WandbStore` answer the same questions of either place; rec.promote asks them. At W&B a stage's bundles
 are the versions of the artifact STAGE_bundle, and an alias of several stages cannot move in one step.
 """
 
-import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,15 @@ from typing import Any
 import pandas as pd
 
 from rec.errors import UserError
+from rec.files import digest, is_locked, lock, replace_directory, sole_writer, writing
 from rec.tables import read_table
 
 STAGES = ("retrieval", "ranking", "recommender")
 KNOWN_USERS = 1000  # user ids that a bundle tells, of all that it knows
 IN_TF_SERVING = "/models"  # where its images find SAVEDMODELS
+STATES = ".promotions"  # in SAVEDMODELS
 KEPT_STATES = 20  # of the aliases: somebody may just be reading an older one
+ALIAS = r"(?!latest$|v\d+$|id-)[A-Za-z][A-Za-z0-9._-]*"  # W&B reads v3 as a version; id-... tags a bundle there
 PROJECT = "rec"  # of W&B, where WANDB_PROJECT names no other
 CACHE = Path("~/.cache/rec/bundles")  # downloaded artifacts, by digest
 
@@ -54,8 +59,8 @@ def versions(stage_dir: Path) -> list[int]:
 
 def resolve(stage_dir: Path, reference: str | int = "latest") -> Path:
     """The bundle that a version number or an alias names. Raises UserError if there is none."""
-    path = stage_dir / "aliases.json"
-    aliases = json.loads(path.read_text()) if path.exists() else {}
+    is_alias = str(reference) != "latest" and not str(reference).isdigit()
+    aliases = _read_aliases(stage_dir) if is_alias else {}
     return stage_dir / str(pick(versions(stage_dir), aliases, reference, str(stage_dir)))
 
 
@@ -65,7 +70,13 @@ def pick(found: list[int], aliases: dict[str, int], reference: str | int, where:
         raise UserError(
             f"{where} holds no bundle: train one with python -m rec.train, or name a bundle directory"
         )
-    version = {**aliases, "latest": max(found)}.get(str(reference), reference)
+    named = {**aliases, "latest": max(found)}.get(str(reference))
+    if named is not None and named not in found:
+        raise UserError(
+            f"{where}: the alias {str(reference)!r} names version {named}, which is gone: put it back, or give the "
+            "alias to another version with python -m rec.promote"
+        )
+    version = reference if named is None else named
     if not str(version).isdigit() or int(version) not in found:
         known = ", ".join(["latest", *aliases, *map(str, found)])
         raise UserError(f"{where} has no version or alias {str(reference)!r}; it has {known}")
@@ -127,14 +138,22 @@ def verify(bundle: Path, stage: str | None = None) -> Metadata:
       UserError: the directory is not a bundle, or not of that stage, or a file of it is missing or has changed.
     """
     metadata = read_metadata(bundle, stage)
-    for name, digest in metadata["files"].items():
+    for name, expected in metadata["files"].items():
         if not (bundle / name).exists():
             raise UserError(f"{bundle} lacks {name}: export the bundle again")
-        if file_digest(bundle / name) != digest:
+        if digest(bundle / name) != expected:
             raise UserError(
                 f"{bundle}/{name} has changed since the export: export the bundle again"
             )
     return metadata
+
+
+def _is_whole(bundle: Path, stage: str) -> bool:
+    try:
+        verify(bundle, stage)
+    except UserError:
+        return False
+    return True
 
 
 def checksum(metadata: Metadata) -> str:
@@ -171,19 +190,24 @@ def read_catalogue(retrieval: Path) -> tuple[pd.DataFrame, list[str]]:
 def draft(stage_dir: Path) -> Iterator[Path]:
     """A directory to write a bundle into, removed when the block ends; `publish` makes it a version before that.
 
-    A draft that a killed process left behind is cleared by the next one; its name is not a number, so that nothing
-    ever takes it for a version.
+    A draft that a killed process left behind is cleared by the next one. A living process holds its draft's lock, on
+    whatever machine or in whatever container it runs. A draft's name is no number, so that it is no version.
+    Raises UserError if the disk is full.
     """
-    stage_dir.mkdir(parents=True, exist_ok=True)
-    for stale in stage_dir.glob("draft-*"):
-        if not Path("/proc", stale.name.split("-")[1]).exists():  # its process has ended
-            shutil.rmtree(stale, ignore_errors=True)
-    directory = stage_dir / f"draft-{os.getpid()}-{uuid.uuid4().hex}"
-    directory.mkdir()  # not by tempfile, which makes it private: TF Serving may run as another user
-    try:
+    with ExitStack() as until_the_end:
+        with sole_writer(stage_dir, wait=True):
+            stage_dir.mkdir(exist_ok=True)
+            for other in stage_dir.glob("draft-*"):
+                if not is_locked(other / "lock"):
+                    shutil.rmtree(other, ignore_errors=True)
+            place = stage_dir / f"draft-{uuid.uuid4().hex}"
+            place.mkdir()  # not by tempfile, which makes it private: TF Serving may run as another user
+            until_the_end.callback(shutil.rmtree, place, ignore_errors=True)
+            until_the_end.enter_context(lock(place / "lock", place))
+        directory = place / "new"
+        directory.mkdir()
+        until_the_end.enter_context(writing(stage_dir))
         yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def publish(directory: Path, stage_dir: Path, metadata: Metadata) -> int:
@@ -192,10 +216,10 @@ def publish(directory: Path, stage_dir: Path, metadata: Metadata) -> int:
     Adds to the metadata: version, the sha256 of every file, an id (a hash of those), and a checksum of the metadata.
     """
     paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-    files = {str(path.relative_to(directory)): file_digest(path) for path in paths}
+    files = {str(path.relative_to(directory)): digest(path) for path in paths}
     identity = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
-    version = max(versions(stage_dir), default=0) + 1
-    while True:
+    with sole_writer(stage_dir, wait=True):
+        version = 1 + _last_version(stage_dir)
         content = {
             "stage": stage_dir.name,
             "version": version,
@@ -204,24 +228,38 @@ def publish(directory: Path, stage_dir: Path, metadata: Metadata) -> int:
             "files": files,
         }
         content["checksum"] = checksum(content)
-        (directory / "metadata.json").write_text(
-            json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        )
-        try:
-            os.rename(directory, stage_dir / str(version))
-            return version
-        except OSError:  # another process has just published this number
-            if not (stage_dir / str(version)).exists():
-                raise
-            version += 1
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        (directory / "metadata.json").write_text(text)
+        _replace_text(stage_dir / ".last_version", f"{version}\n")
+        os.rename(directory, stage_dir / str(version))
+    return version
 
 
-def file_digest(path: Path) -> str:
-    """The sha256 of a file's bytes."""
-    with open(
-        path, "rb"
-    ) as stream:  # a server reads this module, so it may not ask data_prep to do it
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _last_version(stage_dir: Path) -> int:
+    """The highest number that a version has, or had before it was deleted; 0 if there was none.
+
+    Without .last_version, as in a store of rec 0.1, the numbers that any alias has ever named count.
+    """
+    numbers = [int(path.name) for path in stage_dir.iterdir() if path.name.isdigit()]
+    with suppress(OSError, ValueError):  # missing or damaged
+        return max([*numbers, int((stage_dir / ".last_version").read_text())])
+    root, stage = stage_dir.parent, stage_dir.name
+    for path in [stage_dir / "aliases.json", *root.glob(f"{STATES}/*/{stage}.json")]:
+        with suppress(OSError, UserError):
+            numbers += _parse_aliases(path).values()
+    for path in [root / "history.jsonl", *root.glob(f"{STATES}/*/history.jsonl")]:
+        with suppress(OSError, UserError):
+            for entry in _parse_history(path):
+                named = [entry.get(side, {}) for side in ("from", "to")]
+                numbers += [each[stage] for each in named if stage in each]
+    return max(numbers, default=0)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Writes a file that is replaced in one step."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(text)
+    os.replace(beside, path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -232,7 +270,7 @@ class LocalStore:
     """A directory SAVEDMODELS. What is described here is what `WandbStore` does too."""
 
     def __init__(self, savedmodels: Path) -> None:
-        self._root, self._states = savedmodels, savedmodels / ".promotions"
+        self._root, self._states = savedmodels, savedmodels / STATES
 
     def metadata(self, stage: str) -> dict[int, Metadata]:
         """What the versions of a stage say of themselves, by version, ascending."""
@@ -254,30 +292,24 @@ class LocalStore:
     def directory(self, stage: str, version: int) -> Path:
         """A version's files, verified. Raises UserError if one is missing or has changed."""
         path = self._root / stage / str(version)
+        if not path.exists():
+            raise UserError(f"{stage} {version} is gone: there is no {path}")
         verify(path, stage)
         return path
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self) -> AbstractContextManager[None]:
         """Waits for another process that promotes; a killed one holds nobody off."""
-        self._states.mkdir(parents=True, exist_ok=True)
-        with open(self._states / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for another promotion in {self._root}", file=sys.stderr)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        return sole_writer(self._states, wait=True)
 
     def move(self, alias: str, to: Versions, entry: Entry) -> None:
         """Gives the alias to just these versions, takes it from all others, and adds the entry to the history."""
         aliases, history = self._all_aliases(), self.history()
         links = {
-            self._root / stage / "aliases.json": f"../.promotions/current/{stage}.json"
+            self._root / stage / "aliases.json": f"../{STATES}/current/{stage}.json"
             for stage in STAGES
         }
         links |= {
-            self._root / name: f".promotions/current/{name}"
+            self._root / name: f"{STATES}/current/{name}"
             for name in ("history.jsonl", "models.config")
         }
         missing = {
@@ -285,10 +317,8 @@ class LocalStore:
             for path, link in links.items()
             if path.parent.is_dir() and not path.is_symlink()
         }
-        if any(path.exists() for path in missing):
-            self._become(
-                aliases, history
-            )  # what was written by hand moves in before a link takes its place
+        if missing:  # a link always leads to a state, which has taken over what a plain file says
+            self._become(aliases, history)
         for path, link in missing.items():
             _link(path, link)
         for stage, named in aliases.items():
@@ -299,31 +329,104 @@ class LocalStore:
 
     def history(self) -> list[Entry]:
         """All entries, the oldest first."""
-        path = self._root / "history.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        path = _source(self._root / "history.jsonl", self._root, "history.jsonl")
+        return [] if path is None else _parse_history(path)
 
     def _all_aliases(self) -> dict[str, dict[str, int]]:
         """By stage, all from one state."""
-        state, found = (self._states / "current").resolve(), {}
-        for stage in STAGES:
-            path = self._root / stage / "aliases.json"
-            path = state / f"{stage}.json" if path.is_symlink() else path
-            found[stage] = json.loads(path.read_text()) if path.exists() else {}
-        return found if state == (self._states / "current").resolve() else self._all_aliases()
+        current = self._states / "current"
+        state = current.resolve()
+        found = {stage: _read_aliases(self._root / stage) for stage in STAGES}
+        return found if state == current.resolve() else self._all_aliases()
 
     def _become(self, aliases: dict[str, dict[str, int]], history: list[dict[str, Any]]) -> None:
         """Writes a state beside the current one, then takes its place in one step."""
-        current = self._states / "current"
-        number = 1 + int(current.resolve().name) if current.exists() else 1
-        new = self._states / str(number)
+        current, new = self._states / "current", self._states / "new"
         shutil.rmtree(new, ignore_errors=True)  # what a killed process left
-        new.mkdir()
+        new.mkdir(parents=True)
         for stage, named in aliases.items():
             (new / f"{stage}.json").write_text(json.dumps(named, indent=1) + "\n")
         (new / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
         (new / "models.config").write_text(_models_config(aliases))
-        _link(current, new.name)
-        shutil.rmtree(self._states / str(number - KEPT_STATES), ignore_errors=True)
+        numbers = _state_numbers(self._root)
+        number = 1 + max(numbers, default=0)
+        if not numbers and not current.exists():
+            _link(
+                current, str(number)
+            )  # before the first state: states without the link are an error
+        new.rename(self._states / str(number))
+        if current.is_dir() and not current.is_symlink():  # made by a copy that followed the link
+            current.rename(self._states / f"copied-{number}")
+        _link(current, str(number))
+        for old in numbers:
+            if old <= number - KEPT_STATES:
+                shutil.rmtree(self._states / str(old), ignore_errors=True)
+
+
+def check_alias(alias: str) -> None:
+    """Raises UserError unless an alias may be given to versions."""
+    if not re.fullmatch(ALIAS, alias):
+        raise UserError(
+            f"{alias!r} cannot be an alias: it needs letters, digits, '.', '_' and '-' after a letter, and is neither "
+            "latest (always the highest version), nor like v3 (a version at W&B), nor like id-1f (a bundle there)"
+        )
+
+
+def _read_aliases(stage_dir: Path) -> dict[str, int]:
+    """The versions of a stage that have aliases. Raises UserError if the file is damaged, or a link leads nowhere."""
+    path = _source(stage_dir / "aliases.json", stage_dir.parent, f"{stage_dir.name}.json")
+    return {} if path is None or not path.exists() else _parse_aliases(path)
+
+
+def _source(path: Path, root: Path, name: str) -> Path | None:
+    """The file to read for `path`: itself if it is a plain file, else the current state's file `name`, if there is one.
+
+    Raises:
+      UserError: the state is missing that `path`, or the states that are there, should lead to.
+    """
+    if path.exists() and not path.is_symlink():
+        return path
+    state = (root / STATES / "current").resolve()
+    if state.is_dir():
+        return state / name
+    if numbers := _state_numbers(root):
+        raise UserError(
+            f"{root}/{STATES}/current should be a link to the newest state beside it, and a copy seems to have left it "
+            f"out: run ln -sfn {max(numbers)} {root}/{STATES}/current"
+        )
+    if path.is_symlink():
+        raise UserError(
+            f"{path} is a link into {root}/{STATES}, which is missing: copy that too, or remove the link to go on "
+            "without aliases and history"
+        )
+    return None
+
+
+def _state_numbers(root: Path) -> list[int]:
+    return [int(path.name) for path in (root / STATES).glob("*") if path.name.isdigit()]
+
+
+def _parse_aliases(path: Path) -> dict[str, int]:
+    try:
+        named = json.loads(path.read_text())
+        if all(type(version) is int for version in named.values()):
+            return named
+    except (ValueError, AttributeError):
+        pass
+    raise UserError(
+        f"{path} is damaged: it should be {{ALIAS: VERSION, ..}}; correct it, or restore it from a copy"
+    )
+
+
+def _parse_history(path: Path) -> list[Entry]:
+    entries = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            entries.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            hint = "remove the line, or restore the file from a copy"
+            raise UserError(f"{path}, line {number} is damaged: {hint}") from None
+    return entries
 
 
 def _link(path: Path, target: str) -> None:
@@ -362,6 +465,14 @@ class WandbStore:
         with self._asking(self._project):
             import wandb
 
+            settings = wandb.Settings()
+            settings.update_from_system_settings()
+            settings.update_from_env_vars(dict(os.environ))
+            if settings.mode in ("offline", "dryrun"):
+                raise UserError(
+                    "W&B is offline here, by WANDB_MODE or by `wandb offline`, and cannot read or promote artifacts: "
+                    "set WANDB_MODE=online, or run `wandb online`"
+                )
             self._api = wandb.Api(timeout=30)
 
     def metadata(self, stage: str) -> dict[int, Metadata]:
@@ -382,16 +493,15 @@ class WandbStore:
     def directory(self, stage: str, version: int) -> Path:
         artifact = self._artifacts(stage)[version]
         place = CACHE.expanduser() / artifact.digest
-        if place.exists():
-            with suppress(UserError):
-                verify(place, stage)
+        if _is_whole(place, stage):
+            return place
+        with sole_writer(place, wait=True):
+            if _is_whole(place, stage):  # another process has just brought it
                 return place
-            shutil.rmtree(place)
-        with draft(place.parent) as beside, self._asking(artifact.name):
-            artifact.download(root=str(beside), skip_cache=True)
-            verify(beside, stage)
-            with suppress(OSError):  # another process has just brought the same
-                os.rename(beside, place)
+            with draft(place.parent) as beside, self._asking(artifact.name):
+                artifact.download(root=str(beside), skip_cache=True)
+                verify(beside, stage)
+                replace_directory(beside, place)
         return place
 
     writing = nullcontext  # nothing holds off other writers here

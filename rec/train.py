@@ -6,8 +6,9 @@
     python -m rec.train --stage ranking --model-arch dlrm --init-from-retrieval checkpoints/retrieval
     python -m rec.train --stage retrieval --config config/movielens/ml_100k.yaml --set retrieval.epochs=3
 
-To resume an interrupted run, run the same command again. With TF_CONFIG, the same command on several machines that
-share a directory for checkpoints trains one model (rec/ops/distributed.py); the chief exports it.
+To resume an interrupted run, run the same command again. A checkpoint has one writer at a time: a second command ends
+with an error, or waits with --wait. With TF_CONFIG, the same command on several machines that share a directory for
+checkpoints trains one model (rec/ops/distributed.py); the chief exports it.
 
 A setting that has no effect (another key or the data decide so) is reported before training starts.
 
@@ -37,6 +38,7 @@ from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError, command_parser, run_command, warn
 from rec.evaluate import evaluate, show_recommendations, show_systems
 from rec.export import bundle_of, export_ranking, export_recommender, export_retrieval
+from rec.files import add_wait_argument, sole_writer
 from rec.ops.distributed import distribution_of, exit_unless_chief
 from rec.ops.ratings import train_ratings
 from rec.ops.tracking import track
@@ -220,6 +222,7 @@ def parse() -> argparse.Namespace:
         help="start the ranker's embeddings from this checkpoint instead of checkpoints/mining, "
         "which has not seen the ranker's labels",
     )
+    add_wait_argument(parser)
     add_config_arguments(parser)
     return parser.parse_args()
 
@@ -245,16 +248,35 @@ def config_of(args: argparse.Namespace) -> Config:
     return config
 
 
+def checkpoints_of(stage: str, config: Config, distribution: Distribution) -> list[Path]:
+    """The checkpoints that training a stage writes, or `all`. Of several workers, only the chief writes."""
+    if not distribution.is_chief:
+        return []
+    names = {
+        "retrieval": ["retrieval"],
+        "ranking": ["mining", "ranking"],
+        "all": ["retrieval", "mining", "ranking"],
+    }
+    return [Path(config.output.checkpoints) / name for name in names[stage]]
+
+
+def run_stage(
+    stage: str, config: Config, init_from: Path | None, distribution: Distribution
+) -> Answer:
+    """Trains and exports a stage, or `all`; returns the command's JSON."""
+    if stage == "retrieval":
+        return run_retrieval(config, distribution)[1]
+    if stage == "ranking":
+        return run_ranking(config, init_from, distribution)
+    return run_all(config, init_from, distribution)
+
+
 def main() -> None:
     args = parse()
     config = config_of(args)
     distribution = distribution_of(config.strategy)  # before TensorFlow is used for anything else
-    if args.stage == "retrieval":
-        _, answer = run_retrieval(config, distribution)
-    elif args.stage == "ranking":
-        answer = run_ranking(config, args.init_from_retrieval, distribution)
-    else:
-        answer = run_all(config, args.init_from_retrieval, distribution)
+    with sole_writer(*checkpoints_of(args.stage, config, distribution), wait=args.wait):
+        answer = run_stage(args.stage, config, args.init_from_retrieval, distribution)
     print(json.dumps(answer))
 
 

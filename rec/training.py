@@ -7,7 +7,8 @@
     run.restore_best()
     run.finish(metrics())
 
-A run writes into DIRECTORY.partial, which takes the place of DIRECTORY when it is finished:
+A run writes into DIRECTORY.partial, which takes the place of DIRECTORY when it is finished. The command makes sure that
+both have one writer at a time (files.py):
 
     run.json        what identifies the run: data, configuration. The same run is resumed, another one starts anew
     epoch-N.*       weights and optimiser after epoch N (0: before training), of the best epoch and the last one
@@ -37,6 +38,7 @@ from tqdm import tqdm
 
 from rec.errors import UserError
 from rec.features import unsharded
+from rec.files import read_whole, replace_directory, writing
 from rec.optimizer import LazyAdam
 
 LOG_STEPS = 10
@@ -266,7 +268,18 @@ class TrainingRun:
         pace = self._examples / self._epoch_seconds
         self._log({"epoch": state.epoch, "train/examples_per_second": pace, **values})
         if self._distribution.is_chief:
+            self._check_owner()
             self._write_epoch()
+
+    def _check_owner(self) -> None:
+        """Raises UserError if another training writes here, on a file system whose locks did not keep it out."""
+        with suppress(OSError, ValueError):
+            if _read_state(self._partial).run_id == self.state.run_id:
+                return
+        raise UserError(
+            f"another training has taken {self._partial} over, and this one ends: "
+            "give each its own output.checkpoints"
+        )
 
     def _is_better(self, values: Metrics) -> bool:
         monitor = self._schedule.monitor
@@ -295,11 +308,13 @@ class TrainingRun:
         state = self.state
         if not self._distribution.is_chief:
             return state
+        self._check_owner()
         if metrics:
             state.metrics.update(metrics)
             self._log({"epoch": state.best_epoch, **state.metrics})
         weights = tf.train.Checkpoint(weights=saved_variables(self._model))
-        weights.write(str(self._partial / "weights"))
+        with writing(self._partial):
+            weights.write(str(self._partial / "weights"))
         _write_state(self._partial, state)
         replace_directory(self._partial, self._directory)
         _remove_epochs(self._directory, kept=())  # not before: until then, the run can be resumed
@@ -310,7 +325,8 @@ class TrainingRun:
 
     def _write_epoch(self) -> None:
         state = self.state
-        self._checkpoint.write(self._weights_of(state.epoch))
+        with writing(self._partial):
+            self._checkpoint.write(self._weights_of(state.epoch))
         _write_state(self._partial, state)
         _remove_epochs(self._partial, kept=(state.epoch, state.best_epoch))
 
@@ -327,9 +343,10 @@ def saved_variables(model: Any) -> list[tf.Variable]:
 
 def read_description(directory: Path) -> dict[str, Any] | None:
     """What identifies the finished run in `directory`; None if there is none."""
-    _undo_half_replacement(directory)
     path = directory / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_whole(
+        directory, lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    )
 
 
 def restore(model: Any, directory: Path) -> TrainState:
@@ -358,19 +375,3 @@ def _remove_epochs(directory: Path, kept: tuple[int, ...]) -> None:
     for path in directory.glob("epoch-*"):
         if path.stem not in names:
             path.unlink()
-
-
-def replace_directory(new: Path, target: Path) -> None:
-    """Puts `new` in the place of `target`, in two renames. A kill between them is undone at the next reading."""
-    old = Path(f"{target}.old")
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(target, old)
-    os.replace(new, target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _undo_half_replacement(directory: Path) -> None:
-    old = Path(f"{directory}.old")
-    if old.exists() and not directory.exists():
-        os.replace(old, directory)

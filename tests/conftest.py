@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from rec.registry import checksum, file_digest, read_metadata
+from rec.files import digest
+from rec.registry import checksum, read_metadata
 from tests.wandb_server import WandbServer
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +60,7 @@ def environment(**changes: str) -> dict[str, str]:
 def rewrite(bundle: Path, **changes: Any) -> None:
     """Changes what a bundle says of itself and of its files, which it holds with the right sums."""
     metadata = {**read_metadata(bundle), **changes}
-    metadata["files"] = {name: file_digest(bundle / name) for name in metadata["files"]}
+    metadata["files"] = {name: digest(bundle / name) for name in metadata["files"]}
     metadata["checksum"] = checksum(metadata)
     (bundle / "metadata.json").write_text(json.dumps(metadata))
 

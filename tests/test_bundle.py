@@ -14,8 +14,9 @@ from tensorflow_serving.apis import prediction_log_pb2
 
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError
+from rec.files import digest
 from rec.recommender import Recommender, check_pair, load_bundle, pad_lists
-from rec.registry import file_digest, read_metadata, verify
+from rec.registry import read_metadata, verify
 from tests.conftest import Trained, run
 
 LOWEST = float(np.finfo(np.float32).min)
@@ -355,7 +356,7 @@ def test_metadata_says_what_a_bundle_is(trained: Trained):
         files = [
             path for path in directory.rglob("*") if path.is_file() and path.name != "metadata.json"
         ]
-        expected = {str(path.relative_to(directory)): file_digest(path) for path in files}
+        expected = {str(path.relative_to(directory)): digest(path) for path in files}
         assert verify(directory)["files"] == expected
 
 

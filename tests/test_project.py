@@ -8,6 +8,8 @@ import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 CODE_LINES = 9_000  # of the core and of what surrounds it
 TOKENS_PER_LINE = 9.8
@@ -19,6 +21,7 @@ LAYOUT = {
     tokenize.DEDENT,
     tokenize.ENDMARKER,
 }
+EXTRAS = ("spark", "dev", "bench")  # requirements-EXTRA.txt
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 PACKAGES = {  # import name -> name in requirements.txt, where they differ
     "dotenv": "python-dotenv",
@@ -111,6 +114,38 @@ def test_requirements_are_pinned() -> None:
     assert pins("requirements.txt")["tensorflow"] == "2.20.0"
     assert pins("requirements-spark.txt")["pyspark"]
     assert pins("requirements-dev.txt")["pytest"]
+
+
+def locked(name: str) -> dict[str, set[str]]:
+    """{package: versions} of a lock; fails on a package without hashes, or on anything but packages and comments.
+
+    A package has two versions if one of them is for other Pythons.
+    """
+    found: dict[str, set[str]] = {}
+    text = re.sub(r"^ *#.*\n", "", (ROOT / name).read_text(), flags=re.M)
+    for entry in text.replace("\\\n", " ").splitlines():
+        match = re.fullmatch(
+            r"([a-z0-9.-]+)(?:\[\w+\])?==([\w.]+)(?: ; \w+ [^;-]+)?"
+            r"(?:\s+--hash=sha256:[0-9a-f]{64})+",
+            entry,
+        )
+        assert match, f"{name}: no package with a version and hashes: {entry}"
+        found.setdefault(match[1], set()).add(match[2])
+    return found
+
+
+@pytest.mark.parametrize("name", ["requirements", *(f"requirements-{each}" for each in EXTRAS)])
+def test_the_lock_holds_every_requirement_and_what_it_needs(name: str) -> None:
+    text = (ROOT / f"{name}.txt").read_text()
+    required = pins(f"{name}.txt")
+    for included in re.findall(r"^-r (\S+)", text, re.M):
+        required |= pins(included)
+    found = locked(f"{name}.lock")
+    for package, version in required.items():
+        assert found.get(package.lower()) == {version}, f"{package}: run make lock"
+    # They are installed into one environment.
+    shared = locked("requirements.lock")
+    assert {package: found[package] for package in shared} == shared
 
 
 def test_everything_that_the_package_imports_is_required() -> None:

@@ -139,6 +139,16 @@ def test_the_story_of_a_promotion(trained: Trained, config: Config, store: Local
     assert all(entry["who"] and entry["time"] and entry["why"] for entry in answer["history"])
 
 
+@pytest.mark.parametrize("options", [["--stage", "ranking", "--version", "1"], ["--rollback"]])
+def test_a_name_that_is_no_alias_is_refused(
+    options: list[str], trained: Trained, config: Config, store: LocalStore
+):
+    code, answer, stderr = command(trained, config, *options, "--alias", "latest")
+    assert (code, answer) == (1, {})
+    assert "error: 'latest' cannot be an alias: " in stderr
+    assert store.history() == []
+
+
 def test_a_poor_index_is_refused(config: Config, store: LocalStore):
     entry = promote(store, config, "recommender", 3, "to try")
     assert entry["action"] == "refused" and store.named("production") == {}

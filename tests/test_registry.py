@@ -1,6 +1,6 @@
 import json
-import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rec.errors import UserError
-from rec.registry import LocalStore, draft, publish, read_metadata, resolve, versions
+from rec.registry import LocalStore, check_alias, draft, publish, read_metadata, resolve, versions
 from tests.conftest import environment
 
 
@@ -34,12 +34,38 @@ def test_a_version_that_failed_leaves_nothing(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_process_left_is_cleared_and_a_running_ones_draft_is_not(tmp_path: Path):
-    dead, alive = tmp_path / "draft-999999999-x", tmp_path / f"draft-{os.getpid()}-x"
-    for directory in (dead, alive):
-        directory.mkdir()
+DRAFT = """
+import sys
+from pathlib import Path
+from rec.registry import draft
+
+with draft(Path(sys.argv[1])) as directory:
+    print(directory.parent.name, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_killed_process_draft_is_cleared_and_a_living_ones_is_not_even_out_of_sight(
+    tmp_path: Path,
+):
+    """The living one is in another PID namespace, as in another container, where /proc says nothing about it."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", DRAFT, str(tmp_path)]
+    apart = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if subprocess.run([*apart, "true"], stderr=subprocess.DEVNULL, check=False).returncode:
+        apart = []  # not allowed here: it is a living process of the same namespace then
+    both = [
+        subprocess.Popen(prefix + command, stdin=pipe, stdout=pipe, text=True, env=environment())
+        for prefix in (apart, [])
+    ]
+    living, dead = (process.stdout.readline().strip() for process in both)  # type: ignore[union-attr]
+    both[1].kill()
+    both[1].wait()
+    assert (tmp_path / dead).is_dir()
     add(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", alive.name]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".last_version", "1", living]
+    both[0].communicate("")
+    assert not (tmp_path / living).exists()
 
 
 def test_two_writers_get_two_numbers(tmp_path: Path):
@@ -47,9 +73,53 @@ def test_two_writers_get_two_numbers(tmp_path: Path):
         for directory in (one, other):
             (directory / "saved_model.pb").touch()
         assert publish(one, tmp_path, {}) == 1
-        (tmp_path / "2").mkdir()  # as if a third process had taken the number in between
-        (tmp_path / "2" / "file").touch()
+        (tmp_path / "2").mkdir()  # half copied by hand
         assert publish(other, tmp_path, {}) == 3
+
+
+def test_many_processes_publish_at_once(tmp_path: Path):
+    script = """
+import sys
+from pathlib import Path
+from tests.test_registry import add
+
+for _ in range(10):
+    print(add(Path(sys.argv[1])))
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
+        for _ in range(2)
+    ]
+    numbers = [int(line) for each in running for line in each.communicate()[0].split()]
+    assert sorted(numbers) == list(range(1, 21)) == versions(tmp_path)
+
+
+def test_the_number_of_a_deleted_version_is_not_used_again(tmp_path: Path):
+    stage_dir = tmp_path / "ranking"
+    for _ in range(3):
+        add(stage_dir)
+    shutil.rmtree(stage_dir / "3")
+    assert add(stage_dir) == 4
+    shutil.rmtree(stage_dir)
+    assert add(stage_dir) == 1  # nothing remembers it, and no alias has ever named it
+
+
+def test_without_its_note_the_highest_number_that_an_alias_has_ever_named_counts(
+    store: LocalStore, tmp_path: Path
+):
+    add(tmp_path / "ranking")
+    move(store, 2)
+    for stage, forgotten in (("retrieval", [".last_version", "2"]), ("ranking", ["3", "2"])):
+        for name in forgotten:
+            path = tmp_path / stage / name
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+    (tmp_path / "ranking" / ".last_version").write_text("damaged")
+    move(store, 1)
+    assert add(tmp_path / "retrieval") == 3
+    assert add(tmp_path / "ranking") == 3  # 3 has never had an alias
+    shutil.rmtree(tmp_path / "retrieval")  # with its aliases
+    assert add(tmp_path / "retrieval") == 3
 
 
 def test_a_half_copied_directory_is_no_version(tmp_path: Path):
@@ -119,6 +189,143 @@ def test_aliases_that_were_written_by_hand_move_in(store: LocalStore, tmp_path: 
     assert store.aliases("ranking") == {"mine": 2, "production": 2}
     move(store, 1)
     assert store.aliases("ranking") == {"mine": 2, "production": 1}
+
+
+def test_an_alias_of_a_version_that_is_gone_is_said(store: LocalStore, tmp_path: Path):
+    move(store, 2)
+    shutil.rmtree(tmp_path / "retrieval" / "2")
+    gone = "retrieval: the alias 'production' names version 2, which is gone: put it back, or give"
+    with pytest.raises(UserError, match=gone):
+        resolve(tmp_path / "retrieval", "production")
+    with pytest.raises(UserError, match="retrieval 2 is gone: there is no .*retrieval/2"):
+        store.directory("retrieval", 2)
+    add(tmp_path / "retrieval")
+    with pytest.raises(UserError, match=gone):
+        resolve(tmp_path / "retrieval", "production")
+    with pytest.raises(UserError, match="has no version or alias '2'; it has latest, 1, 3"):
+        resolve(tmp_path / "retrieval", 2)
+
+
+@pytest.mark.parametrize(
+    "alias",
+    [
+        "latest",
+        "",
+        "1",
+        "v3",
+        "a\nb",
+        "a\n",
+        "a/b",
+        "../a",
+        "a b",
+        " a",
+        ".a",
+        "-a",
+        "id-1f",
+        "\u00e4",
+    ],
+)
+def test_names_that_are_no_aliases(alias: str):
+    with pytest.raises(UserError, match="cannot be an alias: it needs letters") as refusal:
+        check_alias(alias)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("alias", ["production", "canary-2", "Team_A.eu", "latest-good", "v3-test"])
+def test_names_that_are_aliases(alias: str):
+    check_alias(alias)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Copies of the directory
+
+
+@pytest.fixture
+def moved(store: LocalStore, tmp_path: Path) -> Path:
+    """A store in which `production` is 2, after 1, and `mine`, written by hand, is 1 in ranking."""
+    (tmp_path / "ranking" / "aliases.json").write_text('{"mine": 1}')
+    for version in (1, 2):
+        move(store, version)
+    return tmp_path
+
+
+def is_as_it_was(root: Path) -> bool:
+    store = LocalStore(root)
+    both = {"retrieval": 2, "ranking": 2}
+    return (
+        store.named("production") == both
+        and store.named("mine") == {"ranking": 1}
+        and [entry["to"]["ranking"] for entry in store.history()] == [1, 2]
+        and resolve(root / "ranking", "production").name == "2"
+    )
+
+
+def goes_on(root: Path) -> bool:
+    """After another move all is there, in links again."""
+    move(LocalStore(root), 1)
+    store = LocalStore(root)
+    paths = [root / "retrieval/aliases.json", root / "history.jsonl", root / ".promotions/current"]
+    return (
+        store.named("production") == {"retrieval": 1, "ranking": 1}
+        and store.named("mine") == {"ranking": 1}
+        and [entry["to"]["ranking"] for entry in store.history()] == [1, 2, 1]
+        and all(path.is_symlink() for path in paths)
+    )
+
+
+def test_a_copy_that_followed_the_links_works(
+    moved: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    copy = tmp_path_factory.mktemp("copy") / "savedmodels"
+    shutil.copytree(moved, copy, symlinks=False)
+    assert not (copy / ".promotions" / "current").is_symlink()
+    assert is_as_it_was(copy) and goes_on(copy)
+
+
+@pytest.mark.parametrize("lost", ["ranking/aliases.json", "history.jsonl", "models.config"])
+def test_a_lost_link_loses_nothing(lost: str, moved: Path):
+    (moved / lost).unlink()
+    assert is_as_it_was(moved) and goes_on(moved)
+    assert (moved / lost).is_symlink()
+
+
+def test_a_copy_without_links_says_what_to_do(moved: Path):
+    for path in [*moved.rglob("*"), moved / ".promotions" / "current"]:
+        if path.is_symlink():
+            path.unlink()
+    with pytest.raises(UserError, match="a copy seems to have left it out: run ln -sfn") as refusal:
+        LocalStore(moved).history()
+    with pytest.raises(UserError, match="run ln -sfn"):
+        move(LocalStore(moved), 1)
+    with pytest.raises(UserError, match="run ln -sfn"):
+        resolve(moved / "ranking", "production")
+    assert resolve(moved / "ranking").name == "2"  # what needs no alias works
+    subprocess.run(str(refusal.value).partition("run ")[2], shell=True, check=True)
+    assert is_as_it_was(moved) and goes_on(moved)
+
+
+def test_a_copy_without_hidden_files_says_what_to_do(moved: Path):
+    shutil.rmtree(moved / ".promotions")
+    for read in (LocalStore(moved).history, lambda: LocalStore(moved).named("production")):
+        with pytest.raises(UserError, match="is a link into .*promotions, which is missing: copy"):
+            read()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"production": "2"}', "../.promotions/current"]
+)
+def test_damaged_aliases_are_one_sentence(content: str, store: LocalStore, tmp_path: Path):
+    (tmp_path / "ranking" / "aliases.json").write_text(content)
+    with pytest.raises(UserError, match="ranking/aliases.json is damaged: it should be {ALIAS"):
+        resolve(tmp_path / "ranking", "production")
+    assert add(tmp_path / "ranking") == 3
+
+
+def test_a_damaged_history_is_one_sentence(moved: Path):
+    with open(moved / "history.jsonl", "a") as history:
+        history.write('{"alias": ')
+    with pytest.raises(UserError, match="history.jsonl, line 3 is damaged: remove the line"):
+        LocalStore(moved).history()
 
 
 def python(script: str, *arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str]:

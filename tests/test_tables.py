@@ -8,9 +8,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rec.corpus import load_corpus
 
 from rec.config import Features
+from rec.corpus import load_corpus
 from rec.data_prep.dataset import RESERVED, open_dataset
 from rec.errors import UserError
 from rec.registry import read_catalogue

@@ -1,5 +1,4 @@
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from rec.training import (
     TrainingRun,
     TrainState,
     read_description,
-    replace_directory,
     restore,
 )
 
@@ -131,29 +129,38 @@ def test_a_resumed_run_drops_out_what_an_unbroken_one_does(tmp_path: Path):
     assert resumed.w.numpy().tolist() == unbroken.w.numpy().tolist()
 
 
-def test_a_kill_between_the_two_renames_loses_neither_checkpoint(
+def test_a_kill_before_the_rename_finishes_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    train(tmp_path / "a", Linear())
-    rename = os.replace
-
-    def kill(source: Path, target: Path) -> None:
-        if source.suffix == ".partial":
-            raise KeyboardInterrupt
-        rename(source, target)
+    def kill(new: Path, target: Path) -> None:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("rec.training.os.replace", kill)
-        train(tmp_path / "a", Linear(), learning="other")
-    assert not (tmp_path / "a").exists()
-    assert read_description(tmp_path / "a") == {
-        "name": "test"
-    }  # whoever asks first puts the old one back
+        patch.setattr("rec.training.replace_directory", kill)
+        train(tmp_path / "a", Linear())
     epochs: list[int] = []
-    train(tmp_path / "a", Linear(), epochs.append, learning="other")
+    train(tmp_path / "a", Linear(), epochs.append)
     assert epochs == []  # all were trained
-    assert read_description(tmp_path / "a") == {"name": "test", "learning": "other"}
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert not list((tmp_path / "a").glob("epoch-*"))
+
+
+def test_a_training_that_lost_its_directory_ends_and_replaces_nothing(tmp_path: Path):
+    """As on a file system without locks: the second training begins where the first one is under way."""
+    train(tmp_path / "a", Linear(), run="finished")
+
+    def begin_another(epoch: int) -> None:
+        if epoch == 2:
+            with pytest.raises(KeyboardInterrupt):
+                train(tmp_path / "a", Linear(), stop, run="second")
+
+    def stop(epoch: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(UserError, match="another training has taken .*a.partial over"):
+        train(tmp_path / "a", Linear(), begin_another, run="first")
+    assert read_description(tmp_path / "a") == {"name": "test", "run": "finished"}
+    assert read_description(tmp_path / "a.partial") == {"name": "test", "run": "second"}
 
 
 def test_another_configuration_starts_anew(tmp_path: Path):
@@ -194,17 +201,6 @@ def test_a_loss_that_is_not_a_number_is_said(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("tests.test_training.batches", broken)
     with pytest.raises(UserError, match="the loss is nan after epoch 1: lower the learning rate"):
         train(tmp_path / "a", Linear())
-
-
-def test_replacing_a_directory_leaves_nothing_of_the_old(tmp_path: Path):
-    for name in ("new", "target"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).touch()
-    replace_directory(tmp_path / "new", tmp_path / "target")
-    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == [
-        "target",
-        "target/new",
-    ]
 
 
 def test_lazy_adam_is_adam_on_the_rows_it_touches_and_leaves_the_others():

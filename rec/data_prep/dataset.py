@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rec.errors import UserError
+from rec.files import digest
 from rec.tables import read_table
 
 FORMAT_VERSION = 1
@@ -114,14 +115,15 @@ def open_dataset(path: str | Path) -> Dataset:
 
 def verify(dataset: Dataset) -> None:
     """Compares every file with the manifest's sha256. Raises UserError that names a missing or damaged file."""
-    for name, expected in open_dataset(dataset.path).manifest["files"].items():
+    check_unchanged(dataset)
+    for name, expected in dataset.manifest["files"].items():
         if digest(dataset.path / name) != expected:
             raise UserError(
                 f"{dataset.path / name} is damaged (its sha256 differs): prepare the dataset again"
             )
 
 
-def digest(file: Path, algorithm: str = "sha256") -> str:
-    """The hexadecimal digest of a file's bytes."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, algorithm).hexdigest()
+def check_unchanged(dataset: Dataset) -> None:
+    """Raises UserError if another data set has taken the directory since this one was opened."""
+    if open_dataset(dataset.path).id != dataset.id:
+        raise UserError(f"{dataset.path} was replaced while it was read: run the command again")

@@ -222,7 +222,16 @@ def main() -> None:
         return {}
 
     source = f"synthetic: {args.users} users, {args.items} items, seed {args.seed}"
-    prepare(args.output_dir, load, "dummy", source, args.split, args.seed, engine=args.engine)
+    prepare(
+        args.output_dir,
+        load,
+        "dummy",
+        source,
+        args.split,
+        args.seed,
+        engine=args.engine,
+        wait=args.wait,
+    )
 
 
 if __name__ == "__main__":

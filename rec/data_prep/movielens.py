@@ -25,12 +25,12 @@ from duckdb import DuckDBPyConnection as Connection
 from tqdm import tqdm
 
 from rec.data_prep.columns import ListColumns
-from rec.data_prep.dataset import digest
 from rec.data_prep.raw_files import RawFile, kind_of
 from rec.data_prep.rows import duckdb_in_a_sentence
 from rec.data_prep.tabular import load_features, load_interactions
 from rec.data_prep.write import output_parser, prepare
 from rec.errors import UserError, note, run_command
+from rec.files import digest, sole_writer
 
 BASE_URL = "https://files.grouplens.org/datasets/movielens"
 FLAGS = [
@@ -247,8 +247,10 @@ def main() -> None:
     source = args.source or args.output_dir.parent / archive
     if args.source and not source.exists():
         raise UserError(f"--source {source} does not exist")
-    if not source.exists():
-        download(f"{args.base_url}/{archive}", source, DIGESTS[args.name])
+    if not args.source:
+        with sole_writer(source, wait=args.wait):
+            if not source.exists():
+                download(f"{args.base_url}/{archive}", source, DIGESTS[args.name])
     where = f"MovieLens {args.name}, https://grouplens.org/datasets/movielens/"
     reader = functools.partial(load, name=args.name, source=source)
     prepare(
@@ -260,6 +262,7 @@ def main() -> None:
         0,
         (args.min_rating, 1),
         args.engine,
+        wait=args.wait,
     )
 
 

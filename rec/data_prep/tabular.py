@@ -253,7 +253,17 @@ def main() -> None:
     if args.seed is not None and not is_drawn:
         note(f"--seed {args.seed} has no effect: this split draws nothing at random")
     seed = 42 if args.seed is None else args.seed
-    prepare(args.output_dir, load, every[0].stem, source, strategy, seed, filters, args.engine)
+    prepare(
+        args.output_dir,
+        load,
+        every[0].stem,
+        source,
+        strategy,
+        seed,
+        filters,
+        args.engine,
+        wait=args.wait,
+    )
 
 
 if __name__ == "__main__":

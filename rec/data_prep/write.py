@@ -1,15 +1,14 @@
 """Writing a dataset directory from tables: what every source in this folder ends with.
 
 - Renamed when whole: a kill leaves nothing half-made under the name, and the next run removes what it did leave.
+- One writer per directory (files.py): a second command ends with an error, or waits with --wait.
 - Out of core: the engine spills to disk, and Parquet is written a row group at a time.
 
 Apart from dataset.py, since DuckDB warns of leaks when it shares a process with TensorFlow, which opens datasets.
 """
 
 import argparse
-import glob
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,10 +21,11 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from rec.data_prep.checks import check_tables
-from rec.data_prep.dataset import FORMAT_VERSION, digest, open_dataset
+from rec.data_prep.dataset import FORMAT_VERSION, open_dataset
 from rec.data_prep.engine import ENGINES, Engine
 from rec.data_prep.split import SPLITS, filter_interactions, split_interactions
 from rec.errors import UserError, command_parser, note
+from rec.files import add_wait_argument, digest, replace_directory, sole_writer
 from rec.tables import ColumnLine, describe_columns
 
 GROUP_ROWS = 2**17  # rows a row group: what a streaming reader holds at a time
@@ -63,6 +63,7 @@ def output_parser(module: str, text: str | None) -> argparse.ArgumentParser:
         default="duckdb",
         help="filters, splits, sorts; default: duckdb",
     )
+    add_wait_argument(parser)
     return parser
 
 
@@ -75,16 +76,18 @@ def prepare(
     seed: int,
     filters: Filters = (None, 1),
     engine: str = "duckdb",
+    *,
+    wait: bool = False,
 ) -> None:
     """Writes a dataset directory, and prints the counts and the JSON line that end every command.
 
     `load` gets a database of DuckDB's and a directory for temporary files. It creates table `interactions` (user_id,
     item_id, and timestamp in seconds, rating and split where the source has them; source_row), and `users` and `items`
     (id, features) where the source has them. It returns what it dropped: reason -> rows. `engine`, duckdb or spark,
-    does the rest. Raises UserError for bad rows, an impossible split, an engine that does not start, or an output
-    directory that holds something else.
+    does the rest. Raises UserError for bad rows, an impossible split, an engine that does not start, an output
+    directory that holds something else, or, unless `wait` is true, one that another command is writing.
     """
-    with staging(output_dir) as directory:
+    with staging(output_dir, wait=wait) as directory:
         try:
             with duckdb.connect(directory.parent / "work.duckdb") as con:
                 con.execute(
@@ -137,42 +140,31 @@ def prepare(
 
 
 @contextmanager
-def staging(output_dir: Path) -> Iterator[Path]:
+def staging(output_dir: Path, *, wait: bool = False) -> Iterator[Path]:
     """A new directory that replaces `output_dir` when the block ends without an exception; its parent is for scratch.
 
-    Raises UserError if `output_dir` holds something that is not a dataset.
+    Raises UserError if `output_dir` holds something that is not a dataset, or if another command is writing it; with
+    `wait`, waits for that one instead.
     """
     final = output_dir.resolve()  # a link stays a link
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    for leftover in final.parent.glob(f".{glob.escape(final.name)}.*.tmp"):
-        if (
-            leftover == temporary or not Path("/proc", leftover.suffixes[-2][1:]).exists()
-        ):  # its process was killed
-            _discard(leftover, final)
-    if (
-        final.exists()
-        and not (final / "dataset.json").is_file()
-        and (final.is_file() or any(final.iterdir()))
-    ):
-        raise UserError(
-            f"{output_dir} exists and is no dataset: remove it, or choose another --output-dir"
-        )
-    new = temporary / "new"
-    new.mkdir(parents=True)
-    try:
-        yield new
-        if final.exists():
-            final.rename(temporary / "old")
-        new.rename(final)
-    finally:
-        _discard(temporary, final)
+    temporary = final.with_name(f".{final.name}.tmp")
+    with sole_writer(final, wait=wait):
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a command that was killed
+        if final.exists() and not (final / "dataset.json").is_file() and not _is_empty(final):
+            raise UserError(
+                f"{output_dir} exists and is no dataset: remove it, or choose another --output-dir"
+            )
+        new = temporary / "new"
+        new.mkdir(parents=True)
+        try:
+            yield new
+            replace_directory(new, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _discard(temporary: Path, final: Path) -> None:
-    """Removes a temporary directory; if its command was stopped between the two renames, `final` is as it was."""
-    if (temporary / "old").exists() and not final.exists():
-        (temporary / "old").rename(final)
-    shutil.rmtree(temporary, ignore_errors=True)
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _comments(con: duckdb.DuckDBPyConnection) -> dict[tuple[str, str], str]:

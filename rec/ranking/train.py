@@ -23,6 +23,7 @@ from rec.checkpoint import describe, read_run
 from rec.config import Config, Ranking
 from rec.corpus import Corpus
 from rec.errors import UserError, warn
+from rec.files import read_whole
 from rec.ranking.candidates import (
     CandidateLists,
     first_queries,
@@ -251,6 +252,10 @@ def load_ranking(directory: Path, retrieval: TrainedRetrieval) -> TrainedRanking
     Raises:
       UserError: there is no finished ranking checkpoint, or it was trained for another retrieval model.
     """
+    return read_whole(directory, lambda: _load_ranking(directory, retrieval))
+
+
+def _load_ranking(directory: Path, retrieval: TrainedRetrieval) -> TrainedRanking:
     description = read_run(directory, "ranking")
     if description["retrieval_run"] != retrieval.description:
         raise UserError(f"{directory} was trained for another retrieval model: train ranking again")

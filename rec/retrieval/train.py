@@ -17,6 +17,7 @@ from rec.checkpoint import corpus_files, describe, load_trained_corpus, read_run
 from rec.config import Config, Retrieval, with_data_defaults
 from rec.corpus import Corpus
 from rec.data_prep.dataset import Dataset
+from rec.files import read_whole
 from rec.retrieval.model import RetrievalModel
 from rec.retrieval.popularity import fit_cold_start, fit_popularity_bias
 from rec.retrieval.validation import RetrievalValidation
@@ -163,7 +164,14 @@ def _train(
 def load_retrieval(
     directory: Path, dataset: Dataset, corpus: Corpus | None = None
 ) -> TrainedRetrieval:
-    """The model of a finished checkpoint, for `corpus` if it is loaded already. Raises UserError if there is none."""
+    """The model of a finished checkpoint, for `corpus` if it is loaded already. Raises UserError if there is none.
+
+    All of it comes from one run, even if a training replaces the checkpoint in the meantime.
+    """
+    return read_whole(directory, lambda: _load_retrieval(directory, dataset, corpus))
+
+
+def _load_retrieval(directory: Path, dataset: Dataset, corpus: Corpus | None) -> TrainedRetrieval:
     description = read_run(directory, "retrieval")
     corpus = corpus or load_trained_corpus(directory, dataset)
     model = RetrievalModel(Retrieval(**description["retrieval"]), corpus)

@@ -221,16 +221,14 @@ def test_a_killed_command_leaves_nothing_under_the_name_and_the_next_run_works(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "dummy").exists()
-    assert len(list(tmp_path.glob(".dummy.*.tmp"))) == 1
+    assert (tmp_path / ".dummy.tmp").is_dir()
     prepare_six(tmp_path / "dummy")
     assert [path.name for path in tmp_path.iterdir()] == ["dummy"]
 
 
 def test_the_old_dataset_survives_a_command_stopped_between_its_two_renames(tmp_path: Path) -> None:
     six = prepare_six(tmp_path / "six")
-    killed = tmp_path / ".six.99999999.tmp"  # larger than any process id
-    killed.mkdir()
-    six.path.rename(killed / "old")
+    six.path.rename(tmp_path / ".six.old")
     with pytest.raises(RuntimeError), staging(tmp_path / "six"):
         assert open_dataset(tmp_path / "six").id == six.id  # the next run puts it back first
         raise RuntimeError
@@ -240,7 +238,16 @@ def test_the_old_dataset_survives_a_command_stopped_between_its_two_renames(tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["six"]
 
 
-def test_the_temporary_directory_of_a_running_command_is_left_alone(tmp_path: Path) -> None:
+def test_a_dataset_that_is_replaced_while_it_is_read_is_said(tmp_path: Path) -> None:
+    opened = prepare_six(tmp_path / "six")
+    verify(opened)
+    prepare(tmp_path / "six", load_six, "another", "a test", "leave_one_out", 0)
+    with pytest.raises(UserError, match="six was replaced while it was read: run the command"):
+        verify(opened)
+    verify(open_dataset(tmp_path / "six"))
+
+
+def test_a_dataset_has_one_writer_at_a_time(tmp_path: Path) -> None:
     code = "import sys, time, pathlib; from rec.data_prep.write import staging\n"
     code += "with staging(pathlib.Path(sys.argv[1])): print('ready', flush=True); time.sleep(60)"
     process = subprocess.Popen(
@@ -249,13 +256,31 @@ def test_the_temporary_directory_of_a_running_command_is_left_alone(tmp_path: Pa
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        prepare_six(tmp_path / "six")
-        assert (tmp_path / f".six.{process.pid}.tmp").is_dir()
+        command = [
+            sys.executable,
+            "-m",
+            "rec.data_prep.dummy",
+            "--output-dir",
+            str(tmp_path / "six"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stdout == ""
+        assert f"six is being written by process {process.pid} on " in done.stderr
+        assert (tmp_path / ".six.tmp" / "new").is_dir()
+        waiting = subprocess.Popen(
+            [*command, "--wait", "--users", "30", "--items", "20"],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert waiting.stderr is not None
+        assert waiting.stderr.readline().startswith("waiting: ")
     finally:
         process.kill()
         process.wait()
-    with staging(tmp_path / "six"):
-        assert not (tmp_path / f".six.{process.pid}.tmp").exists()
+    waiting.communicate()
+    assert waiting.returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["six"]
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:

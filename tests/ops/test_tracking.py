@@ -221,6 +221,28 @@ def test_a_server_that_does_not_answer_is_told_in_a_sentence(
         store.aliases("ranking")
 
 
+@pytest.mark.parametrize("by", ["the variable", "the command"])
+def test_offline_nothing_can_be_promoted_or_downloaded(
+    by: str, server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    client = server.environment(tmp_path / "client")
+    client["WANDB_MODE"] = "offline"
+    if by == "the command":
+        del client["WANDB_MODE"], client["WANDB_DIR"]
+        (tmp_path / "wandb").mkdir()
+        (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    del client["WANDB_API_KEY"]
+    config = tmp_path / "config.yaml"
+    config.write_text("dataset: data\n")
+    artifact = ("--artifact-name", "team/rec/ranking_bundle", "--version", "latest")
+    done = run("rec.promote", *artifact, "--config", config, cwd=tmp_path, changes=client)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: W&B is offline here, by WANDB_MODE or")
+    assert server.requests == []
+
+
 def test_from_training_to_production(server: WandbServer, trained: Trained, tmp_path: Path):
     """The commands, as a team runs them."""
     client = server.environment(tmp_path / "client")
