@@ -10,13 +10,16 @@
   request, in batches of 1, 8 and 32, and the resident memory after batches of every size up to 64.
 
 Each number in the JSON is a count of clients that ask again as soon as they are answered, over connections that stay
-open: {"rps", "p50_ms", "p99_ms"}; for `rec` also "refused" (503). Every user is another one. The clients are one
-process of this machine, so they take their share of its cores; the resident memory of the server is in megabytes.
+open: {"rps", "p50_ms", "p99_ms"}; for `rec` also "refused" (503) and "percent", its rate as a share of the trivial
+endpoint's with as many clients. "processor" names the machine, on which all figures depend. Every user is another one.
+The clients are one process of this machine, so they take their share of its cores; the resident memory of the server
+is in megabytes.
 """
 
 import argparse
 import json
 import os
+import platform
 import select
 import socket
 import subprocess
@@ -38,6 +41,7 @@ from rec.errors import UserError, run_command
 SECONDS, PAUSE = 5.0, 0.5  # of one measurement, and of load before it
 USERS, ITEMS = 10_000, 100_000
 K = 10
+CLOSES = b"\r\nconnection: close\r\n"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -74,11 +78,19 @@ class Load:
         while time.perf_counter() < begin + seconds:
             for number, _ in poll.poll(0.1):
                 received[number] += by_number[number].recv(262_144)
-                if self._done(number, received[number], started[number]):
-                    self._send(by_number[number], number, started, received)
+                if not self._done(number, received[number], started[number]):
+                    continue
+                if CLOSES in received.pop(number):  # the process that answers has a successor
+                    started.pop(number)
+                    by_number.pop(number).close()
+                    client = socket.create_connection(("127.0.0.1", self.port))
+                    number = client.fileno()
+                    by_number[number] = client
+                    poll.register(number, select.EPOLLIN)
+                self._send(by_number[number], number, started, received)
         elapsed = time.perf_counter() - begin
         poll.close()
-        for each in sockets:
+        for each in by_number.values():
             each.close()
         p50, p99 = np.percentile(self.seconds, [50, 99]) * 1000 if self.seconds else (0, 0)
         return {
@@ -188,10 +200,19 @@ def model_call(savedmodels: Path) -> dict[str, int]:
     return found | {"rss_mb": megabytes(os.getpid())}
 
 
+def processor() -> str:
+    """The processor's name and the number of cores that this process may use."""
+    information = Path("/proc/cpuinfo").read_text()
+    name = information.partition("model name\t: ")[2].partition("\n")[0] or platform.machine()
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
 def megabytes(process: int) -> int:
-    """Resident memory."""
+    """Resident memory of a process and its children."""
     status = Path(f"/proc/{process}/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0]) // 1024
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    own = int(status.partition("VmRSS:")[2].split()[0]) // 1024
+    return own + sum(megabytes(int(child)) for child in children)
 
 
 class Server:
@@ -270,14 +291,15 @@ def main() -> None:
     if args.only == "model":
         if args.savedmodels is None:
             raise UserError("--only model needs --savedmodels")
-        return print(json.dumps({"model": model_call(args.savedmodels)}))
+        found = model_call(args.savedmodels)
+        return print(json.dumps({"processor": processor(), "model": found}))
     if args.serve:
         app = {"trivial": trivial, "thread_pool": thread_pool}[args.serve]()
         return uvicorn.run(app, port=args.port, log_level="warning", access_log=False)
 
     with tempfile.TemporaryDirectory() as root:
         savedmodels = args.savedmodels or make_model(Path(root))
-        report: dict[str, Any] = {}
+        report: dict[str, Any] = {"processor": processor()}
         errors = 0
         systems: dict[str, tuple[list[str], str, tuple[int, ...]]] = {
             "trivial": (["bench.serving", "--serve", "trivial"], "/users/{}", (1, 32)),
@@ -296,13 +318,17 @@ def main() -> None:
                 report[name] = {}
                 for count in clients:
                     load.run(count, PAUSE)
-                    found = load.run(count, SECONDS)
-                    refused = {"refused": load.statuses[503]} if name == "rec" else {}
-                    errors += (
-                        sum(load.statuses.values()) - load.statuses[200] - refused.get("refused", 0)
-                    )
-                    report[name][str(count)] = found | refused
-                    print(f"{name:12} {count:4} clients  {found}", file=sys.stderr)
+                    measured: dict[str, float] = load.run(count, SECONDS)
+                    refused = load.statuses[503] if name == "rec" else 0
+                    if name == "rec":
+                        measured["refused"] = refused
+                        trivial_rps = report.get("trivial", {}).get(str(count), {}).get("rps")
+                        if trivial_rps:
+                            measured["percent"] = round(100 * measured["rps"] / trivial_rps, 1)
+                    errors += sum(load.statuses.values()) - load.statuses[200] - refused
+                    report[name][str(count)] = measured
+                    line = f"{name:12} {count:4} clients  {measured}  {processor()}"
+                    print(line, file=sys.stderr)
                 report[name]["rss_mb"] = server.megabytes()
                 if name == "rec" and args.requests:
                     report[name]["memory"] = watch_memory(load, server, args.requests)

@@ -3,6 +3,8 @@
 - Strings are looked up here and nowhere else: ids become rows at the entrance, rows become ids at the exit.
 - Known users' histories and features are inside, so a request needs no feature store. Their queries are too, computed
   at export: only a history that comes with a request goes through the tower (with `query_time`, every request does).
+- An answer depends on its request alone: nothing reads how long the batch's other histories and exclusions are, nor
+  how many requests it holds. (`query_time` reads the clock.)
 - `RetrievalModule` and `RankingModule` wrap the trained models; recommender.py composes two loaded bundles through
   these functions only, and says what their arguments are.
 """
@@ -15,6 +17,7 @@ from tqdm import tqdm
 
 from rec.corpus import Corpus
 from rec.features import FIRST_ITEM, FIRST_USER, PAD, UNKNOWN_USER, Encoder, Vocabulary
+from rec.numerics import at_least
 from rec.ranking.count_features import CountFeatures
 from rec.ranking.model import RankingModel, score_candidates
 from rec.recommender import FLAGS, IDS, LISTS, ROWS, TIMES, AnswersUsers, Tensors
@@ -145,7 +148,8 @@ class RetrievalModule(AnswersUsers):
         vector = tf.math.l2_normalize(self.model.get.candidate_tower.items(row), 1)
         query = tf.concat([vector, tf.zeros_like(vector[:, :1])], 1)
         # The index ranks by dot product, which long vectors win: look deeper, then order by cosine.
-        _, found = self._search(query, 4 * self.k + 1)
+        _, found = self.index.search(query, 4 * self.k + 1)
+        found = tf.where(found < 0, PAD, found + FIRST_ITEM)
         near = tf.math.l2_normalize(self.model.get.candidate_tower.items(found), 2)
         scores = tf.where(found == PAD, LOWEST, tf.einsum("bd,bnd->bn", vector, near))
         scores = tf.where((found == row[:, None]) | (row == PAD)[:, None], LOWEST, scores)
@@ -236,9 +240,8 @@ class RetrievalModule(AnswersUsers):
         known, asked = tf.gather(self.known, user), tf.where(is_given)
 
         def told() -> tf.Tensor:
-            query = self.model.get.query(
-                *(tf.gather(each, asked[:, 0]) for each in (user, history))
-            )
+            inputs = (at_least(2, tf.gather(each, asked[:, 0])) for each in (user, history))
+            query = self.model.get.query(*inputs)[: tf.shape(asked)[0]]
             return tf.tensor_scatter_nd_update(known, asked, query)
 
         return tf.cond(tf.reduce_any(is_given), told, lambda: known)
@@ -247,8 +250,8 @@ class RetrievalModule(AnswersUsers):
         self, query: tf.Tensor, user: tf.Tensor, history: tf.Tensor, seen: tf.Tensor
     ) -> Found:
         """query [B, d + 1]; user [B], history [B, H], seen [B, S] as rows -> scores and rows of the k best, [B, k]."""
-        widest = tf.reduce_max(tf.reduce_sum(tf.cast(seen != PAD, tf.int32), 1))
-        scores, found = self._search(query, self.k + widest)
+        scores, found = self.index.search_each(query, self._depths(seen))
+        found = tf.where(found < 0, PAD, found + FIRST_ITEM)
         popular = self.popular[: tf.shape(found)[1]]
         popular = tf.pad(popular, [[0, tf.shape(found)[1] - tf.size(popular)]], constant_values=PAD)
         prior = tf.where(popular == PAD, LOWEST, self.model.get.cold_start_score(popular))
@@ -260,10 +263,15 @@ class RetrievalModule(AnswersUsers):
         was_seen = tf.gather(ordered, at, batch_dims=1) == found
         return self._top(tf.where(was_seen, LOWEST, scores), found)
 
-    def _search(self, query: tf.Tensor, depth: tf.Tensor | int) -> Found:
-        """query [B, d + 1] -> scores and item rows [B, depth], best first; LOWEST and PAD where nothing is left."""
-        scores, found = self.index.search(query, depth)
-        return scores, tf.where(found < 0, PAD, found + FIRST_ITEM)
+    def _depths(self, seen: tf.Tensor) -> tf.Tensor:
+        """seen [B, S] -> [B] int32: how deep to search for k items that the user has not seen.
+
+        Room for what was seen comes in few sizes, k / 2 times a power of two: a search to each depth costs a call.
+        """
+        count = tf.reduce_sum(tf.cast(seen != PAD, tf.int32), 1)
+        sizes = (self.k + 1) // 2 * 2 ** np.arange(32 - self.k.bit_length())
+        rooms = tf.constant(sizes, tf.int32)
+        return self.k + tf.gather(rooms, tf.searchsorted(rooms, count))
 
     def _top(self, scores: tf.Tensor, rows: tf.Tensor) -> Found:
         best, at = tf.math.top_k(scores, self.k)

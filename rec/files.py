@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
-from rec.errors import UserError
+from rec.errors import UserError, note
 
 Value = TypeVar("Value")
 
@@ -122,13 +122,13 @@ def _flock(descriptor: int, subject: Path, *, wait: bool) -> None:
         if not wait:
             hint = "wait until that has ended, or run this command with --wait"
             raise UserError(f"{busy}: {hint}") from None
-        print(f"waiting: {busy}", file=sys.stderr, flush=True)
+        note(f"waiting: {busy}")
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno not in HAS_NO_LOCKS:
             raise
         hint = "make sure that no other command writes there"
-        print(f"warning: the file system of {subject} has no locks: {hint}", file=sys.stderr)
+        note(f"warning: the file system of {subject} has no locks: {hint}")
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -31,7 +31,6 @@ import pandas as pd
 
 from rec.errors import UserError
 from rec.files import digest, is_locked, lock, replace_directory, sole_writer, writing
-from rec.tables import read_table
 
 STAGES = ("retrieval", "ranking", "recommender")
 KNOWN_USERS = 1000  # user ids that a bundle tells, of all that it knows
@@ -173,11 +172,14 @@ def check_pair(retrieval: Metadata, ranking: Metadata, where: Path | str) -> Non
 def read_catalogue(retrieval: Path) -> tuple[pd.DataFrame, list[str]]:
     """A retrieval bundle's items.parquet, indexed by item_id, and some of the users that it knows.
 
+    The values keep Arrow's types: pandas' own would turn whole numbers with gaps into floating point.
+
     Raises:
       UserError: a file is missing or damaged.
     """
     try:
-        items = read_table(retrieval / "items.parquet").set_index("item_id")
+        path = retrieval / "items.parquet"
+        items = pd.read_parquet(path, dtype_backend="pyarrow").set_index("item_id")
         with open(retrieval / "assets" / "users.txt", encoding="utf-8", newline="\n") as lines:
             return items, [line.removesuffix("\n") for line in islice(lines, KNOWN_USERS)]
     except (OSError, ValueError, KeyError) as error:

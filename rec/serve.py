@@ -7,10 +7,14 @@
     curl -s 'http://127.0.0.1:8000/v1/users/u7/recommendations?k=5'
     curl -s http://127.0.0.1:8000/v1/recommend -H 'Content-Type: application/json' -d '{"history": ["i1", "i2"]}'
 
-- Listens at once: /healthz says that the process is up, /readyz that the models are loaded and warm.
+- Listens at once: /healthz says that the process is up, /readyz that the models are loaded and warm. With
+  --workers, the other processes start once the first one is ready, and listen when they are warm.
+- A process that dies is replaced. SIGHUP replaces all, one after the other. SIGTERM finishes what is in flight.
 - Tokens: REC_API_TOKENS for the API, REC_ADMIN_TOKENS for POST /v1/models/reload (rec/serving/gate.py). The server
   refuses to start if one of them is empty in the environment but has tokens in `.env`.
 - A reload finds the bundles anew: `latest`, an alias and a W&B alias may by then mean another version.
+- New bundles are loaded by a new process, which then takes the place of an old one. Bundles that fail are reported in
+  /v1/models, /metrics and the log, and tried again.
 - The config is only read for where the bundles are, and not if one is named.
 
 --retrieval-wandb and --ranking-wandb download artifacts with W&B's client, which was not tried against W&B itself.
@@ -18,30 +22,25 @@
 
 import argparse
 import os
-import signal
 import socket
 import sys
 import tempfile
-import threading
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
-
-import uvicorn
-import uvicorn.supervisors
-from starlette.types import ASGIApp
+from typing import TYPE_CHECKING
 
 from rec import registry
 from rec.config import add_config_arguments, load_config
 from rec.errors import UserError, command_parser, run_command
-from rec.serving.answer import Backend
-from rec.serving.app import create_app
-from rec.serving.connections import http_settings
-from rec.serving.gate import Tokens
-from rec.serving.service import Service
 
-STARTUP_FAILURE = 3  # uvicorn's exit code of a worker that need not be started again
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+    from rec.serving.answer import Backend
+    from rec.serving.service import Service
+
+SHORTEST_WANDB = 60.0  # seconds between looks at W&B
 
 
 def find_pair(args: argparse.Namespace) -> registry.Pair:
@@ -140,95 +139,81 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build(args: argparse.Namespace) -> tuple[Service, ASGIApp]:
-    """The service, without models yet, and the application in front of it."""
+def build(args: argparse.Namespace, pair: registry.Pair) -> "tuple[Service, ASGIApp]":
+    """The service, which has not loaded its models yet, and the application in front of it."""
+    from rec.serving.app import create_app
+    from rec.serving.gate import Tokens
+    from rec.serving.service import Service
 
-    def load(pair: registry.Pair) -> Backend:
-        print(f"loading {' and '.join(str(path) for path in pair if path)}", file=sys.stderr)
-        if args.tf_serving:
-            from rec.serving.tf_serving import connect
-
-            return connect(args.tf_serving, *pair, allow_mismatch=args.allow_mismatch)
-        import tensorflow as tf
-
-        from rec.recommender import Recommender
-
-        # One thread an operation: requests share calls instead, and the other cores are for other workers.
-        with suppress(RuntimeError):  # TensorFlow is in use already: in the tests
-            tf.config.threading.set_intra_op_parallelism_threads(1)
-            tf.config.threading.set_inter_op_parallelism_threads(1)
-        return Recommender.load(*pair, args.allow_mismatch)
-
-    service = Service(lambda: find_pair(args), load)
+    service = Service(lambda: pair, lambda pair: load(args, pair))
     tokens = Tokens.from_environment(args.require_auth)
-    follow = (
-        max(args.follow, 60)
-        if args.follow and (args.retrieval_wandb or args.ranking_wandb)
-        else args.follow
-    )
-    return service, create_app(
-        service, tokens, follow, tuple(args.cors_origin), not args.no_access_log
-    )
+    app = create_app(service, tokens, tuple(args.cors_origin), not args.no_access_log)
+    return service, app
 
 
-def worker() -> ASGIApp:
-    """The application of one of several workers, which knows its arguments from the command line."""
-    service, app = build(parse())
+def load(args: argparse.Namespace, pair: registry.Pair) -> "Backend":
+    """The models of the bundles, here or in TF Serving."""
+    print(f"loading {' and '.join(str(path) for path in pair if path)}", file=sys.stderr)
+    if args.tf_serving:
+        from rec.serving.tf_serving import connect
 
-    def load() -> None:
-        try:
-            service.load()
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            os._exit(STARTUP_FAILURE)  # tells the parent to end, and not to try again
+        return connect(args.tf_serving, *pair, allow_mismatch=args.allow_mismatch)
+    import tensorflow as tf
 
-    threading.Thread(target=load, daemon=True).start()
-    return app
+    from rec.recommender import Recommender
+
+    # One thread an operation: requests share calls instead, and the other cores are for other processes.
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    return Recommender.load(*pair, args.allow_mismatch)
+
+
+def work(
+    args: argparse.Namespace,
+    pair: registry.Pair,
+    listener: socket.socket,
+    connection: Connection,
+    at_once: bool,
+) -> None:
+    """One of the processes that answer."""
+    # A session of its own: Ctrl-C reaches the parent only, which ends this process. And where the kernel shares out
+    # processor time by session (sched_autogroup), a process that loads takes none from those that answer.
+    os.setsid()
+    from rec.serving import worker
+
+    service, app = build(args, pair)
+    worker.run(service, app, listener, connection, at_once)
 
 
 def main() -> None:
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(0)
-    )  # what uvicorn ends with once its requests are answered
     args = parse()
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers}: must be at least 1")
+    if args.follow < 0:
+        raise UserError(f"--follow {args.follow}: must be 0 (never) or a number of seconds")
+    with tempfile.TemporaryDirectory(prefix="rec-metrics-", ignore_cleanup_errors=True) as shared:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared  # before the metrics are made
+        try:
+            supervise(args)
+        finally:
+            del os.environ["PROMETHEUS_MULTIPROC_DIR"]
+
+
+def supervise(args: argparse.Namespace) -> None:
+    from rec.serving.gate import Tokens
+    from rec.serving.supervisor import Supervisor
+
     warning = Tokens.from_environment(args.require_auth).warning()
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
     listener = listen(args.host, args.port)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"listening on http://{host}:{listener.getsockname()[1]}", file=sys.stderr)
-    settings: dict[str, Any] = {
-        "log_level": "warning",
-        "access_log": False,
-        "timeout_graceful_shutdown": 10,
-        **http_settings(),
-    }
-    if args.workers > 1:
-        find_pair(args)  # says at once what is wrong
-        settings |= {"workers": args.workers, "factory": True, "timeout_worker_healthcheck": 60}
-        with tempfile.TemporaryDirectory(prefix="rec-metrics-") as shared:
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared
-            uvicorn.supervisors.Multiprocess(
-                uvicorn.Config("rec.serve:worker", **settings), [listener]
-            ).run()
-        return
-
-    service, app = build(args)
-    server = uvicorn.Server(uvicorn.Config(app, **settings))
-
-    def loaded(loading: Future[None]) -> None:
-        server.should_exit = loading.exception() is not None
-        if not server.should_exit:
-            names = " and ".join(
-                f"{stage} version {n}" for stage, n in service.ready.versions.items()
-            )
-            print(f"serving {names}\nready", file=sys.stderr)
-
-    with ThreadPoolExecutor(1) as pool:
-        loading = pool.submit(service.load)
-        loading.add_done_callback(loaded)
-        server.run(sockets=[listener])
-    loading.result()
+    follow = args.follow
+    if follow and (args.retrieval_wandb or args.ranking_wandb):
+        follow = max(follow, SHORTEST_WANDB)
+    find = partial(find_pair, args)
+    Supervisor(find, partial(work, args), listener, args.workers, follow).run()
 
 
 if __name__ == "__main__":

@@ -130,12 +130,12 @@ def newer(trained: Trained, tmp_path: Path) -> Path:
     dataset = open_dataset(trained.dataset)
     items = dataset.items()
     added = items.head(1).assign(item_id="brand-new", title="Brand New Western")
-    pd.concat([items, added]).to_parquet(files / "items.parquet")
-    dataset.users().to_parquet(files / "users.parquet")
+    pd.concat([items, added]).to_parquet(files / "items.parquet", index=False)
+    dataset.users().to_parquet(files / "users.parquet", index=False)
     command: list[object] = ["--output-dir", tmp_path / "newer", "--timestamp-col", "timestamp"]
     command += ["--rating-col", "rating"]
     for split in ("train", "val", "test"):
-        dataset.interactions(split).to_parquet(files / f"{split}.parquet")
+        dataset.interactions(split).to_parquet(files / f"{split}.parquet", index=False)
         command += [f"--{split}", files / f"{split}.parquet"]
     for table in ("users", "items"):
         command += [f"--{table}", files / f"{table}.parquet"]
@@ -155,7 +155,7 @@ def test_items_that_came_since_reach_a_running_server_by_one_command_without_tra
     report = answer("rec.export", "--stage", "all", *copy, "--set", f"dataset={newer}")
     assert {stage: part["version"] for stage, part in report.items()} == dict.fromkeys(STAGES, 2)
     reload = client.post("/v1/models/reload", headers={"Authorization": "Bearer secret"})
-    assert reload.json()["models"] == {"retrieval": 2, "ranking": 2}
+    assert reload.json() == {"model": {"retrieval": 2, "ranking": 2}}
 
     found = client.get("/v1/items", params={"q": "brand new"}).json()["items"]
     assert [item["item_id"] for item in found] == ["brand-new"]

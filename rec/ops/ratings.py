@@ -19,7 +19,7 @@ from rec.errors import UserError
 from rec.features import PAD, UNKNOWN, UNKNOWN_USER
 from rec.ranking.candidates import CandidateLists
 from rec.ranking.count_features import COUNT_FEATURES
-from rec.ranking.model import RankingModel, mean_of_history, score_lists
+from rec.ranking.model import RankingModel, log_length, mean_of_history, score_lists
 from rec.ranking.objectives import weighted_mean
 from rec.ranking.train import MODELS, TrainedRanking, build_ranking_model
 from rec.retrieval.model import RetrievalModel
@@ -79,9 +79,9 @@ class RatingModel(RankingModel):
         about_user = self.users(user, training=training)
         length = tf.reduce_sum(tf.cast(history != PAD, tf.float32), 1)
         taste = about_user + mean_of_history(past, history) * tf.sqrt(length)[:, None]
-        log_length = tf.broadcast_to(tf.math.log1p(length)[:, None], tf.shape(items))
-        nothing = tf.zeros_like(log_length)
-        numbers = tf.stack([nothing, nothing, log_length], 2)
+        lengths = log_length(history, items)
+        nothing = tf.zeros_like(lengths)
+        numbers = tf.stack([nothing, nothing, lengths], 2)
         numbers = tf.concat([numbers, tf.zeros_like(counts)], 2)
         added = self.architecture_score(
             candidates, past, history, tf.stop_gradient(about_user), numbers, training=training

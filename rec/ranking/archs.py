@@ -13,6 +13,7 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
 from rec.config import Ranking
+from rec.numerics import at_least
 
 Tensors = list[tf.Tensor]
 
@@ -42,7 +43,8 @@ class Mlp(tf.keras.layers.Layer):
     ) -> tf.Tensor:
         each = self._each(_rows(tf.concat([*fields, numbers], 2)))
         by_list = tf.reshape(each, [-1, tf.shape(numbers)[1], each.shape[1]])
-        first = tf.nn.relu(by_list + self._shared(tf.concat(shared, 1))[:, None])
+        of_lists = self._shared(at_least(2, tf.concat(shared, 1)))[: tf.shape(numbers)[0]]
+        first = tf.nn.relu(by_list + of_lists[:, None])
         return self._top(self._dropout(_rows(first), training=training), training=training)
 
 

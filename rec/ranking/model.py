@@ -16,6 +16,7 @@ import tensorflow_recommenders as tfrs
 from rec.config import Ranking
 from rec.corpus import Corpus
 from rec.features import PAD, UNKNOWN, UNKNOWN_USER, Encoder, recent_items
+from rec.numerics import fill_lanes, log_softmax
 from rec.ranking.archs import ARCHS
 from rec.ranking.candidates import CandidateLists
 from rec.ranking.count_features import COUNT_FEATURES, CountFeatures
@@ -96,10 +97,8 @@ class RankingModel(tfrs.Model):
         about_user = self.users(user, training=training)
         candidates = self.items(items, training=training)
         past = self.items(history, training=training)
-        length = _length(history)
-        numbers = tf.concat(
-            [tf.stack([log_probability, log_rank, _broadcast(length, items)], 2), counts], 2
-        )
+        from_retrieval = [log_probability, log_rank, log_length(history, items)]
+        numbers = tf.concat([tf.stack(from_retrieval, 2), counts], 2)
         added = self.architecture_score(
             candidates, past, history, about_user, numbers, training=training
         )
@@ -172,10 +171,10 @@ class RankingModel(tfrs.Model):
 def retrieval_features(scores: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Retrieval scores [B, N] -> log-probabilities among the candidates and logs of their ranks, both [B, N]."""
     is_candidate = scores > LOWEST
-    log_softmax = tf.nn.log_softmax(tf.where(is_candidate, scores, NOT_THERE))
+    log_probability = log_softmax(tf.where(is_candidate, scores, NOT_THERE))
     is_better = scores[:, None] > scores[:, :, None]
     rank = tf.reduce_sum(tf.cast(is_better, tf.float32), 2)  # from 0
-    return tf.where(is_candidate, log_softmax, 0.0), tf.math.log1p(rank)
+    return tf.where(is_candidate, log_probability, 0.0), tf.math.log1p(rank)
 
 
 def mean_of_history(past: tf.Tensor, history: tf.Tensor) -> tf.Tensor:
@@ -185,14 +184,10 @@ def mean_of_history(past: tf.Tensor, history: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(past * is_item[..., None], 1) / tf.maximum(length, 1.0)
 
 
-def _length(history: tf.Tensor) -> tf.Tensor:
-    """[B] float32: the log of 1 + the number of items."""
-    return tf.math.log1p(tf.reduce_sum(tf.cast(history != PAD, tf.float32), 1))
-
-
-def _broadcast(values: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
-    """[B] -> [B, N], the shape of `items`."""
-    return tf.broadcast_to(values[:, None], tf.shape(items))
+def log_length(history: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
+    """[B, N], the shape of `items`: the log of 1 + the number of items in each history [B, H]."""
+    length = tf.reduce_sum(tf.cast(history != PAD, tf.float32), 1)
+    return tf.math.log1p(tf.broadcast_to(length[:, None], tf.shape(items)))
 
 
 def score_candidates(
@@ -214,12 +209,12 @@ def score_candidates(
     Returns:
       [B, N] float32, LOWEST for PAD.
     """
-    past = recent_items(history, model.window)
-    length = tf.reduce_sum(tf.cast(past != PAD, tf.int32), 1)
-    longest = tf.maximum(tf.reduce_max(length), 1)
-    features = counts(past, items, time)
-    scores = model.score(user, past[:, :longest], items, retrieval_scores, features)
-    return tf.where(items == PAD, LOWEST, scores)
+    past = recent_items(history, model.window)  # equally wide in every batch, see numerics.py
+    candidates = fill_lanes(items, PAD)
+    filled_scores = fill_lanes(retrieval_scores, LOWEST)
+    features = counts(past, candidates, time)
+    scores = model.score(user, past, candidates, filled_scores, features)
+    return tf.where(items == PAD, LOWEST, scores[:, : tf.shape(items)[1]])
 
 
 def score_lists(

@@ -12,6 +12,7 @@ import tensorflow as tf
 from rec.config import Retrieval
 from rec.errors import UserError
 from rec.features import START
+from rec.numerics import LayerNormalization, softmax
 
 LENGTH_POWER = 0.7  # of the autoencoder; the best of .5, .7 and 1 on MovieLens 100K without times
 HIDDEN_SCORE = -1e9  # of a position that must not be attended to
@@ -54,7 +55,7 @@ class PooledHistory(HistoryEncoder):
         is_read = (position <= until) & (tokens > START)[:, None]
         weights = tf.cast(is_read, tf.float32)
         count = tf.reduce_sum(weights, 2, keepdims=True)
-        pooled = tf.matmul(weights / tf.maximum(count, 1.0) ** 0.5, vectors)
+        pooled = tf.matmul(weights / tf.sqrt(tf.maximum(count, 1.0)), vectors)
         return tf.where(count > 0, pooled, vectors[:, :1])
 
 
@@ -76,9 +77,12 @@ class Autoencoder(HistoryEncoder):
     def call(
         self, vectors: tf.Tensor, tokens: tf.Tensor, last: tf.Tensor | None, training: bool
     ) -> tf.Tensor:
-        is_item = tf.cast(tokens > START, tf.float32)
-        count = tf.maximum(tf.reduce_sum(is_item, 1, keepdims=True), 1.0)
-        summed = tf.einsum("bl,bld->bd", is_item / count**LENGTH_POWER, vectors)
+        is_item = tokens > START
+        count = tf.reduce_sum(tf.cast(is_item, tf.int32), 1, keepdims=True)
+        # A table of all powers: a power must not depend on its place in the batch (see numerics.py).
+        possible = tf.maximum(tf.range(tf.shape(tokens)[1] + 1), 1)
+        scale = tf.gather(tf.cast(possible, tf.float32) ** -LENGTH_POWER, count)
+        summed = tf.einsum("bl,bld->bd", tf.where(is_item, scale, 0.0), vectors)
         return self._dense(summed)[:, None]
 
 
@@ -99,6 +103,10 @@ class Gru(HistoryEncoder):
     def call(
         self, vectors: tf.Tensor, tokens: tf.Tensor, last: tf.Tensor | None, training: bool
     ) -> tf.Tensor:
+        if (
+            last is not None
+        ):  # steps take their time, and nothing is read behind the longest history
+            vectors = vectors[:, : tf.reduce_max(last) + 1]
         hidden = self._dropout(vectors, training=training)
         for layer in self._layers:
             hidden = self._dropout(layer(hidden), training=training)
@@ -113,7 +121,7 @@ class Transformer(HistoryEncoder):
         self._scale = config.embedding_dim**0.5
         self._dropout = tf.keras.layers.Dropout(config.dropout)
         self._blocks = [Block(config, name=f"block_{layer}") for layer in range(config.layers)]
-        self._norm = tf.keras.layers.LayerNormalization(epsilon=1e-6)
+        self._norm = LayerNormalization(epsilon=1e-6)
 
     def call(
         self, vectors: tf.Tensor, tokens: tf.Tensor, last: tf.Tensor | None, training: bool
@@ -132,9 +140,9 @@ class Block(tf.keras.layers.Layer):
 
     def __init__(self, config: Retrieval, name: str) -> None:
         super().__init__(name=name)
-        self._norm_attention = tf.keras.layers.LayerNormalization(epsilon=1e-6)
+        self._norm_attention = LayerNormalization(epsilon=1e-6)
         self._attention = CausalSelfAttention(config)
-        self._norm_feed = tf.keras.layers.LayerNormalization(epsilon=1e-6)
+        self._norm_feed = LayerNormalization(epsilon=1e-6)
         self._feed_in = Linear(4 * config.embedding_dim, activation="gelu")
         self._feed_out = Linear(config.embedding_dim)
         self._dropout = tf.keras.layers.Dropout(config.dropout)
@@ -183,7 +191,8 @@ class CausalSelfAttention(tf.keras.layers.Layer):
         value = self._by_head(self._value(x))
         scores = tf.matmul(query, key, transpose_b=True) / self._width**0.5  # [B, heads, Q, L]
         scores += self._bias(length, last)
-        weights = self._dropout(tf.nn.softmax(scores), training=training)
+        weights = tf.nn.softmax(scores) if training else softmax(scores)
+        weights = self._dropout(weights, training=training)
         heads = tf.transpose(tf.matmul(weights, value), [0, 2, 1, 3])  # [B, Q, heads, width]
         joined = tf.reshape(heads, [-1, tf.shape(heads)[1], self._heads * self._width])
         return self._out(joined)

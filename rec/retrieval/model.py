@@ -147,6 +147,9 @@ class RetrievalModel(tfrs.Model):
     ) -> tf.Tensor:
         """Queries of users with their histories.
 
+        Of two users or more, a query does not depend on the others, down to the last bit (numerics.py). So it is
+        computed from the whole window: sums over a shorter one would be rounded differently.
+
         Args:
           user: [B] int32 user rows.
           history: [B, H] int32 item rows, oldest first, PAD anywhere.
@@ -156,9 +159,8 @@ class RetrievalModel(tfrs.Model):
           [B, d + 1] float32.
         """
         tokens, last = history_tokens(history, self.config.window)
-        longest = tf.reduce_max(last) + 1  # nothing to compute behind the batch's longest history
         time = current_time(user) if time is None else time
-        return self.query_tower(user, tokens[:, :longest], time[:, None], last)[:, 0]
+        return self.query_tower(user, tokens, time[:, None], last)[:, 0]
 
     def candidates(self) -> tf.Tensor:
         """[catalogue, d + 1] float32: the vectors of all items, from row FIRST_ITEM on."""

@@ -12,7 +12,7 @@ All of it runs in the one thread that calls the models.
 import difflib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -21,10 +21,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.types as pt
 
 from rec.errors import UserError
 from rec.serving.metrics import COLD, STAGE_SECONDS
-from rec.serving.schemas import LOWEST, RecommendRequest
+from rec.serving.schemas import LOWEST, Item, RecommendRequest
 
 DEEPEST = 10_000  # the most popular passing items that are scored for a narrow filter: some 5 ms
 MATCHES = 64 * 1024 * 1024  # bytes for the rows of the latest filters,
@@ -66,11 +67,71 @@ def score_or_none(value: float | None) -> float | None:
     return value if value is not None and LOWEST < value < float("inf") else None
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What a column of the catalogue holds, and which values a filter can name."""
+
+    name: str
+    holds: Callable[[pa.DataType], bool]
+    accepts: Callable[[str | int | float | bool], bool]
+
+
+def is_whole(value: Any) -> bool:
+    """A whole number, 3.0 among them: JSON has one type of numbers."""
+    return is_number(value) and float(value).is_integer()
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_any(_: pa.DataType) -> bool:
+    return True
+
+
+KINDS = (
+    Kind("true or false", pt.is_boolean, is_bool),
+    Kind("whole numbers", pt.is_integer, is_whole),
+    Kind("numbers", pt.is_floating, is_number),
+    Kind("numbers", pt.is_decimal, is_number),
+    Kind("text", is_any, is_text),
+)
+
+
+def kind_of(type_: pa.DataType) -> Kind:
+    """Of a list, what its elements are."""
+    while hasattr(type_, "value_type"):
+        type_ = type_.value_type
+    return next(kind for kind in KINDS if kind.holds(type_))
+
+
+def name_of_type(value: str | int | float | bool) -> str:
+    """What JSON calls a value that a filter may have."""
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, str):
+        return "text"
+    return "a whole number" if is_whole(value) else "a number with a fraction"
+
+
 class Catalogue:
-    """items.parquet in memory, in its order: the most popular item first."""
+    """items.parquet in memory, in its order: the most popular item first.
+
+    A value keeps its type, whole numbers with gaps among them. What JSON has no type for, such as a time, is text.
+    """
 
     def __init__(self, items: pd.DataFrame) -> None:
-        self._table = pa.Table.from_pandas(items.reset_index(), preserve_index=False)
+        table = pa.Table.from_pandas(items.reset_index(), preserve_index=False)
+        self._table = pa.table({name: _as_json_type(table[name]) for name in table.column_names})
+        self._kinds = {field.name: kind_of(field.type) for field in self._table.schema}
         self.columns: list[str] = self._table.column_names
         self.ids: list[str] = self._table["item_id"].to_pylist()
         self.row_of = {item: row for row, item in enumerate(self.ids)}
@@ -93,11 +154,22 @@ class Catalogue:
         begin, end = self._text(row)
         return f"{begin}{'null' if score_or_none(score) is None else score}{end}{explain}}}"
 
+    def check(self, name: str, values: Iterable[str | int | float | bool]) -> None:
+        """Raises UserError if a filter's column does not exist, or holds values of another type."""
+        if name not in self._kinds:
+            nearest = difflib.get_close_matches(name[:64], self.columns, n=1, cutoff=0.0)[0]
+            raise UserError(f"filter: there is no column {name[:64]!r}; did you mean {nearest}?")
+        kind = self._kinds[name]
+        for value in values:
+            if not kind.accepts(value):
+                shown = to_json(value)[:64]
+                raise UserError(
+                    f"filter: the column {name!r} holds {kind.name}; {shown} is {name_of_type(value)}"
+                )
+
     def _write(self, row: int) -> tuple[str, str]:
         shown = {
-            name: value
-            for name, value in self.item(row).items()
-            if name not in ("item_id", "score", "explain")
+            name: value for name, value in self.item(row).items() if name not in Item.model_fields
         }
         return (
             f'{{"item_id":{to_json(self.ids[row])},"score":',
@@ -132,6 +204,13 @@ class Catalogue:
         )
         found = pc.match_substring(column, text, ignore_case=True).fill_null(False)
         return np.flatnonzero(found.to_numpy())[:limit].tolist()
+
+
+def _as_json_type(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column, or its values as text where JSON has no type for them."""
+    if pt.is_temporal(column.type):
+        return pc.cast(column, pa.string())
+    return column
 
 
 class Place(NamedTuple):
@@ -200,20 +279,16 @@ class Engine:
     def max_k(self) -> int:
         return int(self.backend.metadata["retrieval"]["config"]["index"]["k"])
 
-    def check(self, k: int, columns: Iterable[str] = ()) -> None:
-        """Raises UserError if the bundle does not retrieve k items, or the catalogue has no such column."""
+    def check(
+        self, k: int, wanted: Mapping[str, Iterable[str | int | float | bool]] | None = None
+    ) -> None:
+        """Raises UserError if the bundle does not retrieve k items, or the filter `wanted` does not fit the columns."""
         if k > self.max_k:
             raise UserError(
                 f"k: must be at most {self.max_k}, which is as many as the bundle retrieves"
             )
-        for name in columns:
-            if name not in self.catalogue.columns:
-                nearest = difflib.get_close_matches(
-                    name[:64], self.catalogue.columns, n=1, cutoff=0.0
-                )[0]
-                raise UserError(
-                    f"filter: there is no column {name[:64]!r}; did you mean {nearest}?"
-                )
+        for name, values in (wanted or {}).items():
+            self.catalogue.check(name, values)
 
     def recommend(
         self, requests: Sequence[RecommendRequest], between: Callable[[], None] | None = None

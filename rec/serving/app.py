@@ -49,27 +49,20 @@ PAGE_HEADERS = {
 
 
 def create_app(
-    service: Service,
-    tokens: Tokens,
-    follow: float = 0,
-    origins: tuple[str, ...] = (),
-    access_log: bool = False,
+    service: Service, tokens: Tokens, origins: tuple[str, ...] = (), access_log: bool = False
 ) -> ASGIApp:
     """The application; it answers /v1/* with 503 until the service has loaded its engine.
 
     Args:
-      follow: seconds between looks at what the bundles' references mean; 0 never looks.
       origins: of pages elsewhere whose scripts may call the API (CORS).
     """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(gate.watch())]
-        tasks += [asyncio.create_task(service.follow(follow))] * bool(follow)
+        watching = asyncio.create_task(gate.watch())
         yield
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
         gate.flush()
 
     app = FastAPI(
@@ -252,10 +245,10 @@ async def models(service: Serving) -> Response:
 async def reload(service: Serving) -> Response:
     """Loads what the server's references now mean, such as a new latest version (admin token)."""
     try:
-        await asyncio.to_thread(service.load)  # the models' thread goes on answering
+        versions = await asyncio.to_thread(service.reload)  # the models' thread goes on answering
     except UserError as error:
         raise HTTPException(409, f"the models stay as they are: {error}") from error
-    return JSONResponse({"model": service.ready.versions})
+    return JSONResponse({"model": versions})
 
 
 @around.get("/healthz")

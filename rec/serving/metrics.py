@@ -1,6 +1,11 @@
-"""What /metrics tells Prometheus. Several workers share their numbers through files (PROMETHEUS_MULTIPROC_DIR)."""
+"""What /metrics tells Prometheus.
+
+The processes of a server share their numbers through files in PROMETHEUS_MULTIPROC_DIR. Each process has a slot
+(REC_SLOT), which its successor takes over when it has ended: counters go on, and the number of files stays small.
+"""
 
 import os
+from pathlib import Path
 
 from prometheus_client import (
     CollectorRegistry,
@@ -9,7 +14,15 @@ from prometheus_client import (
     Histogram,
     generate_latest,
     multiprocess,
+    values,
 )
+
+DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+SLOT = "REC_SLOT"
+
+if DIRECTORY in os.environ:
+    slot = os.environ.get(SLOT, "parent")
+    values.ValueClass = values.MultiProcessValue(lambda: slot)
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
@@ -28,14 +41,33 @@ HUNG_UP = Counter("rec_hung_up", "Requests dropped because their client had gone
 COLD = Counter("rec_cold_starts", "Answers of popular items, to users of whom nothing is known.")
 RELOADS = Counter("rec_reloads", "Attempts to take new bundles into service.", ["result"])
 VERSION = Gauge(
-    "rec_model_version", "The version that answers.", ["stage"], multiprocess_mode="livemin"
+    "rec_model_version",
+    "The version that answers; 0: there is none.",
+    ["stage"],
+    multiprocess_mode="livemin",
 )
+LOOKS_FAILED = Counter(
+    "rec_looks_failed", "Looks for newer bundles that failed, such as on an unreadable file."
+)
+FOLLOWED = Gauge(
+    "rec_followed_timestamp_seconds",
+    "When a look for newer bundles last succeeded, in seconds since 1970.",
+    multiprocess_mode="max",
+)
+WORKERS = Gauge("rec_workers", "Processes that are ready to answer.", multiprocess_mode="max")
 
 
 def exposition() -> bytes:
     """All of it as text."""
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+    if DIRECTORY not in os.environ:
         return generate_latest()
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry)
     return generate_latest(registry)
+
+
+def forget(slot: str) -> None:
+    """Removes the gauges of a process that has ended; what it counted stays."""
+    directory = os.environ.get(DIRECTORY)
+    if directory is not None and Path(directory).is_dir():
+        multiprocess.mark_process_dead(slot, directory)

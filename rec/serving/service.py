@@ -1,18 +1,18 @@
-"""The engine in service: a queue, the one thread that calls the models, and how new bundles take over.
+"""The engine in service: a queue, the one thread that calls the models, and how the models are loaded.
 
 - The thread takes what has queued while its last call ran, and answers it in one call: a lone request does not wait for
   company, and there is no timer. (Waiting 1 ms for company was slower at every load.) Batches and expensive requests
   take turns in calls of their own (rec/serving/lanes.py).
 - The queue is bounded: a request that finds it full is refused with 503 and Retry-After. Batches have a bound of their
   own, so that they refuse nobody else.
-- New bundles are loaded, warmed and checked beside the old ones and then take over in one step. A request keeps the
-  engine that it was checked against. If anything fails, the old bundles stay, and `failed` says what and why.
+- Bundles are loaded, warmed and checked before they answer. A request keeps the engine that it was checked against. If
+  anything fails, the old bundles stay, and `failed` says what and why.
+- Under `python -m rec.serve` each process loads once: supervisor.py swaps bundles by swapping processes.
 """
 
 import asyncio
 import gc
 import queue
-import sys
 import threading
 import time
 import traceback
@@ -45,9 +45,9 @@ class Service:
         """`find` says which bundles the references mean now, `load` loads those; both may raise UserError."""
         self._find, self._load = find, load
         self.engine: Engine | None = None
-        self.failed: dict[str, str] | None = None
-        self._pair: Pair | None = None
-        self._refused: Pair | None = None
+        self.failed: dict[str, Any] | None = None
+        # Loads what the references mean now and returns its versions; a supervised process asks its parent instead.
+        self.reload: Callable[[], dict[str, int]] = self._reload
         self._reloading = threading.Lock()
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._lanes = Lanes()  # the thread's own
@@ -104,6 +104,7 @@ class Service:
         finally:
             self._waiting -= len(futures)
             self._in_batches -= in_batch
+            QUEUE.set(self._waiting)
             for future in futures:
                 future.cancel()  # where the client has hung up: the thread passes over it
 
@@ -170,46 +171,44 @@ class Service:
             pair = self._find()
             engine = Engine.warm(self._load(pair))
         except Exception as error:
-            self._refused = None if isinstance(error, UnavailableError) else pair
-            named = ", ".join(str(path) for path in pair or () if path)
-            self.failed = {
-                "bundles": named,
-                "error": str(error),
-                "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            }
-            RELOADS.labels("failed").inc()
-            if isinstance(error, UserError):
-                raise
-            if not isinstance(error, UnavailableError):
-                traceback.print_exc()
-            raise UserError(
-                f"{named} cannot be taken into service: {str(error).splitlines()[0]}"
-            ) from error
+            refusal = self._refusal(pair, error)
+            raise refusal from (None if refusal is error else error)
         else:
-            old, self.engine, self._pair = self.engine, engine, pair  # the step
-            self.failed = self._refused = None
-            RELOADS.labels("done").inc()
-            for stage, version in engine.versions.items():
-                VERSION.labels(stage).set(version)
-            if old is not None:
-                self._jobs.put(
-                    Job(old, "close", engine, None, time.perf_counter())
-                )  # behind all that still need it
+            old = self.engine
+            self.engine = engine  # the step
+            self.failed = None
+            for stage in ("retrieval", "ranking"):
+                VERSION.labels(stage).set(engine.versions.get(stage, 0))
+            if old is not None:  # closed behind all that still need it
+                self._jobs.put(Job(old, "close", engine, None, time.perf_counter()))
             self._tidy()
         finally:
             self._reloading.release()
 
-    async def follow(self, seconds: float) -> None:
-        """For ever: loads what the references mean, when that has changed. What failed is not tried a second time."""
-        while True:
-            await asyncio.sleep(seconds)
-            try:
-                pair = await asyncio.to_thread(self._find)
-                if self.engine is not None and pair not in (self._pair, self._refused):
-                    await asyncio.to_thread(self.load)
-                    print(f"serving {self.ready.versions}", file=sys.stderr)
-            except UserError as error:
-                print(f"the models stay as they are: {error}", file=sys.stderr)
+    def _refusal(self, pair: Pair | None, error: Exception) -> UserError:
+        """Says in `failed` what could not be loaded and why; the same as a sentence."""
+        named = ", ".join(str(path) for path in pair or () if path)
+        self.failed = {
+            "bundles": named,
+            "error": str(error),
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "attempts": 1,
+        }
+        if isinstance(error, UserError):
+            return error
+        if not isinstance(error, UnavailableError):
+            traceback.print_exception(error)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return UserError(f"{named} cannot be taken into service: {reason}")
+
+    def _reload(self) -> dict[str, int]:
+        try:
+            self.load()
+        except UserError:
+            RELOADS.labels("failed").inc()
+            raise
+        RELOADS.labels("done").inc()
+        return self.ready.versions
 
     @staticmethod
     def _tidy() -> None:

@@ -701,7 +701,7 @@ def test_metrics_count_what_happened(client: TestClient) -> None:
     asked(client, history=[])
     assert (value(counted), value("rec_cold_starts_total")) == (before[0] + 1, before[1] + 1)
     assert value("rec_batch_size_count") == before[2] + 1
-    assert value('rec_model_version{stage="ranking"}') == 1
+    assert value('rec_model_version{stage="retrieval"}') == 1
     for stage in ("queue", "model", "answer"):
         assert value(f'rec_stage_seconds_count{{stage="{stage}"}}') > 0
 

@@ -22,7 +22,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from bench.serving import Load, get
+from bench.serving import Load, get, megabytes
 from rec.recommender import Recommender
 from rec.serving.app import create_app
 from rec.serving.gate import Tokens
@@ -59,7 +59,7 @@ class Running:
 
     @staticmethod
     def wait(condition: Any) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not condition():
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -68,9 +68,8 @@ class Running:
         lines = self.ask("GET", "/metrics")[1].splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
-    def megabytes(self) -> float:
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+    def megabytes(self) -> int:
+        return megabytes(self.process.pid)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +110,7 @@ def test_reloads_under_load_fail_no_request_and_mix_no_versions(server: Running)
     stop.set()
     asking.join()
     assert not wrong and seen == {1, 2, 3, 5}
-    assert server.metric('rec_reloads_total{result="failed"}') == 1
+    assert server.metric('rec_reloads_total{result="failed"}') >= 1  # it is tried again
 
 
 def test_ten_thousand_hostile_requests_are_refused_in_the_same_memory(server: Running) -> None:
@@ -224,7 +223,7 @@ def test_several_workers_share_a_port_and_their_numbers(trained: Trained, tmp_pa
         counted = running.metric(
             'rec_requests_total{address="/v1/users/{user_id:path}/recommendations",status="200"}'
         )
-        assert set(load.statuses) <= {200, 503} and counted >= load.statuses[200] > 0
+        assert set(load.statuses) == {200} and counted >= load.statuses[200] > 0
         with contextlib.suppress(OSError):
             os.kill(running.process.pid, signal.SIGTERM)
         assert running.process.wait(30) == 0

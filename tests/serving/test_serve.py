@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,7 +72,10 @@ def test_the_command_serves_until_it_is_terminated(trained: Trained, tmp_path: P
 
 
 def test_a_server_imports_nothing_of_the_training_code() -> None:
-    code = "import sys, rec.serve; print(*sorted(name for name in sys.modules if name.startswith('rec.')))"
+    code = (
+        "import sys, rec.serve, rec.serving.app, rec.serving.supervisor, rec.serving.tf_serving; "
+        "print(*sorted(name for name in sys.modules if name.startswith('rec.')))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True
     )
@@ -118,14 +120,6 @@ def test_a_bundle_can_be_named_by_its_directory_or_an_alias(
         serve.find_pair(arguments(retrieval_bundle=one.parent / "staging"))
 
 
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """`main` sets the handler of SIGTERM; the tests' own comes back."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
 def refusal(monkeypatch: pytest.MonkeyPatch, *given: object) -> str:
     """The sentence that `python -m rec.serve` ends with."""
     monkeypatch.setattr(sys, "argv", ["rec.serve", *map(str, given)])
@@ -135,7 +129,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, *given: object) -> str:
 
 
 def test_a_pair_that_was_not_trained_together_is_refused(
-    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handlers: None
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = Path(
         shutil.copytree(trained.savedmodels / "retrieval" / "1", tmp_path / "retrieval" / "2")
@@ -152,7 +146,7 @@ def test_a_pair_that_was_not_trained_together_is_refused(
 
 
 def test_what_is_no_bundle_is_refused(
-    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handlers: None
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sentence = refusal(monkeypatch, "--port", 0, "--ranking-bundle", tmp_path / "ranking" / "1")
     assert sentence.startswith(f"{tmp_path}/ranking holds no bundle")
@@ -166,9 +160,14 @@ def test_what_is_no_bundle_is_refused(
     assert "W&B" in sentence or "--retrieval-wandb" in sentence
 
 
-def test_a_port_that_is_taken_is_refused(monkeypatch: pytest.MonkeyPatch, handlers: None) -> None:
+def test_a_port_that_is_taken_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert refusal(monkeypatch, "--port", port) == (
             f"cannot listen on 127.0.0.1 port {port}: Address already in use; choose another --port or --host"
         )
+
+
+def test_options_that_make_no_sense_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refusal(monkeypatch, "--workers", 0) == "--workers 0: must be at least 1"
+    assert "--follow -1.0: must be 0" in refusal(monkeypatch, "--follow", -1)

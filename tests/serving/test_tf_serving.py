@@ -281,8 +281,10 @@ def test_a_fleet_without_these_versions_is_refused(
 
 
 def free_of_tensorflow(pid: int) -> bool:
-    """No library of TensorFlow is in the process' memory."""
-    return "tensorflow" not in Path(f"/proc/{pid}/maps").read_text()
+    """No library of TensorFlow is in the memory of the process and its children."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    alone = "tensorflow" not in Path(f"/proc/{pid}/maps").read_text()
+    return alone and all(free_of_tensorflow(int(child)) for child in children)
 
 
 def test_the_command_answers_from_a_fleet_without_tensorflow(

@@ -1,0 +1,167 @@
+"""One process of a server: loads its bundles, answers, and ends when it is told to or when its parent has died.
+
+It talks to the supervisor over a connection, in pairs of a kind and a value:
+
+- to the supervisor: ("ready", versions) once it listens with its models loaded, or ("refused", sentence); ("beat",
+  None) every second from the event loop; ("reload", None) when a client asks for it.
+- from the supervisor: ("failed", what /v1/models says); ("reloaded", versions or a sentence).
+"""
+
+import asyncio
+import os
+import queue
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from rec.errors import UserError
+from rec.serving.connections import http_settings
+from rec.serving.metrics import DIRECTORY
+from rec.serving.service import Service
+
+GRACE = 10.0  # seconds for what is in flight, before a process is killed
+LINGER = 1.0  # seconds in which connections may end by themselves; each answer says that its connection closes
+BEAT = 1  # seconds between signs of life
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but it says when it listens, and as it ends, clients that have just sent a request get their answer."""
+
+    def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._listening = listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._listening()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()  # new connections go to the other processes
+        state = self.server_state
+        state.default_headers = [*state.default_headers, (b"connection", b"close")]
+        deadline = time.monotonic() + LINGER
+        while state.connections and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        await super().shutdown(sockets)
+
+
+class Supervision:
+    """The worker's end of its connection to the supervisor."""
+
+    def __init__(self, connection: Connection, service: Service) -> None:
+        self._connection = connection
+        self._service = service
+        self._sending = threading.Lock()
+        self._preparing = threading.Lock()
+        self._missing = {"models", "listening"}  # until it is ready
+        self._reloading = threading.Lock()
+        self._outcomes: queue.SimpleQueue[dict[str, int] | str] = queue.SimpleQueue()
+
+    def send(self, kind: str, value: Any = None) -> None:
+        try:
+            with self._sending:
+                self._connection.send((kind, value))
+        except OSError:
+            return  # the parent has died: `listen` ends this process
+
+    async def beat(self) -> None:
+        self.send("beat")
+
+    def reload(self) -> dict[str, int]:
+        """Has the supervisor reload, and returns the new versions. Raises UserError if the old ones stay."""
+        if not self._reloading.acquire(blocking=False):
+            raise UserError("another reload is under way")
+        try:
+            self.send("reload")
+            outcome = self._outcomes.get()
+        finally:
+            self._reloading.release()
+        if isinstance(outcome, str):
+            raise UserError(outcome)
+        return outcome
+
+    def load(self) -> None:
+        try:
+            self._service.load()
+        except UserError as error:
+            self.send("refused", str(error))
+            os._exit(1)
+        self.has("models")
+
+    def has(self, part: str) -> None:
+        """One of the two things that make a process ready; the second one is reported."""
+        with self._preparing:
+            self._missing.discard(part)
+            is_ready = not self._missing
+        if is_ready:
+            self.send("ready", self._service.ready.versions)
+
+    def listen(self) -> None:
+        """Until the parent dies. Then this process ends as if it had been told to."""
+        try:
+            while True:
+                kind, value = self._connection.recv()
+                if kind == "failed":
+                    self._service.failed = value
+                else:
+                    self._outcomes.put(value)
+        except (EOFError, OSError):
+            shutil.rmtree(os.environ.get(DIRECTORY, ""), ignore_errors=True)  # the parent's
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(GRACE)
+            os._exit(1)
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Leaves the other cores to the processes that answer."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {sorted(cores)[os.getpid() % len(cores)]})
+    try:
+        yield
+    finally:
+        for task in os.listdir("/proc/self/task"):
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(int(task), cores)
+
+
+def run(
+    service: Service, app: ASGIApp, listener: socket.socket, connection: Connection, at_once: bool
+) -> None:
+    """Loads and answers until SIGTERM.
+
+    Args:
+      listener: a socket that listens, which other processes may share.
+      at_once: answer while loading too, with 503 and a healthy /healthz; otherwise connections wait for the models.
+    """
+    supervision = Supervision(connection, service)
+    service.reload = supervision.reload
+    threading.Thread(target=supervision.listen, daemon=True).start()
+    loading = threading.Thread(target=supervision.load, daemon=True)
+    if at_once:
+        loading.start()
+    else:
+        with one_core():
+            loading.start()
+            loading.join()
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=int(GRACE - 2 * LINGER),
+        callback_notify=supervision.beat,
+        timeout_notify=BEAT,
+        **http_settings(),
+    )
+    Server(config, lambda: supervision.has("listening")).run(sockets=[listener])
+    os._exit(0)  # a thread may still be loading, which must not keep the process
