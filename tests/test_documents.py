@@ -95,13 +95,13 @@ def outside_of_blocks(text: str) -> str:
 
 
 def shell_lines(name: str) -> list[str]:
-    """The commands that a document shows: in `sh` blocks, behind `$ `, indented, or at the head of a config."""
+    """The commands that a document shows and nobody runs: in `sh` blocks, indented, or at the head of a config."""
     text = re.sub(r"\\\n\s*", "", read(name))
     lines = []
     for language, block in fenced_blocks(text):
         if language in ("sh", "bash"):
             lines += [line for line in block.splitlines() if line and not line.startswith("#")]
-        elif language == "console":
+        elif language == "console" and name not in RUN:
             lines += [line[2:] for line in block.splitlines() if line.startswith("$ ")]
     starts = r"make|python -m|curl|docker|export|git|apt|pip|\.ci/run"
     command = rf"^(?:    |# )(?:\$ )?((?:{starts})\b.*)$"
@@ -132,9 +132,7 @@ def _fill_placeholders(text: str) -> str:
 # Commands
 
 CALLS = {
-    name: module_calls(shell_lines(name) + code_spans(name))
-    for name in [*DOCUMENTS, *CONFIGS]
-    if name not in RUN
+    name: module_calls(shell_lines(name) + code_spans(name)) for name in [*DOCUMENTS, *CONFIGS]
 }
 
 
