@@ -1,8 +1,8 @@
-"""The documents hold: their commands parse, their links lead somewhere, and the guide's commands and code run.
+"""The documents are right: commands parse, links lead somewhere, and the commands and code of the guide run.
 
 - A `console` block of a page in RUN is run as it stands, in the order of RUN.
-- Every other command has to be accepted by what would run it: the module's own argument parser and configuration, the
-  Makefile, the API's schema. NOT_RUN says which ones nobody can try here, and why.
+- Every other command must be accepted by what would run it: the module's own argument parser, the configuration, the
+  Makefile, or the API's schema. NOT_RUN lists the commands that cannot be checked here, with the reason.
 """
 
 import json
@@ -33,7 +33,7 @@ NOT_RUN = {
     "curl -d": "asks the TF Serving of the line before",
     ".ci/run": "runs the tests",
 }
-# What stands for a value of the reader's, and a value that is as good.
+# Words that stand for a value of the reader, and a valid value for each.
 PLACEHOLDERS = {
     "NAME": "100k",
     "SPLIT": "temporal",
@@ -42,38 +42,39 @@ PLACEHOLDERS = {
     "STAGE": "retrieval",
 }
 
-# Reads [[module, arguments], ...] and prints, for each, what the module's argument parser has against it.
+# Reads [[module, arguments], ..] as JSON. Prints, for each, the error of the module's argument parser, or null.
+# One process for all of them, because importing TensorFlow takes long.
 PARSE = """
 import argparse, contextlib, io, json, runpy, sys
 
-class Found(BaseException):
+class ParserOf(BaseException):
     pass
 
 def give_parser(parser, *_):
-    raise Found(parser)
+    raise ParserOf(parser)
 
 parse_args = argparse.ArgumentParser.parse_args
 parsers = {}
-objections = []
+errors = []
 for module, arguments in json.load(sys.stdin):
     if module not in parsers:
         argparse.ArgumentParser.parse_args = give_parser
         sys.argv = [module]
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
-        except Found as found:
-            parsers[module] = found.args[0]
+        except ParserOf as interruption:
+            parsers[module] = interruption.args[0]
         argparse.ArgumentParser.parse_args = parse_args
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
         try:
             parsers[module].parse_args(arguments)
         except SystemExit as end:
             if end.code:
-                objections.append(said.getvalue())
+                errors.append(stderr.getvalue())
                 continue
-    objections.append(None)
-print(json.dumps(objections))
+    errors.append(None)
+print(json.dumps(errors))
 """
 
 
@@ -137,9 +138,9 @@ CALLS = {
 
 
 @pytest.fixture(scope="module")
-def objections() -> dict[str, list[str]]:
-    """What the modules' argument parsers have against the commands of each document."""
-    calls = [(name, *call) for name, found in CALLS.items() for call in found]
+def parser_errors() -> dict[str, list[str]]:
+    """The errors of the modules' argument parsers, by document."""
+    calls = [(name, *call) for name, calls_of_one in CALLS.items() for call in calls_of_one]
     done = subprocess.run(
         [sys.executable, "-c", PARSE],
         input=json.dumps([call[1:] for call in calls]),
@@ -149,20 +150,20 @@ def objections() -> dict[str, list[str]]:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, list[str]] = {name: [] for name in CALLS}
+    errors: dict[str, list[str]] = {name: [] for name in CALLS}
     answers = json.loads(done.stdout.splitlines()[-1])
     for (name, module, arguments), answer in zip(calls, answers, strict=True):
         is_mention = not arguments  # of the module, such as `python -m rec.promote`
         if answer and not is_mention:
-            found[name].append(f"python -m {module} {shlex.join(arguments)}: {answer}")
-    return found
+            errors[name].append(f"python -m {module} {shlex.join(arguments)}: {answer}")
+    return errors
 
 
 @pytest.mark.parametrize("name", [name for name, calls in CALLS.items() if calls])
 def test_every_command_is_accepted_by_its_argument_parser(
-    name: str, objections: dict[str, list[str]]
+    name: str, parser_errors: dict[str, list[str]]
 ) -> None:
-    assert not objections[name]
+    assert not parser_errors[name]
 
 
 @pytest.mark.parametrize("name", [name for name, calls in CALLS.items() if calls])
