@@ -277,7 +277,7 @@ def script(pages: str) -> str:
     """The pages as a shell script: their commands, and their code at the end of the file that its first line names."""
     lines = [
         "set -eo pipefail",
-        'curl() { command curl --fail-with-body "$@"; }',  # a refused request fails the script
+        'curl() { command curl --fail --show-error "$@"; }',  # a refused request fails the script
     ]
     for language, block in fenced_blocks(pages):
         if language == "python":
