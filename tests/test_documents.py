@@ -273,13 +273,22 @@ def test_the_sites_navigation_names_every_page() -> None:
 # What is run
 
 
-def script(pages: str) -> str:
-    """The pages as a shell script: their commands, and their code at the end of the file that its first line names."""
-    lines = [
-        "set -eo pipefail",
-        'curl() { command curl --fail --show-error "$@"; }',  # a refused request fails the script
-    ]
-    for language, block in fenced_blocks(pages):
+CURL = 'curl() { command curl --fail --show-error "$@"; }'  # a refused request fails the script
+STOP_SERVERS = (
+    "trap 'kill $(jobs -p) 2> /dev/null || true' EXIT"  # also if a command before their end fails
+)
+
+
+def script(pages: list[str]) -> str:
+    """A shell script that does what the pages say, each in a shell of its own."""
+    shells = [f"(\n{STOP_SERVERS}\n{commands_of(page)}\n)" for page in pages]
+    return "\n".join(["set -eo pipefail", CURL, *shells])
+
+
+def commands_of(page: str) -> str:
+    """A page's commands, and its code, which goes to the end of the file that its first line names."""
+    lines = []
+    for language, block in fenced_blocks(page):
         if language == "python":
             file = re.match(r"# (rec/[\w/]+\.py)\n", block)
             assert file, f"no file is named in the first line of:\n{block}"
@@ -308,7 +317,7 @@ def test_the_pages_commands_and_examples_run(project: Path) -> None:
     env = environment(
         PYTHONPATH=str(project), PATH=f"{Path(sys.executable).parent}:{environment()['PATH']}"
     )
-    text = script("\n".join(read(name) for name in RUN))
+    text = script([read(name) for name in RUN])
     for port in set(re.findall(r"--port (\d+)", text)):
         text = text.replace(port, free_port())
     done = subprocess.run(
