@@ -1,4 +1,4 @@
-"""Draws what GUIDE.md shows of a trained pair: how training went, the map of the catalogue, what is recommended.
+"""Draws what docs/guide.md shows of a trained pair: how training went, the map of the catalogue, what is recommended.
 
     python -m bench.guide_pictures --set dataset=data/guide --output docs
 
