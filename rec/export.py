@@ -28,8 +28,9 @@ import pandas as pd
 import tensorflow as tf
 from tensorflow_serving.apis import model_pb2, predict_pb2, prediction_log_pb2
 
-from rec import registry
-from rec.bundle import Lookup, RankingModule, RetrievalModule
+from rec.bundles import files
+from rec.bundles.recommender import RecommenderModule, load_bundle
+from rec.bundles.signatures import Lookup, RankingModule, RetrievalModule
 from rec.config import (
     Config,
     Index,
@@ -45,7 +46,6 @@ from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError, command_parser, run_command, warn
 from rec.ranking.count_features import CountFeatures
 from rec.ranking.train import TrainedRanking, load_ranking
-from rec.recommender import RecommenderModule, load_bundle
 from rec.retrieval.index import build_index
 from rec.retrieval.train import TrainedRetrieval, load_retrieval
 from rec.tables import read_table
@@ -102,14 +102,14 @@ def export_ranking(trained: TrainedRanking, config: Config, source: Path) -> Pat
         module = RankingModule(trained.model, retrieval.model, counts, lookup)
         about = _about(corpus, trained.model, trained.state, trained.description)
         config = with_run(with_run(config, retrieval.description), trained.description)
-        built_from = _identities(registry.read_metadata(source))
+        built_from = _identities(files.read_metadata(source))
         return _save("ranking", module, config, **about, built_from=built_from)
 
 
 def export_recommender(retrieval: Path, ranking: Path, config: Config) -> Path:
     """Composes two published bundles into one and publishes it. Raises UserError if they are not a pair."""
-    first, second = registry.verify(retrieval, "retrieval"), registry.verify(ranking, "ranking")
-    registry.check_pair(first, second, ranking)
+    first, second = files.verify(retrieval, "retrieval"), files.verify(ranking, "ranking")
+    files.check_pair(first, second, ranking)
     items = read_table(retrieval / "items.parquet")
     count = second["config"]["ranking"]["candidates"]
     module = RecommenderModule(
@@ -158,7 +158,7 @@ def _save(stage: str, module: Any, config: Config, items: pd.DataFrame, **metada
         "created": created,
     }
     metadata["libraries"] = {name: library_version(name) for name in LIBRARIES}
-    with registry.draft(stage_dir) as draft:
+    with files.draft(stage_dir) as draft:
         tf.saved_model.save(module, str(draft), signatures=signatures, options=options)
         items.to_parquet(draft / "items.parquet", index=False)
         (draft / "assets.extra").mkdir()
@@ -172,7 +172,7 @@ def _save(stage: str, module: Any, config: Config, items: pd.DataFrame, **metada
                         spec, function, items["item_id"][:WARMUP_ITEMS].tolist()
                     ).SerializeToString()
                 )
-        return stage_dir / str(registry.publish(draft, stage_dir, metadata))
+        return stage_dir / str(files.publish(draft, stage_dir, metadata))
 
 
 def _warmup(
@@ -205,7 +205,7 @@ def _git_commit() -> str | None:
 
 def main() -> None:
     parser = command_parser("rec.export", __doc__)
-    parser.add_argument("--stage", required=True, choices=(*registry.STAGES, "all"))
+    parser.add_argument("--stage", required=True, choices=(*files.STAGES, "all"))
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -229,8 +229,8 @@ def export_stage(config: Config, stage: str, checkpoint: Path | None = None) -> 
     """Exports a stage from its checkpoint, or composes the recommender from the latest pair; returns the JSON."""
     start = time.perf_counter()
     if stage == "recommender":
-        ranking = registry.resolve(Path(config.output.savedmodels) / "ranking")
-        bundle = export_recommender(registry.retrieval_of(ranking), ranking, config)
+        ranking = files.resolve(Path(config.output.savedmodels) / "ranking")
+        bundle = export_recommender(files.retrieval_of(ranking), ranking, config)
         return _answer(bundle, start)
     if stage == "retrieval":
         bundle = export_retrieval(_load_retrieval(config, checkpoint), config)
@@ -280,9 +280,9 @@ def _load_ranking(
 def _warn_of_older_pair(config: Config, bundle: Path) -> None:
     """A server follows the latest ranking bundle: a new retrieval bundle alone does not reach it."""
     stage_dir = Path(config.output.savedmodels) / "ranking"
-    if registry.versions(stage_dir):
+    if files.versions(stage_dir):
         warn(
-            f"no server follows {bundle}: ranking {max(registry.versions(stage_dir))} belongs to "
+            f"no server follows {bundle}: ranking {max(files.versions(stage_dir))} belongs to "
             "another retrieval bundle; python -m rec.export --stage all exports both"
         )
 
@@ -300,8 +300,8 @@ def _answer(bundle: Path, start: float) -> dict[str, Any]:
 def bundle_of(config: Config, run: dict[str, Any]) -> Path:
     """The newest retrieval bundle that was exported from this training run. Raises UserError if there is none."""
     stage_dir = Path(config.output.savedmodels) / "retrieval"
-    for version in reversed(registry.versions(stage_dir)):
-        if registry.read_metadata(stage_dir / str(version)).get("run") == run:
+    for version in reversed(files.versions(stage_dir)):
+        if files.read_metadata(stage_dir / str(version)).get("run") == run:
             return stage_dir / str(version)
     hint = "run python -m rec.export --stage retrieval first"
     raise UserError(f"{stage_dir} holds no bundle of the trained retrieval model: {hint}")

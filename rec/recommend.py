@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rec import registry
+from rec.bundles import files
+from rec.bundles.recommender import LOWEST, Recommender
 from rec.config import add_config_arguments, load_config
 from rec.errors import UserError, command_parser, run_command
-from rec.recommender import LOWEST, Recommender
 
 SHOWN_HISTORY = 3  # the latest items of a history that are shown
 
@@ -92,7 +92,7 @@ def main() -> None:
     add_config_arguments(parser)
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)
-    pair = registry.find_pair(Path(config.output.savedmodels), args.alias)
+    pair = files.find_pair(Path(config.output.savedmodels), args.alias)
     recommender = Recommender.load(*pair)
     if args.user or args.history:
         users = args.user or [None]

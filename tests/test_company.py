@@ -11,11 +11,11 @@ import tensorflow as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rec.bundle import Lookup, RankingModule, RetrievalModule
+from rec.bundles.recommender import Recommender, RecommenderModule
+from rec.bundles.signatures import Lookup, RankingModule, RetrievalModule
 from rec.config import Ranking, Retrieval, with_data_defaults
 from rec.ranking.count_features import CountFeatures
 from rec.ranking.model import RankingModel
-from rec.recommender import Recommender, RecommenderModule
 from rec.retrieval.encoders import ENCODERS
 from rec.retrieval.index import build_index
 from rec.retrieval.model import RetrievalModel

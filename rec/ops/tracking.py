@@ -17,8 +17,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from rec.bundles.files import read_metadata
 from rec.config import Config, to_dict
-from rec.registry import PROJECT, read_metadata
+from rec.ops.registry import PROJECT
 
 PATIENCE = 300  # seconds for W&B to take a run, an artifact, or a run's end
 KEPT = (

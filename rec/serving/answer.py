@@ -35,8 +35,8 @@ Arrays = dict[str, np.ndarray]
 
 
 class Backend(Protocol):
-    """What computes: rec.recommender.Recommender, which describes these methods, or TF Serving. All are called in one
-    thread. `answer_within` may give None: it cannot be done here. `UnavailableError` becomes a 503."""
+    """What computes: bundles.recommender.Recommender, which describes these methods, or TF Serving. All are called in
+    one thread. `answer_within` may give None: it cannot be done here. `UnavailableError` becomes a 503."""
 
     items: pd.DataFrame
     users: list[str]

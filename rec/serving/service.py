@@ -23,8 +23,8 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
+from rec.bundles.files import Pair
 from rec.errors import UserError
-from rec.registry import Pair
 from rec.serving.answer import Backend, Engine
 from rec.serving.lanes import Job, Lanes
 from rec.serving.metrics import BATCH_SIZE, QUEUE, RELOADS, STAGE_SECONDS, VERSION

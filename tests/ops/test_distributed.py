@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from rec.bundles.recommender import load_bundle
 from rec.errors import UserError
 from rec.ops.distributed import distribution_of
-from rec.recommender import load_bundle
 from tests.conftest import ROOT, Trained, environment
 
 # Without random masks, which every worker draws for itself, the result is the same to the last digits.

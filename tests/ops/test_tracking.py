@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import tensorflow as tf
 
-from rec import promote, serve
+from rec import serve
+from rec.bundles.files import draft, publish, read_metadata
 from rec.config import Config
 from rec.errors import UserError
+from rec.ops import promotion
+from rec.ops.registry import WandbStore
 from rec.ops.tracking import track
-from rec.registry import WandbStore, draft, publish, read_metadata
 from tests.conftest import Trained, run
 from tests.wandb_server import WandbServer
 
@@ -149,16 +151,16 @@ def test_aliases_move_together_are_told_and_taken_back(
     server: WandbServer, pairs: list[Path], tmp_path: Path
 ):
     config, store = Config("data"), WandbStore("team/rec")
-    number, why = promote.choose(store, "recommender", None, "b1", None)
+    number, why = promotion.choose(store, "recommender", None, "b1", None)
     assert number == 0  # W&B counts from 0
     for version in (0, 1):  # not `production`: these bundles hold no model for the gate to measure
-        promote.promote(store, config, "recommender", version, "to try", "candidate")
+        promotion.promote(store, config, "recommender", version, "to try", "candidate")
     one, two = (
         {stage: version for stage in ("retrieval", "ranking", "recommender")} for version in (0, 1)
     )
     assert [entry["to"] for entry in store.history()] == [one, two]
     assert all("candidate" in server.find(f"{stage}_bundle:v1").aliases for stage in two)  # type: ignore[union-attr]
-    assert promote.roll_back(store, "no good", "candidate")["to"] == one
+    assert promotion.roll_back(store, "no good", "candidate")["to"] == one
     assert all("candidate" in server.find(f"{stage}_bundle:v0").aliases for stage in one)  # type: ignore[union-attr]
     assert not any("candidate" in server.find(f"{stage}_bundle:v1").aliases for stage in one)  # type: ignore[union-attr]
     assert [entry["action"] for entry in WandbStore("team/rec").history()] == [
@@ -166,7 +168,7 @@ def test_aliases_move_together_are_told_and_taken_back(
         "promoted",
         "rolled back",
     ]
-    assert promote.choose(store, "retrieval", None, None, "val/ndcg@10")[0] == 1
+    assert promotion.choose(store, "retrieval", None, None, "val/ndcg@10")[0] == 1
     with pytest.raises(UserError, match="no version or alias 'staging'; it has latest, "):
         WandbStore.find("team/rec/ranking_bundle:staging", "ranking")
     with pytest.raises(
@@ -178,7 +180,7 @@ def test_aliases_move_together_are_told_and_taken_back(
 def test_a_download_is_kept_by_its_digest_and_a_damaged_one_is_refused(
     server: WandbServer, pairs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("rec.registry.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("rec.ops.registry.CACHE", tmp_path / "cache")
     with server.client(tmp_path / "another"):
         for reference, version in (
             ("ranking_bundle:v0", 0),

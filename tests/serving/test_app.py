@@ -17,9 +17,9 @@ from fastapi.testclient import TestClient
 from httpx import Response
 from starlette.exceptions import HTTPException
 
-from rec import registry
+from rec.bundles import files
+from rec.bundles.recommender import Recommender
 from rec.errors import UserError
-from rec.recommender import Recommender
 from rec.serving.answer import Backend, Engine
 from rec.serving.app import create_app
 from rec.serving.gate import Tokens
@@ -33,7 +33,7 @@ NONE = Tokens()
 
 def service_of(savedmodels: Path) -> Service:
     """A service that has loaded the latest pair."""
-    service = Service(lambda: registry.find_pair(savedmodels), lambda pair: Recommender.load(*pair))
+    service = Service(lambda: files.find_pair(savedmodels), lambda pair: Recommender.load(*pair))
     service.load()
     return service
 

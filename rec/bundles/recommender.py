@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
+from rec.bundles.files import check_pair, read_catalogue, verify
 from rec.errors import UserError
-from rec.registry import check_pair, read_catalogue, verify
 
 Tensors = dict[str, tf.Tensor]  # what a function gives, by name
 IDS = tf.TensorSpec([None], tf.string)

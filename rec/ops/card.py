@@ -11,11 +11,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from rec.bundles.files import Metadata, draft
+from rec.bundles.recommender import Recommender
 from rec.config import Config
 from rec.evaluate import SHOWN, Report, data_of, evaluate
 from rec.files import replace_directory, sole_writer
-from rec.recommender import Recommender
-from rec.registry import Metadata, Store, built_from, bundles, draft
+from rec.ops.registry import Store, built_from, bundles
 
 
 def write_card(store: Store, config: Config, stage: str, version: int) -> Path:

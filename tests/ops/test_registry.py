@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from rec.bundles.files import draft, publish, read_metadata, resolve, versions
 from rec.errors import UserError
-from rec.registry import LocalStore, check_alias, draft, publish, read_metadata, resolve, versions
+from rec.ops.registry import LocalStore, check_alias
 from tests.conftest import environment
 
 
@@ -37,7 +38,7 @@ def test_a_version_that_failed_leaves_nothing(tmp_path: Path):
 DRAFT = """
 import sys
 from pathlib import Path
-from rec.registry import draft
+from rec.bundles.files import draft
 
 with draft(Path(sys.argv[1])) as directory:
     print(directory.parent.name, flush=True)
@@ -81,7 +82,7 @@ def test_many_processes_publish_at_once(tmp_path: Path):
     script = """
 import sys
 from pathlib import Path
-from tests.test_registry import add
+from tests.ops.test_registry import add
 
 for _ in range(10):
     print(add(Path(sys.argv[1])))
@@ -338,7 +339,7 @@ def python(script: str, *arguments: object, **kwargs: object) -> subprocess.Comp
 MOVES = """
 import os, shutil, signal, sys
 from pathlib import Path
-from rec.registry import LocalStore
+from rec.ops.registry import LocalStore
 
 WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.symlink", "os.rmdir"}
 store, count = LocalStore(Path(sys.argv[1])), None

@@ -15,12 +15,12 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
+from rec.bundles.recommender import FLAGS, IDS, LISTS, ROWS, TIMES, AnswersUsers, Tensors
 from rec.corpus import Corpus
 from rec.features import FIRST_ITEM, FIRST_USER, PAD, UNKNOWN_USER, Encoder, Vocabulary
 from rec.numerics import at_least
 from rec.ranking.count_features import CountFeatures
 from rec.ranking.model import RankingModel, score_candidates
-from rec.recommender import FLAGS, IDS, LISTS, ROWS, TIMES, AnswersUsers, Tensors
 from rec.retrieval.index import ExactIndex, ScannIndex
 from rec.retrieval.model import RetrievalModel
 from rec.retrieval.scoring import LOWEST, best_unseen

@@ -12,11 +12,11 @@ import pytest
 import tensorflow as tf
 from tensorflow_serving.apis import prediction_log_pb2
 
+from rec.bundles.files import read_metadata, verify
+from rec.bundles.recommender import Recommender, check_pair, load_bundle, pad_lists
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError
 from rec.files import digest
-from rec.recommender import Recommender, check_pair, load_bundle, pad_lists
-from rec.registry import read_metadata, verify
 from tests.conftest import Trained, run
 
 LOWEST = float(np.finfo(np.float32).min)

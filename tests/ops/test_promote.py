@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 from google.protobuf import text_format
+from rec.promote import choose, promote, roll_back
 from tensorflow_serving.config import model_server_config_pb2
 
 import rec.export
+from rec.bundles.files import find_pair, read_metadata
 from rec.config import Config, load_config
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError
-from rec.promote import choose, promote, roll_back
+from rec.ops.registry import LocalStore, together
 from rec.ranking.train import load_ranking
-from rec.registry import LocalStore, find_pair, read_metadata, together
 from rec.retrieval.train import load_retrieval
 from tests.conftest import Trained, rewrite, run
 
