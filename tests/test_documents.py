@@ -32,6 +32,8 @@ NOT_RUN = {
     "docker run": "TF Serving is not available here; test_bundle.py calls the bundles through its C API",
     "curl -d": "asks the TF Serving of the line before",
     ".ci/run": "runs the tests",
+    "apt install": "needs root",
+    "pip install": "needs a network; test_project.py checks the locks",
 }
 # Words that stand for a value of the reader, and a valid value for each.
 PLACEHOLDERS = {
