@@ -78,7 +78,7 @@ class Kind:
 
 def is_whole(value: Any) -> bool:
     """A whole number, 3.0 among them: JSON has one type of numbers."""
-    return is_number(value) and float(value).is_integer()
+    return is_number(value) and (isinstance(value, int) or value.is_integer())
 
 
 def is_number(value: Any) -> bool:

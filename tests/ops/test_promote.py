@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from google.protobuf import text_format
-from rec.promote import choose, promote, roll_back
 from tensorflow_serving.config import model_server_config_pb2
 
 import rec.export
@@ -19,6 +18,7 @@ from rec.config import Config, load_config
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError
 from rec.ops.registry import LocalStore, together
+from rec.promote import choose, promote, roll_back
 from rec.ranking.train import load_ranking
 from rec.retrieval.train import load_retrieval
 from tests.conftest import Trained, rewrite, run

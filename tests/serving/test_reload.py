@@ -1,6 +1,5 @@
 """Following: what is loaded when, on real directories. The clock is a number that the tests move."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -179,10 +178,12 @@ def test_whatever_a_look_meets_is_reported_and_following_goes_on(
 def test_failed_looks_come_with_growing_delays(bundles: Path) -> None:
     following = Following(bundles)
     publish_ranking(bundles, 2)
-    half_written_aliases(bundles)
+    metadata = bundles / "ranking" / "2" / "metadata.json"
+    content = metadata.read_text()
+    metadata.write_text("{")
     following.wait(600)
     assert 10 < following.looks < 20
-    (bundles / "ranking" / "aliases.json").write_text(json.dumps({}))
+    metadata.write_text(content)
     assert following.wait(int(LONGEST_DELAY) + 2) is not None
     assert following.follower.failed is None or following.follower.failed["error"]
 
