@@ -20,9 +20,9 @@ def at_least(rows: int, matrix: tf.Tensor) -> tf.Tensor:
     return tf.pad(matrix, [[0, missing]] + [[0, 0]] * (len(matrix.shape) - 1))
 
 
-def fill_lanes(lists: tf.Tensor, value: float) -> tf.Tensor:
-    """[.., N] -> [.., N rounded up to a multiple of LANES], with `value` behind."""
-    missing = -tf.shape(lists)[-1] % LANES
+def fill_lanes(lists: tf.Tensor, value: float, multiple: int = LANES) -> tf.Tensor:
+    """[.., N] -> [.., N rounded up to a multiple], with `value` behind."""
+    missing = -tf.shape(lists)[-1] % multiple
     empty = [[0, 0]] * (len(lists.shape) - 1) + [[0, missing]]
     return tf.pad(lists, empty, constant_values=tf.cast(value, lists.dtype))
 
@@ -36,10 +36,17 @@ def softmax(logits: tf.Tensor) -> tf.Tensor:
 
 
 def log_softmax(logits: tf.Tensor) -> tf.Tensor:
-    """tf.nn.log_softmax, which takes one logarithm per row. LANES must divide the last axis."""
-    shifted = logits - tf.reduce_max(logits, -1, keepdims=True)
+    """tf.nn.log_softmax over the last axis, which takes one logarithm per row."""
+    filled = fill_lanes(logits, NOWHERE)
+    shifted = filled - tf.reduce_max(filled, -1, keepdims=True)
     total = tf.reduce_sum(tf.exp(shifted), -1, keepdims=True)
-    return shifted - tf.math.log(tf.broadcast_to(total, tf.shape(logits)))
+    logarithms = shifted - tf.math.log(tf.broadcast_to(total, tf.shape(filled)))
+    return logarithms[..., : tf.shape(logits)[-1]]
+
+
+def log1p(values: tf.Tensor) -> tf.Tensor:
+    """tf.math.log1p of [B, N]."""
+    return tf.math.log1p(fill_lanes(values, 0.0))[:, : tf.shape(values)[1]]
 
 
 class LayerNormalization(tf.keras.layers.LayerNormalization):

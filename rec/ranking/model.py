@@ -7,6 +7,7 @@
   retrieval's own order and can only learn to improve it.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -16,10 +17,10 @@ import tensorflow_recommenders as tfrs
 from rec.config import Ranking
 from rec.corpus import Corpus
 from rec.features import PAD, UNKNOWN, UNKNOWN_USER, Encoder, recent_items
-from rec.numerics import fill_lanes, log_softmax
+from rec.numerics import LANES, fill_lanes, log1p, log_softmax
 from rec.ranking.archs import ARCHS
 from rec.ranking.candidates import CandidateLists
-from rec.ranking.count_features import COUNT_FEATURES, CountFeatures
+from rec.ranking.count_features import COUNT_FEATURES, RECENT, CountFeatures
 from rec.ranking.objectives import NOT_THERE, OBJECTIVES
 from rec.retrieval.model import RetrievalModel
 from rec.retrieval.scoring import LOWEST
@@ -174,7 +175,7 @@ def retrieval_features(scores: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     log_probability = log_softmax(tf.where(is_candidate, scores, NOT_THERE))
     is_better = scores[:, None] > scores[:, :, None]
     rank = tf.reduce_sum(tf.cast(is_better, tf.float32), 2)  # from 0
-    return tf.where(is_candidate, log_probability, 0.0), tf.math.log1p(rank)
+    return tf.where(is_candidate, log_probability, 0.0), log1p(rank)
 
 
 def mean_of_history(past: tf.Tensor, history: tf.Tensor) -> tf.Tensor:
@@ -187,7 +188,7 @@ def mean_of_history(past: tf.Tensor, history: tf.Tensor) -> tf.Tensor:
 def log_length(history: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
     """[B, N], the shape of `items`: the log of 1 + the number of items in each history [B, H]."""
     length = tf.reduce_sum(tf.cast(history != PAD, tf.float32), 1)
-    return tf.math.log1p(tf.broadcast_to(length[:, None], tf.shape(items)))
+    return log1p(tf.broadcast_to(length[:, None], tf.shape(items)))
 
 
 def score_candidates(
@@ -210,8 +211,10 @@ def score_candidates(
       [B, N] float32, LOWEST for PAD.
     """
     past = recent_items(history, model.window)  # equally wide in every batch, see numerics.py
-    candidates = fill_lanes(items, PAD)
-    filled_scores = fill_lanes(retrieval_scores, LOWEST)
+    # LANES must divide a list's attention [N, window] and its counts of pairs [N, RECENT].
+    multiple = LANES // math.gcd(LANES, model.window, RECENT)
+    candidates = fill_lanes(items, PAD, multiple)
+    filled_scores = fill_lanes(retrieval_scores, LOWEST, multiple)
     features = counts(past, candidates, time)
     scores = model.score(user, past, candidates, filled_scores, features)
     return tf.where(items == PAD, LOWEST, scores[:, : tf.shape(items)[1]])
