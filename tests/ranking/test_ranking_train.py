@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rec.config import Config, Ranking, Retrieval
+from rec.config import Config, Ranking, ResolvedRetrieval
 from rec.ranking.candidates import CandidateLists, first_queries, mine
 from rec.ranking.count_features import CountFeatures
 from rec.ranking.model import RankingModel
@@ -42,7 +42,7 @@ def test_the_gain_is_the_new_ndcg_less_retrievals():
 
 @pytest.fixture(scope="module")
 def validation() -> RankingValidation:
-    settings = Retrieval(arch="two_tower", embedding_dim=8, window=4, uniform_negatives=6)
+    settings = ResolvedRetrieval(arch="two_tower", embedding_dim=8, window=4, uniform_negatives=6)
     model = RetrievalModel(settings, DATA)
     retrieval = TrainedRetrieval(model, DATA, TrainState(1, [{}]), {})
     queries = first_queries(DATA.val)
