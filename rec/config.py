@@ -63,8 +63,9 @@ class Retrieval:
     """The two towers and their training."""
 
     arch: str = "auto"
-    """Query tower (rec/retrieval/encoders.py). auto: sasrec; without timestamps autoencoder.
-    `rec.train --stage retrieval --model-arch A` is short for `--set retrieval.arch=A`."""
+    """Query tower (rec/retrieval/encoders.py): two_tower, gru4rec, sasrec or autoencoder. auto: sasrec;
+    autoencoder without timestamps. `rec.train --stage retrieval --model-arch A` is short for
+    `--set retrieval.arch=A`."""
 
     embedding_dim: Count = 64
     """Width of the vectors of users and items."""
@@ -213,7 +214,7 @@ class Config:
     """A whole configuration."""
 
     dataset: str
-    """A dataset directory, as written by rec.data_prep. The only key without a default."""
+    """A dataset directory, as written by rec.data_prep."""
 
     use_wandb: bool = False
     """Whether runs and bundles are logged to Weights & Biases."""
@@ -315,9 +316,7 @@ def _check_together(config: Config) -> None:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The config as plain dicts, lists and scalars, which JSON can hold."""
-    return asdict(
-        config, dict_factory=lambda pairs: {k: list(v) if type(v) is tuple else v for k, v in pairs}
-    )
+    return TypeAdapter(Config).dump_python(config, mode="json")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -505,9 +504,10 @@ def describe_keys() -> str:
     """A paragraph for each key: its default, what it means, which values it takes."""
     paragraphs = []
     for key, schema in _key_schemas().items():
-        default = f" {_show(schema['default'])}" if "default" in schema else ""
+        default = schema.get("default", "no default")
+        shown = default if isinstance(default, str) else _show(default)
         text = " ".join(schema["description"].split())
-        paragraphs.append(f"{key}:{default}\n    {text}\n    Takes {_words(schema)}.")
+        paragraphs.append(f"{key}: {shown}\n    {text}\n    Takes {_words(schema)}.")
     return "\n".join(paragraphs)
 
 

@@ -385,7 +385,7 @@ def test_a_folder_is_not_a_config(write: Path) -> None:
 def test_values_from_python_are_checked_too() -> None:
     for change in ({"windw": 3}, {"window": 0}, {"window": "3"}, {"logq": 1}):
         with pytest.raises(ValidationError):
-            Retrieval(**change)  # type: ignore[arg-type]
+            Retrieval(**change)
     with pytest.raises(ValidationError):
         replace(Ranking(), hidden=())
 

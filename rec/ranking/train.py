@@ -142,7 +142,7 @@ MODELS: dict[str, type[RankingModel]] = {"implicit": RankingModel, "listwise": R
 
 
 def build_ranking_model(config: Ranking, retrieval: TrainedRetrieval) -> RankingModel:
-    """An untrained ranker that reads what the retrieval model reads."""
+    """An untrained ranker for the candidates of a retrieval model."""
     model_class = MODELS[config.objective]
     settings = with_ranking_defaults(config, retrieval.model.config.window)
     dim = retrieval.model.config.embedding_dim
