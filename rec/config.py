@@ -307,7 +307,8 @@ def _check_together(config: Config) -> None:
         raise ValueError(
             f"ranking.candidates: must be at most index.k, which is {k}, not {candidates}"
         )
-    if config.retrieval.in_batch_negatives == 0 == config.retrieval.uniform_negatives:
+    retrieval = config.retrieval
+    if retrieval.in_batch_negatives == 0 and retrieval.uniform_negatives == 0:
         raise ValueError(
             "retrieval.in_batch_negatives and retrieval.uniform_negatives: one of them must be "
             "above 0, since training needs negatives"
