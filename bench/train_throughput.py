@@ -41,7 +41,7 @@ from scipy.sparse import csr_matrix
 
 from rec.baselines import top_k
 from rec.batches import window_batches
-from rec.config import Features, Retrieval
+from rec.config import Features, ResolvedRetrieval
 from rec.corpus import Corpus, load_corpus
 from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError, run_command
@@ -145,7 +145,7 @@ def train_bpr(dataset: Dataset, seed: int) -> dict[str, Any]:
 
 def train_rec(dataset: Dataset, epochs: int, batch_size: int, seed: int) -> dict[str, Any]:
     """Trains rec's two_tower on ids; returns the JSON of the epoch with the best NDCG@10 on val."""
-    config = Retrieval(
+    config = ResolvedRetrieval(
         arch="two_tower",
         embedding_dim=DIMENSION,
         window=50,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
-from rec.config import Retrieval
+from rec.config import ResolvedRetrieval
 from rec.corpus import Corpus
 from rec.features import FIRST_ITEM, PAD, START, Vocabulary
 from rec.sequences import Sequences
@@ -32,7 +32,7 @@ Batch = dict[str, np.ndarray]
 
 
 def window_batches(
-    corpus: Corpus, config: Retrieval, train: Sequences, seed: int, epoch: int
+    corpus: Corpus, config: ResolvedRetrieval, train: Sequences, seed: int, epoch: int
 ) -> tf.data.Dataset:
     """One epoch of retrieval training, in shuffled batches.
 
@@ -132,7 +132,7 @@ def _gather(sequences: Sequences, windows: Windows, *, with_time: bool) -> Batch
 
 
 def _negatives(
-    targets: np.ndarray, config: Retrieval, items: Vocabulary, rng: np.random.Generator
+    targets: np.ndarray, config: ResolvedRetrieval, items: Vocabulary, rng: np.random.Generator
 ) -> np.ndarray:
     """A batch's shared pool: random targets of the batch, which are as popular as items are, then uniform items.
 
@@ -148,7 +148,7 @@ def _negatives(
     return np.concatenate([popular.astype(np.int32), uniform])
 
 
-def sampling_probability(corpus: Corpus, config: Retrieval, train: Sequences) -> np.ndarray:
+def sampling_probability(corpus: Corpus, config: ResolvedRetrieval, train: Sequences) -> np.ndarray:
     """[item rows] float32: the probability that a slot of the shared pool holds this item, under `_negatives`.
 
     The pool is a sample of a mixture (Yang et al. 2020, "Mixed Negative Sampling"): an item's probability counts both

@@ -37,6 +37,7 @@ from rec.config import (
     add_config_arguments,
     load_config,
     overruled,
+    section_of_run,
     to_dict,
     with_run,
     without_effect,
@@ -121,7 +122,7 @@ def export_recommender(retrieval: Path, ranking: Path, config: Config) -> Path:
     config = with_run(with_run(config, first["run"]), second["run"])
     config = replace(
         config,
-        index=Index(**first["config"]["index"]),
+        index=section_of_run(Index, first["config"], "index"),
         ranking=replace(config.ranking, candidates=count),
     )
     return _save("recommender", module, config, items, **metadata)

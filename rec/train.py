@@ -210,11 +210,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--model-arch",
         metavar="ARCH",
-        help="sets STAGE.arch of the config; not with --stage all, which has two",
+        help="short for --set STAGE.arch=ARCH; not with --stage all, which has two",
     )
-    parser.add_argument(
-        "--strategy", choices=("mirrored", "ps"), help="of several processes (TF_CONFIG)"
-    )
+    parser.add_argument("--strategy", choices=("mirrored", "ps"), help="short for --set strategy=S")
     parser.add_argument(
         "--init-from-retrieval",
         type=Path,

@@ -8,13 +8,13 @@ import pytest
 
 import rec.sequences
 from rec.batches import cut_windows, sampling_probability, window_batches
-from rec.config import Retrieval
+from rec.config import ResolvedRetrieval
 from rec.errors import UserError
 from rec.features import FIRST_ITEM, PAD, START
 from rec.sequences import Sequences, concatenate, on_disk
 from tests.small import corpus, sequences
 
-CONFIG = Retrieval(window=3, batch_size=2, in_batch_negatives=4, uniform_negatives=2)
+CONFIG = ResolvedRetrieval(window=3, batch_size=2, in_batch_negatives=4, uniform_negatives=2)
 
 
 def test_last_gives_the_end_of_each_history_left_aligned():
@@ -122,7 +122,7 @@ def test_the_pool_holds_targets_of_the_batch_and_uniform_items():
 
 def test_a_small_catalogue_is_the_pool_as_a_whole():
     small = corpus([[3, 4, 5, 6, 7, 8]])
-    config = Retrieval(window=3, uniform_negatives=6)
+    config = ResolvedRetrieval(window=3, uniform_negatives=6)
     pools = [
         b["negatives"].tolist()
         for b in window_batches(small, config, small.train, 0, 0).as_numpy_iterator()
@@ -135,13 +135,26 @@ def test_a_small_catalogue_is_the_pool_as_a_whole():
 
 def test_the_sampling_probability_is_what_the_pool_is_drawn_with():
     many = corpus([[3] * 8 + [4] * 4, [3] * 8 + [5] * 4] * 20, items=3)
-    config = Retrieval(window=6, batch_size=1000, in_batch_negatives=30_000, uniform_negatives=2)
+    config = ResolvedRetrieval(
+        window=6, batch_size=1000, in_batch_negatives=30_000, uniform_negatives=2
+    )
     pool = next(window_batches(many, config, many.train, 0, 0).as_numpy_iterator())["negatives"]
     expected = sampling_probability(many, config, many.train)
     drawn = np.bincount(pool, minlength=many.items.rows) / len(pool)
     assert drawn == pytest.approx(expected, abs=0.01)
     # by hand: 16/24 of the interactions are of item 3; the two uniform slots among 30,002 hardly count
     assert expected[3] == pytest.approx(2 / 3, abs=1e-4)
+
+
+def test_the_pool_can_come_from_the_batch_alone():
+    many = corpus([[3] * 8 + [4] * 4, [3] * 8 + [5] * 4] * 20, items=3)
+    config = replace(CONFIG, window=6, in_batch_negatives=30_000, uniform_negatives=0)
+    pool = next(window_batches(many, config, many.train, 0, 0).as_numpy_iterator())["negatives"]
+    assert len(pool) == 30_000
+    # by hand: 16, 4 and 4 of 24 interactions
+    assert sampling_probability(many, config, many.train)[FIRST_ITEM:] == pytest.approx(
+        [2 / 3, 1 / 6, 1 / 6]
+    )
 
 
 def test_a_disk_without_room_is_one_sentence(monkeypatch: pytest.MonkeyPatch):

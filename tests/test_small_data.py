@@ -142,7 +142,7 @@ def test_small_data_are_trained_measured_and_asked(
     assert ("the ranker keeps retrieval's order" in said) == (name == "one_each")
     unread = f"retrieval.layers: 1 has no effect: retrieval.arch {retrieval} does not read it"
     assert (unread in said) == (retrieval != "sasrec")
-    assert ("ratings a step (16 times ranking.batch_size)" in said) == (objective == "rating")
+    assert ("1,024 ratings per step, learning rate 0.003" in said) == (objective == "rating")
     assert report["systems"]["recommender"]["recall@100"] > 0
 
     pair = load_latest(config)

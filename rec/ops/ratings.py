@@ -6,6 +6,7 @@
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import tensorflow as tf
 
 from rec import metrics
 from rec.checkpoint import describe
-from rec.config import Config, Ranking
+from rec.config import Config, Ranking, with_ranking_defaults
 from rec.corpus import Corpus
 from rec.errors import UserError
 from rec.features import PAD, UNKNOWN, UNKNOWN_USER
@@ -36,10 +37,6 @@ from rec.training import (
     TrainingRun,
 )
 
-WINDOW = 300  # with 50, as retrieval reads, the RMSE on MovieLens 100K is .01 higher
-BATCH_FACTOR = 16  # a batch of ratings is this many times a batch of lists,
-RATE_FACTOR = 3  # and its learning rate this many times as high
-
 
 class RatingModel(RankingModel):
     """Predicts the rating of each candidate."""
@@ -53,7 +50,7 @@ class RatingModel(RankingModel):
             )
         self._user_rows = corpus.users.first + corpus.users.trained
         self._item_rows = corpus.items.first + corpus.items.trained
-        super().__init__(config, max(window, WINDOW), dim, corpus)
+        super().__init__(config, window, dim, corpus)
         self._bias.assign(float(np.mean(ratings)))
 
     def _loss(self) -> object:
@@ -126,7 +123,8 @@ def train_ratings(
     tracker: Tracker | None = None,
 ) -> TrainedRanking:
     """Trains on every training rating, and stops by the RMSE on validation ratings. As `train_ranking`."""
-    settings = config.ranking
+    settings = with_ranking_defaults(config.ranking, retrieval.model.config.window)
+    config = replace(config, ranking=settings)
     corpus = retrieval.corpus
     train = corpus.train
     distribution = distribution or OneProcess()
@@ -140,12 +138,9 @@ def train_ratings(
     known = train if all_known else None
     val = rated_lists(corpus.val, np.arange(len(corpus.val.items)), train, model.window)
 
-    batch_size = settings.batch_size * BATCH_FACTOR
-    learning_rate = settings.learning_rate * RATE_FACTOR
     print(
-        f"ranking.objective rating: {batch_size:,} ratings per step ({BATCH_FACTOR} times "
-        f"ranking.batch_size), learning rate {learning_rate:g} ({RATE_FACTOR} times "
-        f"ranking.learning_rate), histories of {model.window} items",
+        f"ranking.objective rating: {settings.batch_size:,} ratings per step, learning rate "
+        f"{settings.learning_rate:g}, histories of {settings.window} items",
         file=sys.stderr,
     )
 
@@ -154,7 +149,7 @@ def train_ratings(
 
     schedule = Schedule(
         epochs=settings.epochs,
-        learning_rate=learning_rate,
+        learning_rate=settings.learning_rate,
         seed=config.seed,
         monitor="val/rmse",
         patience=settings.patience,
@@ -175,7 +170,7 @@ def train_ratings(
         run.begin(measure())
     for epoch in run.epochs():
         rng = np.random.default_rng([config.seed, epoch])
-        batches = rating_batches(train, known, model.window, batch_size, rng)
+        batches = rating_batches(train, known, model.window, settings.batch_size, rng)
         run.save(run.train(batches) | measure())
     if not distribution.is_chief:  # it alone finishes the run
         return TrainedRanking(model, retrieval, run.state, run.description)

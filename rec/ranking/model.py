@@ -30,7 +30,7 @@ class RankingModel(tfrs.Model):
     """Scores lists of candidates."""
 
     def __init__(self, config: Ranking, window: int, dim: int, corpus: Corpus) -> None:
-        """`window`, the longest history, and `dim`, the width of the embeddings, are the retrieval model's."""
+        """`window` is the longest history that is read. `dim` is the width of the retrieval model's embeddings."""
         super().__init__(name="ranking")
         self.config = config
         self.window = window

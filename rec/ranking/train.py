@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from rec import metrics
 from rec.checkpoint import describe, read_run
-from rec.config import Config, Ranking
+from rec.config import Config, Ranking, section_of_run, with_ranking_defaults
 from rec.corpus import Corpus
 from rec.errors import UserError, warn
 from rec.files import read_whole
@@ -94,7 +94,8 @@ def train_ranking(
       init_from: the model whose embeddings the ranker starts from; by default the miner's, which have not seen the
         labels. `init_name` says in the run's description which one it is.
     """
-    settings = config.ranking
+    settings = with_ranking_defaults(config.ranking, retrieval.model.config.window)
+    config = replace(config, ranking=settings)
     corpus = retrieval.corpus
     distribution = distribution or OneProcess()
     tf.keras.utils.set_random_seed(config.seed)
@@ -141,10 +142,11 @@ MODELS: dict[str, type[RankingModel]] = {"implicit": RankingModel, "listwise": R
 
 
 def build_ranking_model(config: Ranking, retrieval: TrainedRetrieval) -> RankingModel:
-    """An untrained ranker that reads what the retrieval model reads."""
-    settings = retrieval.model.config
+    """An untrained ranker for the candidates of a retrieval model."""
     model_class = MODELS[config.objective]
-    return model_class(config, settings.window, settings.embedding_dim, retrieval.corpus)
+    settings = with_ranking_defaults(config, retrieval.model.config.window)
+    dim = retrieval.model.config.embedding_dim
+    return model_class(settings, settings.window, dim, retrieval.corpus)
 
 
 def mine_training_lists(
@@ -259,6 +261,5 @@ def _load_ranking(directory: Path, retrieval: TrainedRetrieval) -> TrainedRankin
     description = read_run(directory, "ranking")
     if description["retrieval_run"] != retrieval.description:
         raise UserError(f"{directory} was trained for another retrieval model: train ranking again")
-    settings = {**description["ranking"], "hidden": tuple(description["ranking"]["hidden"])}
-    model = build_ranking_model(Ranking(**settings), retrieval)
+    model = build_ranking_model(section_of_run(Ranking, description, "ranking"), retrieval)
     return TrainedRanking(model, retrieval, restore(model, directory), description)

@@ -9,7 +9,7 @@ To add an architecture, add a class with the same `call` and a line in `ENCODERS
 
 import tensorflow as tf
 
-from rec.config import Retrieval
+from rec.config import ResolvedRetrieval
 from rec.errors import UserError
 from rec.features import START
 from rec.numerics import LayerNormalization, softmax
@@ -43,7 +43,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
 class PooledHistory(HistoryEncoder):
     """The sum of the history's vectors over the root of its length (Covington et al. 2016 average them)."""
 
-    def __init__(self, config: Retrieval) -> None:
+    def __init__(self, config: ResolvedRetrieval) -> None:
         super().__init__(name="average")
 
     def call(
@@ -68,7 +68,7 @@ class Autoencoder(HistoryEncoder):
 
     reads_sets = True
 
-    def __init__(self, config: Retrieval) -> None:
+    def __init__(self, config: ResolvedRetrieval) -> None:
         super().__init__(name="autoencoder")
         self._dense = tf.keras.layers.Dense(
             config.embedding_dim, use_bias=False, kernel_initializer="identity"
@@ -89,7 +89,7 @@ class Autoencoder(HistoryEncoder):
 class Gru(HistoryEncoder):
     """Recurrent layers (Hidasi et al. 2016, GRU4Rec). PAD is behind the items, so it needs no mask."""
 
-    def __init__(self, config: Retrieval) -> None:
+    def __init__(self, config: ResolvedRetrieval) -> None:
         super().__init__(name="gru")
         self._dropout = tf.keras.layers.Dropout(config.dropout)
         self._layers = [
@@ -116,7 +116,7 @@ class Gru(HistoryEncoder):
 class Transformer(HistoryEncoder):
     """Causal self-attention blocks (Kang and McAuley 2018, SASRec), normalised before each sublayer."""
 
-    def __init__(self, config: Retrieval) -> None:
+    def __init__(self, config: ResolvedRetrieval) -> None:
         super().__init__(name="transformer")
         self._scale = config.embedding_dim**0.5
         self._dropout = tf.keras.layers.Dropout(config.dropout)
@@ -138,7 +138,7 @@ class Transformer(HistoryEncoder):
 class Block(tf.keras.layers.Layer):
     """One transformer block: x = x + attention(norm(x)), then x = x + feed_forward(norm(x))."""
 
-    def __init__(self, config: Retrieval, name: str) -> None:
+    def __init__(self, config: ResolvedRetrieval, name: str) -> None:
         super().__init__(name=name)
         self._norm_attention = LayerNormalization(epsilon=1e-6)
         self._attention = CausalSelfAttention(config)
@@ -164,7 +164,7 @@ class CausalSelfAttention(tf.keras.layers.Layer):
     al. 2024, HSTU). Absolute positions would say little, because a window begins anywhere in a sequence.
     """
 
-    def __init__(self, config: Retrieval) -> None:
+    def __init__(self, config: ResolvedRetrieval) -> None:
         """Raises UserError if the heads do not divide the width."""
         super().__init__(name="attention")
         dim, heads = config.embedding_dim, config.heads

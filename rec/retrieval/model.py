@@ -9,7 +9,7 @@ import tensorflow_recommenders as tfrs
 from scipy.sparse.linalg import svds
 
 from rec.batches import sampling_probability
-from rec.config import Retrieval
+from rec.config import ResolvedRetrieval
 from rec.corpus import Corpus
 from rec.features import FIRST_ITEM, PAD, UNKNOWN, UNKNOWN_USER, Encoder
 from rec.retrieval.encoders import LENGTH_POWER
@@ -27,7 +27,9 @@ SECONDS = tf.TensorSpec([None], tf.int64)
 class RetrievalModel(tfrs.Model):
     """Two towers and their task."""
 
-    def __init__(self, config: Retrieval, corpus: Corpus, train: Sequences | None = None) -> None:
+    def __init__(
+        self, config: ResolvedRetrieval, corpus: Corpus, train: Sequences | None = None
+    ) -> None:
         """`train`: the interactions it will be trained on, if that is not all of corpus.train."""
         super().__init__(name="retrieval")
         self.config = config

@@ -8,7 +8,7 @@
 import numpy as np
 import tensorflow as tf
 
-from rec.config import Retrieval
+from rec.config import ResolvedRetrieval
 from rec.corpus import Corpus
 from rec.features import PAD, START, UNKNOWN, UNKNOWN_USER, Encoder, cyclic, recent_items
 from rec.retrieval.encoders import ENCODERS, Linear
@@ -17,7 +17,7 @@ from rec.retrieval.encoders import ENCODERS, Linear
 class CandidateTower(tf.keras.layers.Layer):
     """An item's vector and, as one more dimension, its bias: a learned one plus the popularity bias."""
 
-    def __init__(self, config: Retrieval, corpus: Corpus) -> None:
+    def __init__(self, config: ResolvedRetrieval, corpus: Corpus) -> None:
         super().__init__(name="candidate_tower")
         self.items = Encoder(
             corpus.items,
@@ -70,7 +70,7 @@ class PopularityBias(tf.keras.layers.Layer):
 class QueryTower(tf.keras.layers.Layer):
     """What a user would like next: the history so far, the user, and the request's time."""
 
-    def __init__(self, config: Retrieval, corpus: Corpus, items: Encoder) -> None:
+    def __init__(self, config: ResolvedRetrieval, corpus: Corpus, items: Encoder) -> None:
         """`items`, the candidate tower's own encoder, embeds the history: both sides learn from each example."""
         super().__init__(name="query_tower")
         self._items = items

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from rec.batches import window_batches
 from rec.checkpoint import corpus_files, describe, load_trained_corpus, read_run
-from rec.config import Config, Retrieval, with_data_defaults
+from rec.config import Config, ResolvedRetrieval, section_of_run, with_data_defaults
 from rec.corpus import Corpus
 from rec.data_prep.dataset import Dataset
 from rec.files import read_whole
@@ -174,5 +174,6 @@ def load_retrieval(
 def _load_retrieval(directory: Path, dataset: Dataset, corpus: Corpus | None) -> TrainedRetrieval:
     description = read_run(directory, "retrieval")
     corpus = corpus or load_trained_corpus(directory, dataset)
-    model = RetrievalModel(Retrieval(**description["retrieval"]), corpus)
+    settings = section_of_run(ResolvedRetrieval, description, "retrieval")
+    model = RetrievalModel(settings, corpus)
     return TrainedRetrieval(model, corpus, restore(model, directory), description)

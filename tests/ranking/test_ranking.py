@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from rec.config import Ranking, Retrieval
+from rec.config import Ranking, ResolvedRetrieval
 from rec.features import PAD
 from rec.ops.ratings import RatingModel, rated_lists, squared_error
 from rec.optimizer import LazyAdam
@@ -36,7 +36,7 @@ def retrieval(data=SMALL, **changes: Any) -> RetrievalModel:
         "uniform_negatives": 6,
         **changes,
     }
-    return RetrievalModel(Retrieval(**settings), data)
+    return RetrievalModel(ResolvedRetrieval(**settings), data)
 
 
 def ranker(**changes: Any) -> RankingModel:

@@ -1,15 +1,17 @@
 """How a ranker is chosen: by what it gains over retrieval's order, less a standard error."""
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
 
-from rec.config import Config, Ranking, Retrieval
+import rec.ops.ratings  # noqa: F401  (registers an objective)
+from rec.config import Config, Ranking, ResolvedRetrieval
 from rec.ranking.candidates import CandidateLists, first_queries, mine
 from rec.ranking.count_features import CountFeatures
 from rec.ranking.model import RankingModel
-from rec.ranking.train import GAIN, MinedLists, RankingValidation, ndcg_gain
+from rec.ranking.train import GAIN, MinedLists, RankingValidation, build_ranking_model, ndcg_gain
 from rec.retrieval.model import RetrievalModel
 from rec.retrieval.train import TrainedRetrieval
 from rec.training import TrainState
@@ -41,10 +43,25 @@ def test_the_gain_is_the_new_ndcg_less_retrievals():
 
 
 @pytest.fixture(scope="module")
-def validation() -> RankingValidation:
-    settings = Retrieval(arch="two_tower", embedding_dim=8, window=4, uniform_negatives=6)
-    model = RetrievalModel(settings, DATA)
-    retrieval = TrainedRetrieval(model, DATA, TrainState(1, [{}]), {})
+def retrieval() -> TrainedRetrieval:
+    settings = ResolvedRetrieval(arch="two_tower", embedding_dim=8, window=4, uniform_negatives=6)
+    return TrainedRetrieval(RetrievalModel(settings, DATA), DATA, TrainState(1, [{}]), {})
+
+
+@pytest.mark.parametrize(
+    ("objective", "window", "read"),
+    [("implicit", "auto", 4), ("rating", "auto", 300), ("rating", 9, 9)],
+)
+def test_a_ranker_reads_histories_of_its_window(
+    objective: str, window: int | Literal["auto"], read: int, retrieval: TrainedRetrieval
+):
+    settings = Ranking(objective=objective, window=window)
+    assert build_ranking_model(settings, retrieval).window == read
+
+
+@pytest.fixture(scope="module")
+def validation(retrieval: TrainedRetrieval) -> RankingValidation:
+    model = retrieval.model
     queries = first_queries(DATA.val)
     lists = mine(model, DATA.train, DATA.val, queries, 4, next_item=False)
     counts = CountFeatures(DATA.train, DATA.items.rows)

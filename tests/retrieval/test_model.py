@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from rec.config import Retrieval
+from rec.config import ResolvedRetrieval
 from rec.errors import UserError
 from rec.features import PAD, START, recent_items
 from rec.retrieval.encoders import ENCODERS, LENGTH_POWER
@@ -28,7 +28,7 @@ def model(**changes: Any) -> RetrievalModel:
         "uniform_negatives": 3,
         **changes,
     }
-    built = RetrievalModel(Retrieval(**settings), SMALL)
+    built = RetrievalModel(ResolvedRetrieval(**settings), SMALL)
     rng = np.random.default_rng(0)
     for weight in built.trainable_variables:
         weight.assign(rng.normal(0, 0.5, weight.shape))
@@ -178,7 +178,7 @@ def test_an_autoencoder_is_trained_by_the_squared_errors_on_what_it_hides(
 
 def test_an_autoencoder_starts_from_singular_vectors():
     train = SMALL.train
-    built = RetrievalModel(Retrieval(arch="autoencoder", embedding_dim=2, window=4), SMALL)
+    built = RetrievalModel(ResolvedRetrieval(arch="autoencoder", embedding_dim=2, window=4), SMALL)
     built.start_from_singular_vectors(train)
     vectors = built.candidate_tower.items.ids.embeddings.numpy()
     seen = (

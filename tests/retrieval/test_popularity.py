@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from rec.config import Retrieval
+from rec.config import ResolvedRetrieval
 from rec.corpus import Corpus
 from rec.features import FIRST_ITEM
 from rec.retrieval.model import RetrievalModel
@@ -18,7 +18,7 @@ NEW = 4  # and one that fewer chose, at the end
 
 def model_of(data: Corpus) -> RetrievalModel:
     tf.keras.utils.set_random_seed(0)
-    config = Retrieval(arch="two_tower", embedding_dim=8, window=4, uniform_negatives=ITEMS)
+    config = ResolvedRetrieval(arch="two_tower", embedding_dim=8, window=4, uniform_negatives=ITEMS)
     return RetrievalModel(config, data)
 
 
