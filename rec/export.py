@@ -28,6 +28,7 @@ import pandas as pd
 import tensorflow as tf
 from tensorflow_serving.apis import model_pb2, predict_pb2, prediction_log_pb2
 
+import rec.ops.ratings  # noqa: F401  (registers the objective rating)
 from rec.bundles import files
 from rec.bundles.recommender import RecommenderModule, load_bundle
 from rec.bundles.signatures import Lookup, RankingModule, RetrievalModule

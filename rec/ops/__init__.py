@@ -1,1 +1,1 @@
-"""What surrounds the core, each part optional. The core never imports it, and a first reading can skip it."""
+"""What surrounds the core, each part optional: a first reading can skip it. Only the commands import it."""
