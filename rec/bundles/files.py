@@ -280,7 +280,8 @@ def alias_file(path: Path, root: Path, name: str) -> Path | None:
     Raises:
       UserError: the state is missing that `path`, or the states that are there, should lead to.
     """
-    if path.exists() and not path.is_symlink():
+    is_link = path.is_symlink()  # asked before the state: a link is made only when there is one
+    if path.exists() and not is_link:
         return path
     state = (root / STATES / "current").resolve()
     if state.is_dir():
@@ -290,7 +291,7 @@ def alias_file(path: Path, root: Path, name: str) -> Path | None:
             f"{root}/{STATES}/current should be a link to the newest state beside it, and a copy seems to have left it "
             f"out: run ln -sfn {max(numbers)} {root}/{STATES}/current"
         )
-    if path.is_symlink():
+    if is_link:
         raise UserError(
             f"{path} is a link into {root}/{STATES}, which is missing: copy that too, or remove the link to go on "
             "without aliases and history"

@@ -292,7 +292,7 @@ def compare(directory: Path, bundle: Any, requests: dict[str, Any], *flags: str)
         json.dumps({"signature": name, "inputs": inputs}) + "\n"
         for name, inputs in requests.items()
     )
-    script = Path(__file__).with_name("c_api.py")
+    script = Path(__file__).parent.parent / "c_api.py"
     done = subprocess.run(
         [sys.executable, str(script), *flags, str(directory)],
         input=lines,
