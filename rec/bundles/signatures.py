@@ -266,11 +266,12 @@ class RetrievalModule(AnswersUsers):
     def _depths(self, seen: tf.Tensor) -> tf.Tensor:
         """seen [B, S] -> [B] int32: how deep to search for k items that the user has not seen.
 
-        Room for what was seen comes in few sizes, k / 2 times a power of two: a search to each depth costs a call.
+        The room for what was seen comes in few sizes, k times a power of four: each depth in a batch costs a search of
+        its own, which is more than to search deeper.
         """
         count = tf.reduce_sum(tf.cast(seen != PAD, tf.int32), 1)
-        sizes = (self.k + 1) // 2 * 2 ** np.arange(32 - self.k.bit_length())
-        rooms = tf.constant(sizes, tf.int32)
+        powers = np.arange((32 - self.k.bit_length()) // 2)
+        rooms = tf.constant(self.k * 4**powers, tf.int32)
         return self.k + tf.gather(rooms, tf.searchsorted(rooms, count))
 
     def _top(self, scores: tf.Tensor, rows: tf.Tensor) -> Found:
