@@ -104,7 +104,8 @@ class Service:
         finally:
             self._waiting -= len(futures)
             self._in_batches -= in_batch
-            QUEUE.set(self._waiting)
+            if not self._waiting:  # the next call sets it otherwise
+                QUEUE.set(0)
             for future in futures:
                 future.cancel()  # where the client has hung up: the thread passes over it
 
