@@ -19,7 +19,7 @@ PLATFORM := s/ and (platform_machine == 'x86_64'|sys_platform == 'linux')//g; \
     s/(;|and) python_full_version < '3.14' and /\1 /; s/ (;|and) python_full_version < '3.14' / /
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint serve bench lock clean
+.PHONY: help install quickstart test lint serve bench docs lock clean
 MAKEFLAGS += --no-print-directory
 
 help: ## list the targets
@@ -47,6 +47,9 @@ bench: $(VENV)/.bench ## the quick benchmarks, at small sizes, some 5 minutes; e
 	$(BIN)/python -m bench.index --items 20000
 	$(BIN)/python -m bench.prep --rows 1000000
 	$(BIN)/python -m bench.growth --interactions 30000 100000 300000 --users 1000 10000
+
+docs: $(VENV)/docs/.installed ## build the site of docs/ into site/; fails on a warning
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict --quiet
 
 lock: $(VENV)/.uv ## resolve requirements*.txt anew, into requirements*.lock
 	@for name in '' -spark -dev -bench; do \
@@ -88,6 +91,13 @@ $(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime
 $(VENV)/.bench: requirements-bench.lock $(VENV)/.runtime
 	@echo 'installing requirements-bench.lock into $(VENV)' >&2
 	@$(INSTALL) requirements-bench.lock
+	@touch $@
+
+# An environment of its own, because the site's packages would move pins of the locks. They have no lock themselves:
+# nothing that runs or is tested depends on them.
+$(VENV)/docs/.installed: requirements-docs.txt | $(VENV)/.created
+	@$(PYTHON) -m venv $(VENV)/docs
+	@$(VENV)/docs/bin/python -m pip --quiet --disable-pip-version-check install --requirement requirements-docs.txt
 	@touch $@
 
 $(VENV)/.uv: | $(VENV)/.created

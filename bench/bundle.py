@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from rec.bundles.recommender import load_bundle
 from rec.config import add_config_arguments, load_config
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError, run_command
-from rec.recommender import load_bundle
 
 import tensorflow as tf  # isort: skip  (rec goes first: it switches to Keras 2)
 

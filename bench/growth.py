@@ -26,12 +26,13 @@ from typing import Any
 import numpy as np
 
 from rec import metrics
-from rec.config import Features, Retrieval, settled
+from rec.batches import window_batches
+from rec.config import Features, Retrieval, with_data_defaults
+from rec.corpus import Corpus, load_corpus
 from rec.data_prep.dataset import open_dataset
 from rec.errors import run_command
 from rec.features import PAD
-from rec.fit import LazyAdam
-from rec.pipeline import Corpus, load_corpus, window_batches
+from rec.optimizer import LazyAdam
 from rec.ranking.candidates import first_queries, mine
 from rec.retrieval.model import RetrievalModel
 
@@ -61,7 +62,9 @@ def dummy(users: int, items: int, per_user: int, seed: int) -> Corpus:
 
 def epoch_seconds(corpus: Corpus, seed: int) -> float:
     """Seconds of one epoch of training."""
-    config = settled(Retrieval(arch="two_tower"), corpus.ordered, len(corpus.train.items))
+    config = with_data_defaults(
+        Retrieval(arch="two_tower"), corpus.ordered, len(corpus.train.items)
+    )
     model = RetrievalModel(config, corpus)
     model.compile(LazyAdam(config.learning_rate))
     model.fit(window_batches(corpus, config, corpus.train, seed, 1).take(5), verbose=0)
@@ -73,11 +76,10 @@ def epoch_seconds(corpus: Corpus, seed: int) -> float:
 def evaluation_seconds(model: RetrievalModel, corpus: Corpus, users: int) -> float:
     """Seconds to measure the model on the first so many users of val."""
     start = time.perf_counter()
-    queries = tuple(part[:users] for part in first_queries(corpus.val))
-    lists = mine(
-        model, corpus.train, corpus.val, (queries[0], queries[1]), max(metrics.KS), whole=True
-    )
-    relevant = corpus.val.matrix(queries[0], corpus.items.rows)
+    queries = first_queries(corpus.val).part(0, users)
+    k = max(metrics.KS)
+    lists = mine(model, corpus.train, corpus.val, queries, k, next_item=False)
+    relevant = corpus.val.matrix(queries.user, corpus.items.rows)
     metrics.summarise(metrics.per_user(np.where(lists.items == PAD, -1, lists.items), relevant))
     return time.perf_counter() - start
 
@@ -112,7 +114,10 @@ def main() -> None:
     if args.users:
         corpus = dummy(max(args.users), MANY_ITEMS, FEW_PER_USER, args.seed)
         model = RetrievalModel(
-            settled(Retrieval(arch="two_tower"), corpus.ordered, len(corpus.train.items)), corpus
+            with_data_defaults(
+                Retrieval(arch="two_tower"), corpus.ordered, len(corpus.train.items)
+            ),
+            corpus,
         )
         evaluation_seconds(model, corpus, 300)  # traces the graph
         for users in sorted(args.users):

@@ -1,4 +1,4 @@
-"""Draws what GUIDE.md shows of a trained pair: how training went, the map of the catalogue, what is recommended.
+"""Draws what docs/guide.md shows of a trained pair: how training went, the map of the catalogue, what is recommended.
 
     python -m bench.guide_pictures --set dataset=data/guide --output docs
 
@@ -17,13 +17,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from rec.checkpoint import load_retrieval
 from rec.config import Config, Features, add_config_arguments, load_config
+from rec.corpus import load_corpus
 from rec.data_prep.dataset import open_dataset
 from rec.errors import run_command
 from rec.evaluate import Task, load_latest
 from rec.features import FIRST_ITEM
-from rec.pipeline import load_corpus
+from rec.retrieval.train import load_retrieval
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the choice of how to draw)

@@ -13,11 +13,12 @@ import json
 import time
 from collections.abc import Callable
 
-from rec.config import Features, Retrieval, settled
+from rec.batches import window_batches
+from rec.config import Features, Retrieval, with_data_defaults
+from rec.corpus import load_corpus
 from rec.data_prep.dataset import open_dataset
 from rec.errors import run_command
-from rec.fit import LazyAdam
-from rec.pipeline import load_corpus, window_batches
+from rec.optimizer import LazyAdam
 from rec.retrieval.model import RetrievalModel
 
 import tensorflow as tf  # isort: skip  (rec goes first: it switches to Keras 2)
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     corpus = load_corpus(open_dataset(args.dataset), Features())
-    config = settled(Retrieval(arch=args.arch), corpus.ordered, len(corpus.train.items))
+    config = with_data_defaults(Retrieval(arch=args.arch), corpus.ordered, len(corpus.train.items))
     model = RetrievalModel(config, corpus)
     model.compile(LazyAdam(config.learning_rate))
     step = tf.function(model.train_step, reduce_retracing=True)

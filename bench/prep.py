@@ -139,18 +139,21 @@ def with_pandas(source: Path, target: Path) -> dict[str, int]:
 
 def load(dataset: str, where: str) -> dict[str, Any]:
     """The Corpus and an epoch of batches. `where` the Corpus is: "stream" for rec's way, or "memory"."""
-    from rec import pipeline
-    from rec.config import Features, Retrieval, settled
+    from rec import corpus as corpus_module
+    from rec import sequences
+    from rec.batches import window_batches
+    from rec.config import Features, Retrieval, with_data_defaults
+    from rec.corpus import load_corpus
     from rec.data_prep.dataset import open_dataset
-    from rec.pipeline import load_corpus, window_batches
 
     if where == "memory":
-        pipeline.on_disk, pipeline.BLOCK = lambda n, dtype: np.zeros(n, dtype), 2**62
+        sequences.on_disk = corpus_module.on_disk = lambda n, dtype: np.zeros(n, dtype)
+        sequences.BLOCK = 2**62
     before = peak_mb()
     start, cpu = time.perf_counter(), time.process_time()
     corpus = load_corpus(open_dataset(dataset), Features())
     loaded, load_peak, cpu = time.perf_counter(), peak_mb(), time.process_time() - cpu
-    config = settled(Retrieval(), corpus.ordered, len(corpus.train.items))
+    config = with_data_defaults(Retrieval(), corpus.ordered, len(corpus.train.items))
     targets = sum(
         int(np.count_nonzero(batch["tokens"][:, 1:]))
         for batch in window_batches(corpus, config, corpus.train, 0, 0).as_numpy_iterator()

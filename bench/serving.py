@@ -153,8 +153,8 @@ def trivial() -> FastAPI:
 
 def thread_pool() -> FastAPI:
     """What one would write first: the loaded bundles, called in a plain `def`."""
-    from rec.recommender import Recommender
-    from rec.registry import find_pair
+    from rec.bundles.files import find_pair
+    from rec.bundles.recommender import Recommender
 
     pair = Recommender.load(*find_pair(Path(os.environ["BENCH_SAVEDMODELS"])))
     titles = pair.items["title"].to_dict()
@@ -176,8 +176,8 @@ def model_call(savedmodels: Path) -> dict[str, int]:
     """What the model's call costs by itself; see above."""
     import tensorflow as tf
 
-    from rec.recommender import Recommender
-    from rec.registry import find_pair
+    from rec.bundles.files import find_pair
+    from rec.bundles.recommender import Recommender
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)

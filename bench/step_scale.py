@@ -26,12 +26,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rec.config import Retrieval, settled
+from rec.batches import window_batches
+from rec.config import Retrieval, with_data_defaults
+from rec.corpus import Corpus
 from rec.errors import UserError, run_command
 from rec.features import FIRST_ITEM, FIRST_USER, Vocabulary
-from rec.fit import LazyAdam
-from rec.pipeline import Corpus, Sequences, window_batches
+from rec.optimizer import LazyAdam
 from rec.retrieval.model import RetrievalModel
+from rec.sequences import Sequences
 
 import tensorflow as tf  # isort: skip  (rec goes first: it switches to Keras 2)
 
@@ -74,7 +76,7 @@ class Subject:
     def __init__(
         self, items: int, steps: int, optimizer: Callable[[float], Any], seed: int
     ) -> None:
-        config = settled(Retrieval(arch="two_tower"), ordered=True, interactions=10**6)
+        config = with_data_defaults(Retrieval(arch="two_tower"), ordered=True, interactions=10**6)
         users = config.batch_size * (steps + WARM_UP + 1)
         corpus = synthetic_corpus(items, users, config.window, seed)
         model = RetrievalModel(config, corpus)

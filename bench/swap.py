@@ -33,8 +33,8 @@ from typing import NamedTuple
 import numpy as np
 
 from bench.serving import Server, ask, make_model
+from rec.bundles.files import checksum, versions
 from rec.errors import UserError, run_command
-from rec.registry import checksum, versions
 
 CLIENTS = 8
 RATE = 160  # requests per second, of all clients together

@@ -30,11 +30,11 @@ import numpy as np
 
 from rec import baselines
 from rec.config import Features
+from rec.corpus import Corpus, load_corpus
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError, run_command
 from rec.evaluate import Task
 from rec.features import FIRST_ITEM
-from rec.pipeline import Corpus, load_corpus
 
 METRIC = "val/ndcg@10"
 

@@ -40,13 +40,14 @@ from implicit.cpu.bpr import BayesianPersonalizedRanking
 from scipy.sparse import csr_matrix
 
 from rec.baselines import top_k
-from rec.config import Features, Retrieval
+from rec.batches import window_batches
+from rec.config import Features, ResolvedRetrieval
+from rec.corpus import Corpus, load_corpus
 from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError, run_command
 from rec.features import PAD
-from rec.fit import LazyAdam
 from rec.metrics import per_user
-from rec.pipeline import Corpus, load_corpus, window_batches
+from rec.optimizer import LazyAdam
 from rec.ranking.candidates import first_queries, mine
 from rec.retrieval.model import RetrievalModel
 
@@ -144,7 +145,7 @@ def train_bpr(dataset: Dataset, seed: int) -> dict[str, Any]:
 
 def train_rec(dataset: Dataset, epochs: int, batch_size: int, seed: int) -> dict[str, Any]:
     """Trains rec's two_tower on ids; returns the JSON of the epoch with the best NDCG@10 on val."""
-    config = Retrieval(
+    config = ResolvedRetrieval(
         arch="two_tower",
         embedding_dim=DIMENSION,
         window=50,
@@ -175,7 +176,7 @@ def train_rec(dataset: Dataset, epochs: int, batch_size: int, seed: int) -> dict
 
 def _rec_ndcg_at_10(model: RetrievalModel, corpus: Corpus, split: str) -> float:
     held = corpus.val if split == "val" else corpus.test
-    lists = mine(model, corpus.history(split), held, first_queries(held), 10, whole=True)
+    lists = mine(model, corpus.history(split), held, first_queries(held), 10, next_item=False)
     relevant = held.matrix(lists.user, corpus.items.rows)
     return float(
         per_user(np.where(lists.items == PAD, -1, lists.items), relevant, ks=(10,))[

@@ -19,4 +19,4 @@ if "tensorflow" in sys.modules and hasattr(sys.modules["tensorflow"].keras, "ver
         "import rec first, or set TF_USE_LEGACY_KERAS=1 in the environment"
     )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

@@ -1,124 +1,231 @@
-"""The configuration: strict YAML into frozen dataclasses. Every key is a field below, with default and rule.
+"""The configuration: strict YAML into frozen pydantic dataclasses. Every key is a field below, described under it.
 
 - `load_config(path, ["retrieval.epochs=3"])` reads a file, then the `--set` overrides (values are YAML too).
-- An unknown, missing or repeated key, a wrong type, an impossible value: one sentence naming file and key.
-- A key that has no effect, since another key or the data decide so: one sentence too (`without_effect`, `overruled`).
+- An unknown, missing or repeated key, a wrong type, an impossible value: one sentence that names the file and the key.
+- A key that has no effect, because another key or the data decide so: one sentence too (`without_effect`, `overruled`).
+- `auto` means that the data or another key choose the value: see `with_data_defaults` and `with_ranking_defaults`.
+- Every command with `--config` prints all keys with `--keys`.
 - The loader knows no single key: a new field is a new key.
 
 Not covered: the names of architectures, objectives and kinds of features. Their registries check them; they need
-TensorFlow, this does not.
+TensorFlow, which this file does not.
 """
 
 import argparse
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from rec.errors import UserError
 
-# Beyond its type, a value has a rule: the text (`retrieval.epochs: must be 1 or more, not 0`) and its test.
-Count = Annotated[int, "1 or more", lambda n: n >= 1]
-CountOr0 = Annotated[int, "0 or more", lambda n: n >= 0]
-Seed = Annotated[int, "from 0 to 4294967295, as NumPy wants it", lambda n: 0 <= n < 2**32]
-Positive = Annotated[float, "above 0 and finite", lambda x: 0 < x < float("inf")]
-Rate = Annotated[float, "0 or more and below 1", lambda x: 0 <= x < 1]
-Share = Annotated[float, "above 0 and below 1", lambda x: 0 < x < 1]
-Target = Annotated[float, "above 0 and at most 1", lambda x: 0 < x <= 1]
-NotNegative = Annotated[float, "0 or more and finite", lambda x: 0 <= x < float("inf")]
-Strategy = Annotated[str, "mirrored or ps", lambda name: name in ("mirrored", "ps")]
-Columns = Annotated[
-    str | dict[str, str], "auto, or {column: kind}", lambda x: x == "auto" or type(x) is dict
-]
+# Whole numbers pass for numbers, lists for tuples; nothing else is converted.
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1)]
+CountOr0 = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Target = Annotated[float, Field(gt=0, le=1)]
+Columns = Auto | dict[str, str]
 
 
-@dataclass(frozen=True)
+def _list_to_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Widths = Annotated[tuple[Count, ...], Field(min_length=1), BeforeValidator(_list_to_tuple)]
+
+
+@dataclass(frozen=True, config=STRICT)
 class Features:
-    # kinds: categorical, multi (a list, such as genres), numeric, text (title tokens), time (seconds since 1970)
-    users: Columns = "auto"  # of users.parquet, {column: kind}; auto = all, each its kind from its type; {} = none
-    items: Columns = "auto"  # of items.parquet
+    """Kinds: categorical, multi (a list, such as genres), numeric, text (title tokens), time (seconds since 1970)."""
+
+    users: Columns = "auto"
+    """Columns of users.parquet, {column: kind}. auto: all, each with the kind of its type. {}: none."""
+
+    items: Columns = "auto"
+    """Columns of items.parquet, as for users."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Retrieval:
-    # query tower (rec/retrieval/towers.py); auto = sasrec, or autoencoder where interactions have no timestamps
+    """The two towers and their training."""
+
     arch: str = "auto"
+    """Query tower (rec/retrieval/encoders.py): two_tower, gru4rec, sasrec or autoencoder. auto: sasrec;
+    autoencoder without timestamps. `rec.train --stage retrieval --model-arch A` is short for
+    `--set retrieval.arch=A`."""
+
     embedding_dim: Count = 64
-    layers: Count = 2  # transformer blocks or recurrent layers
-    heads: Count = 2  # attention heads of sasrec
+    """Width of the vectors of users and items."""
+
+    layers: Count = 2
+    """Transformer blocks or recurrent layers."""
+
+    heads: Count = 2
+    """Attention heads of sasrec."""
+
     dropout: Rate = 0.2
-    window: CountOr0 = 0  # positions a training example, and the longest history that is read; 0 = 50, unordered 1000
-    epochs: CountOr0 = (
-        0  # at most: early stopping on val/ndcg@10; 0 = 12 to 100, for about 1,500 steps
-    )
-    patience: Count = (
-        15  # epochs without a better val/ndcg@10 before training stops; the best often come late
-    )
-    batch_size: Count = (
-        64  # windows a step, at 50 positions each: more of them where they are shorter
-    )
-    learning_rate: Positive = 0.002  # falls to 0 along a cosine
+    """Share of the query tower's activations that a training step drops."""
+
+    window: Auto | Count = "auto"
+    """Positions per training example, and the longest history that is read. auto: 50; without timestamps 1,000."""
+
+    epochs: Auto | Count = "auto"
+    """The most epochs; early stopping is on val/ndcg@10. auto: 12 to 100, for about 1,500 steps."""
+
+    patience: Count = 15
+    """Epochs without a better val/ndcg@10 before training stops. The best epoch often comes late."""
+
+    batch_size: Count = 64
+    """Windows per step, counted at 50 positions each: a step has 50 x batch_size positions, in more windows if they are
+    shorter."""
+
+    learning_rate: Positive = 0.002
+    """Learning rate of the first epoch. It falls to 0 along a cosine."""
+
     temperature: Positive = 1.0
-    logq: bool = True  # correct sampled logits by log of the sampling probability
-    in_batch_negatives: CountOr0 = (
-        512  # targets of other examples in the batch, shared by all; 0 = none
-    )
-    # items drawn uniformly, shared by all; a catalogue no larger is taken whole; 0 = 2048, autoencoder 16384
-    uniform_negatives: CountOr0 = 0
-    # What the user has interacted with in the window is no negative; if false, just the position's own target is none.
+    """Divides the scores in the softmax."""
+
+    logq: bool = True
+    """Whether sampled logits are corrected by the log of the sampling probability."""
+
+    in_batch_negatives: CountOr0 = 512
+    """Negatives drawn from the targets of the batch, shared by all positions. 0: none."""
+
+    uniform_negatives: Auto | CountOr0 = "auto"
+    """Negatives drawn uniformly from the catalogue, shared by all positions. 0: none. A catalogue of no more items is
+    taken whole. auto: 2,048; for autoencoder 16,384."""
+
     mask_user_positives: bool = True
-    user_id: bool = False  # the query tower embeds the user id
-    query_time: bool = False  # the query tower reads the hour and weekday of the request
+    """Whether all items in a window are left out of its negatives. If false, only a position's own target is."""
+
+    user_id: bool = False
+    """Whether the query tower embeds the user id."""
+
+    query_time: bool = False
+    """Whether the query tower reads the hour and weekday of the request."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
+class ResolvedRetrieval(Retrieval):
+    """`Retrieval` without `auto`: what a model is built and trained with. `with_data_defaults` makes it."""
+
+    arch: str = "sasrec"
+    window: Count = 50
+    epochs: Count = 12
+    uniform_negatives: CountOr0 = 2048
+
+
+@dataclass(frozen=True, config=STRICT)
 class Ranking:
-    arch: str = "mlp"  # mlp, dlrm or dcn
-    # implicit: clicks on mined candidates, one by one; listwise: a softmax over each list; rating: squared error
+    """The ranker and its training."""
+
+    arch: str = "mlp"
+    """mlp, dlrm or dcn (rec/ranking/archs.py). `rec.train --stage ranking --model-arch A` is short for
+    `--set ranking.arch=A`."""
+
     objective: str = "implicit"
-    candidates: Count = 100  # length of a candidate list
-    holdout: Share = (
-        0.15  # latest share of the training interactions that labels the candidate lists
-    )
-    hidden: Annotated[tuple[Count, ...], "at least one width", bool] = (128, 64)
+    """implicit: clicks on mined candidates, one by one. listwise: a softmax over each list. rating: squared error."""
+
+    candidates: Count = 100
+    """Length of a candidate list, in training and in service: the best of the index.k items that retrieval returns, so
+    at most index.k."""
+
+    holdout: Share = 0.15
+    """Latest share of the training interactions, which labels the candidate lists."""
+
+    hidden: Widths = (128, 64)
+    """Widths of the hidden layers."""
+
     dropout: Rate = 0.2
+    """Share of the hidden activations that a training step drops."""
+
+    window: Auto | Count = "auto"
+    """Longest history that objective rating reads. auto: 300, or retrieval.window if that is more. The other objectives
+    read retrieval.window."""
+
     epochs: Count = 5
+    """The most epochs."""
+
     patience: Count = 2
-    batch_size: Count = 64  # candidate lists a step; with `rating`, 16 ratings for each
-    l2: NotNegative = (
-        0.03  # with `rating`: penalty on the squared vectors of the users and items of a batch
-    )
-    learning_rate: Positive = 0.001  # falls to 0 along a cosine; with `rating`, 3 times as much
+    """Epochs without a better validation metric before training stops."""
+
+    batch_size: Auto | Count = "auto"
+    """Candidate lists per step, or ratings with objective rating. auto: 64 lists, or 1,024 ratings."""
+
+    l2: NotNegative = 0.03
+    """Penalty of objective rating on the squared vectors of the users and items of a batch."""
+
+    learning_rate: Auto | Positive = "auto"
+    """Learning rate of the first epoch. It falls to 0 along a cosine. auto: 0.001; with objective rating 0.003."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
+class ResolvedRanking(Ranking):
+    """`Ranking` without `auto`: what a model is built and trained with. `with_ranking_defaults` makes it."""
+
+    window: Count = 50
+    batch_size: Count = 64
+    learning_rate: Positive = 0.001
+
+
+@dataclass(frozen=True, config=STRICT)
 class Index:
-    # scann, or exact (brute force; loads in a stock TF Serving)
-    kind: Annotated[str, "one of scann, exact", ("scann", "exact").__contains__] = "scann"
-    recall_target: Target = (
-        0.95  # recall@k against the exact index that ScaNN's settings are searched for
-    )
-    k: Count = 100  # candidates that the retrieval bundle returns
-    max_seen: CountOr0 = 1000  # items of a known user's history that the bundle stores and excludes
+    """The index over the items that a retrieval bundle holds."""
+
+    kind: Literal["scann", "exact"] = "scann"
+    """scann, or exact: brute force, which loads in a stock TF Serving."""
+
+    recall_target: Target = 0.95
+    """Recall@k, compared with the exact index, that ScaNN's settings are searched for."""
+
+    k: Count = 100
+    """Items that the retrieval bundle returns. Without a ranker they are the answer."""
+
+    max_seen: CountOr0 = 1000
+    """Items of a known user's history that the bundle stores, reads and excludes. 0: none."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Output:
+    """Where results go."""
+
     checkpoints: str = "checkpoints"
+    """Directory of the checkpoints."""
+
     savedmodels: str = "savedmodels"
+    """Directory of the bundles."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Config:
-    dataset: str  # a dataset directory, as written by rec.data_prep
+    """A whole configuration."""
+
+    dataset: str
+    """A dataset directory, as written by rec.data_prep."""
+
     use_wandb: bool = False
+    """Whether runs and bundles are logged to Weights & Biases."""
+
     seed: Seed = 42
-    strategy: Strategy = "mirrored"  # of several processes, named in TF_CONFIG (rec/workers.py)
+    """Of all random numbers."""
+
+    strategy: Literal["mirrored", "ps"] = "mirrored"
+    """How several processes, named in TF_CONFIG, train together (rec/ops/distributed.py): mirrored, or ps, parameter
+    servers. `rec.train --strategy S` is short for `--set strategy=S`."""
+
     features: Features = Features()
     retrieval: Retrieval = Retrieval()
     ranking: Ranking = Ranking()
@@ -126,81 +233,128 @@ class Config:
     output: Output = Output()
 
 
+Section = TypeVar("Section")  # one of the classes above
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --config and --set: a command calls `load_config(args.config, args.overrides)`."""
-    default, text = (
-        "config/dummy/dummy_small.yaml",
-        "override a key, such as --set retrieval.epochs=3",
+    """Adds --config, --set and --keys: a command calls `load_config(args.config, args.overrides)`."""
+    parser.add_argument(
+        "--config",
+        default="config/dummy/dummy_small.yaml",
+        metavar="FILE",
+        help="YAML file (default: %(default)s)",
     )
     parser.add_argument(
-        "--config", default=default, metavar="FILE", help="YAML file (default: %(default)s)"
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help="override a key, such as --set retrieval.epochs=3",
     )
     parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="A.B=C", help=text
+        "--keys",
+        action="version",
+        version=describe_keys(),
+        help="print every key of the configuration with its default and its values, and exit",
     )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file, and over it `overrides`, each `a.b=c`. Raises UserError, see above, for whatever is wrong."""
-    config, where = Config(dataset=""), str(path)
+    config = Config(dataset="")
+    where = str(path)
     try:
-        if (
-            tree := yaml.load(Path(path).read_bytes(), _Loader)
-        ) is None:  # a SafeLoader: it builds plain values only
+        tree = yaml.load(Path(path).read_bytes(), _Loader)  # a SafeLoader: it builds plain values
+        if tree is None:
             raise ValueError("the file is empty; it needs at least `dataset: data/NAME`")
         config = _update(config, tree, "")
         for override in overrides:
             where = f"--set {override}"
-            key, equals, text = override.partition("=")
-            if not key.strip() or not equals:
-                raise ValueError("needs a key and a value, such as --set retrieval.epochs=3")
-            tree = yaml.load(text, _Loader)
-            for name in reversed(key.strip().split(".")):
-                tree = {name: tree}
-            config = _update(config, tree, "")
+            config = _update(config, _parse_override(override), "")
         where = " --set ".join([str(path), *overrides])
-        if not config.dataset:
-            raise ValueError(
-                "dataset: missing key; add `dataset: data/NAME` or --set dataset=data/NAME"
-            )
-        if (candidates := config.ranking.candidates) > (k := config.index.k):
-            raise ValueError(
-                f"ranking.candidates: must be at most index.k, which is {k}, not {candidates}"
-            )
+        _check_together(config)
     except OSError as error:
         raise UserError(f"{where}: {error.strerror}") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-    ) as error:  # YAML raises the latter for a date such as 2024-13-45
-        mark, problem = (
-            getattr(error, "problem_mark", None),
-            getattr(error, "problem", None) or error,
-        )
-        raise UserError(f"{where}: {f'line {mark.line + 1}: ' if mark else ''}{problem}") from None
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+        raise UserError(f"{where}: {line}{error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:  # the latter also for a date such as 2024-13-45
+        raise UserError(f"{where}: {error}") from None
     return config
 
 
-def settled(config: Retrieval, ordered: bool, interactions: int) -> Retrieval:
-    """`auto` and 0 replaced by what suits a data set, with or without timestamps, of so many training interactions."""
-    arch = ("sasrec" if ordered else "autoencoder") if config.arch == "auto" else config.arch
-    epochs = config.epochs or min(max(round(5_000_000 / interactions), 12), 100)
-    uniform = config.uniform_negatives or (16384 if arch == "autoencoder" else 2048)
-    return replace(
-        config,
-        arch=arch,
-        window=config.window or (50 if ordered else 1000),
-        epochs=epochs,
-        uniform_negatives=uniform,
-        query_time=config.query_time and ordered,
-    )
+def _parse_override(text: str) -> Any:
+    """`a.b=c` as the tree that a file with this one key has."""
+    key, equals, value = text.partition("=")
+    if not key.strip() or not equals:
+        raise ValueError("needs a key and a value, such as --set retrieval.epochs=3")
+    tree = yaml.load(value, _Loader)
+    for name in reversed(key.strip().split(".")):
+        tree = {name: tree}
+    return tree
+
+
+def _check_together(config: Config) -> None:
+    """Raises ValueError, without the file's name, for values that are each possible but not together."""
+    if not config.dataset:
+        raise ValueError(
+            "dataset: missing key; add `dataset: data/NAME` or --set dataset=data/NAME"
+        )
+    candidates = config.ranking.candidates
+    k = config.index.k
+    if candidates > k:
+        raise ValueError(
+            f"ranking.candidates: must be at most index.k, which is {k}, not {candidates}"
+        )
+    retrieval = config.retrieval
+    if retrieval.in_batch_negatives == 0 and retrieval.uniform_negatives == 0:
+        raise ValueError(
+            "retrieval.in_batch_negatives and retrieval.uniform_negatives: one of them must be "
+            "above 0, since training needs negatives"
+        )
 
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The config as plain dicts, lists and scalars, which JSON can hold."""
-    return asdict(
-        config, dict_factory=lambda pairs: {k: list(v) if type(v) is tuple else v for k, v in pairs}
-    )
+    return TypeAdapter(Config).dump_python(config, mode="json")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# auto
+
+
+def with_data_defaults(config: Retrieval, ordered: bool, interactions: int) -> ResolvedRetrieval:
+    """`auto` replaced by what suits a data set, with or without timestamps, of so many training interactions."""
+    choices: dict[str, Any] = {
+        "arch": "sasrec" if ordered else "autoencoder",
+        "window": 50 if ordered else 1000,
+        "epochs": min(max(round(5_000_000 / interactions), 12), 100),
+    }
+    settings = asdict(config)
+    settings["query_time"] = config.query_time and ordered
+    settings |= {key: value for key, value in choices.items() if settings[key] == "auto"}
+    if config.uniform_negatives == "auto":
+        settings["uniform_negatives"] = 16384 if settings["arch"] == "autoencoder" else 2048
+    return ResolvedRetrieval(**settings)
+
+
+RATING_WINDOW = 300  # with 50, as retrieval reads, the RMSE on MovieLens 100K is .01 higher
+
+
+def with_ranking_defaults(config: Ranking, retrieval_window: int) -> ResolvedRanking:
+    """`auto` replaced by what suits the objective, for a retrieval model that reads histories of `retrieval_window`."""
+    is_rating = config.objective == "rating"
+    choices: dict[str, Any] = {
+        "window": max(retrieval_window, RATING_WINDOW),
+        "batch_size": 1024 if is_rating else 64,
+        "learning_rate": 0.003 if is_rating else 0.001,
+    }
+    settings = asdict(config)
+    settings |= {key: value for key, value in choices.items() if settings[key] == "auto"}
+    if not is_rating:
+        settings["window"] = retrieval_window
+    return ResolvedRanking(**settings)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -215,12 +369,13 @@ UNREAD: dict[str, tuple[str, tuple[str, ...]]] = {
     "retrieval.logq": ("retrieval.arch", ("autoencoder",)),
     "retrieval.mask_user_positives": ("retrieval.arch", ("autoencoder",)),
     "ranking.holdout": ("ranking.objective", ("rating",)),
+    "ranking.window": ("ranking.objective", ("implicit", "listwise")),
     "ranking.l2": ("ranking.objective", ("implicit", "listwise")),
     "index.recall_target": ("index.kind", ("exact",)),
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class DataFacts:
     """What of a data set decides whether a key has an effect."""
 
@@ -233,9 +388,9 @@ class DataFacts:
 
 def without_effect(config: Config, data: DataFacts, sections: Sequence[str]) -> list[str]:
     """A sentence for each key of these sections that was set, to other than its default, and has no effect."""
-    retrieval = settled(config.retrieval, data.ordered, data.interactions)
+    retrieval = with_data_defaults(config.retrieval, data.ordered, data.interactions)
     chosen = replace(config, retrieval=retrieval)
-    reasons = _unread(chosen) | _decided_by_data(chosen, data)
+    reasons = _unread(chosen) | _decided_by_data(chosen, retrieval, data)
     return [
         f"{key}: {_show(_get(config, key))} has no effect: {reason}"
         for key, reason in reasons.items()
@@ -252,12 +407,15 @@ def _unread(config: Config) -> dict[str, str]:
     }
 
 
-def _decided_by_data(config: Config, data: DataFacts) -> dict[str, str]:
+def _decided_by_data(
+    config: Config, retrieval: ResolvedRetrieval, data: DataFacts
+) -> dict[str, str]:
     """The keys that have no effect on these data, with the reason."""
-    retrieval = config.retrieval
     reasons = {}
     if not data.ordered:
         reasons["retrieval.query_time"] = "the interactions have no timestamps"
+    if retrieval.in_batch_negatives == 0:
+        reasons["retrieval.logq"] = "every negative is drawn with the same probability"
     if retrieval.uniform_negatives >= data.trained_items:
         whole = f"the softmax is over all {data.trained_items:,} items, which are no more than "
         whole += f"retrieval.uniform_negatives {retrieval.uniform_negatives:,}"
@@ -299,13 +457,32 @@ def with_run(config: Config, run: dict[str, Any]) -> Config:
 
     The length of the candidate lists stays: a bundle may re-rank more or fewer than the ranker was trained on.
     """
-    changes: dict[str, Any] = {"features": Features(**run["features"]), "seed": run["seed"]}
+    changes: dict[str, Any] = {
+        "features": section_of_run(Features, run, "features"),
+        "seed": run["seed"],
+    }
     if "retrieval" in run:
-        changes["retrieval"] = Retrieval(**run["retrieval"])
+        changes["retrieval"] = section_of_run(ResolvedRetrieval, run, "retrieval")
     if "ranking" in run:
-        ranking = Ranking(**{**run["ranking"], "hidden": tuple(run["ranking"]["hidden"])})
+        ranking = section_of_run(Ranking, run, "ranking")
         changes["ranking"] = replace(ranking, candidates=config.ranking.candidates)
     return replace(config, **changes)
+
+
+def section_of_run(section: type[Section], run: dict[str, Any], name: str) -> Section:
+    """The settings `name` of a trained model. Raises UserError if another version of rec wrote them, unreadable here.
+
+    `run` is a checkpoint's run.json, or a bundle's config.
+    """
+    try:
+        return section(**run[name])
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join([name, *map(str, problem["loc"])])
+        raise UserError(
+            f"the trained model's {key}: {problem['msg']}. It was trained by another version of rec: "
+            "train again"
+        ) from None
 
 
 def _get(config: Config, key: str) -> Any:
@@ -321,94 +498,135 @@ def _is_set(config: Config, key: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Errors and documentation, from the JSON schema of the fields
+
+
+def describe_keys() -> str:
+    """A paragraph for each key: its default, what it means, which values it takes."""
+    paragraphs = []
+    for key, schema in _key_schemas().items():
+        default = schema.get("default", "no default")
+        shown = default if isinstance(default, str) else _show(default)
+        text = " ".join(schema["description"].split())
+        paragraphs.append(f"{key}: {shown}\n    {text}\n    Takes {_words(schema)}.")
+    return "\n".join(paragraphs)
+
+
+def _key_schemas() -> dict[str, dict[str, Any]]:
+    """Key -> JSON schema, for all keys."""
+    whole = TypeAdapter(Config).json_schema()
+    keys = {}
+    for name, schema in whole["properties"].items():
+        if "$ref" not in schema:
+            keys[name] = schema
+            continue
+        section = whole["$defs"][schema["$ref"].rpartition("/")[2]]
+        keys |= {f"{name}.{own}": of_own for own, of_own in section["properties"].items()}
+    return keys
+
+
+def _words(schema: dict[str, Any]) -> str:
+    """The values that a JSON schema allows, such as `a number of 0 or more and below 1`."""
+    if "anyOf" in schema:
+        return " or ".join(_words(choice) for choice in schema["anyOf"])
+    if "const" in schema:
+        return str(schema["const"])
+    if "enum" in schema:
+        return " or ".join(schema["enum"])
+    kind = schema["type"]
+    if kind == "array":
+        return f"a list of {schema['minItems']} or more entries, each {_words(schema['items'])}"
+    if kind == "object":
+        return f"{{key: {_words(schema['additionalProperties'])}}}"
+    names = {"boolean": "true or false", "integer": "a whole number", "number": "a number"}
+    limits = {
+        "minimum": "of {} or more",
+        "exclusiveMinimum": "above {}",
+        "maximum": "at most {}",
+        "exclusiveMaximum": "below {}",
+    }
+    bounds = [text.format(schema[name]) for name, text in limits.items() if name in schema]
+    return " ".join([names.get(kind, "text"), " and ".join(bounds)]).strip()
+
+
+def _problem(error: ValidationError, prefix: str) -> str:
+    """The first problem of a section as a sentence that names the key, or the entry of its list or dict."""
+    problems = error.errors()
+    name = problems[0]["loc"][0]
+    of_key = [problem for problem in problems if problem["loc"][0] == name]
+    deepest = max(of_key, key=lambda problem: len(problem["loc"]))
+    key = f"{prefix}{name}"
+    schema = _key_schemas()[key]
+    place = deepest["loc"][1:]
+    if "anyOf" in schema:
+        place = place[1:]  # the first part says which of the choices did not fit
+    if place:
+        schema = _entry_schema(schema)
+        if place[-1] != "[key]":
+            key += f"[{place[0]}]" if isinstance(place[0], int) else f".{place[0]}"
+    value = deepest["input"]
+    words = _words(schema)
+    if deepest["type"] == "finite_number":
+        words = words.replace("number", "finite number")
+    needs_quotes = words == "text" and not isinstance(value, list | dict | None)
+    hint = "; put it in quotes" if needs_quotes else ""
+    return f"{key}: expected {words}, got {_show(value)}{hint}"
+
+
+def _entry_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of what a list or dict holds."""
+    for choice in schema.get("anyOf", [schema]):
+        entry = choice.get("items") or choice.get("additionalProperties")
+        if entry:
+            return entry
+    raise KeyError("no list, no dict")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # YAML -> dataclasses
 
 
 def _update(section: Any, tree: object, prefix: str) -> Any:
     """`section`, a dataclass, with what `tree` sets. Raises ValueError, without the file's name."""
-    types, changes = get_type_hints(type(section), include_extras=True), {}
+    names = [field.name for field in fields(section)]
     if not isinstance(tree, dict):
-        name, example = prefix[:-1] or "the file", prefix + next(iter(types))
-        raise ValueError(f"{name}: expected keys, such as {example}, got {_show(tree)}")
+        name = prefix[:-1] or "the file"
+        raise ValueError(f"{name}: expected keys, such as {prefix}{names[0]}, got {_show(tree)}")
+    changes = {}
     for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if name not in types:  # the nearest key is one of this section rather than of another one
-            sections = {
-                field.name: field.default for field in fields(Config) if is_dataclass(field.default)
-            }
-            keys = {
-                own.name: f"{other}.{own.name}"
-                for other, kind in sections.items()
-                for own in fields(kind)
-            }
-            keys |= {own: prefix + own for own in types}
-            close = difflib.get_close_matches(str(name), keys, n=1)
-            hint = (
-                f"did you mean {keys[close[0]]}?"
-                if close
-                else f"the keys here are {', '.join(types)}"
-            )
-            raise ValueError(f"{key}: unknown key; {hint}")
+        if name not in names:
+            raise ValueError(f"{prefix}{name}: unknown key; {_hint(str(name), names, prefix)}")
         now = getattr(section, name)
-        changes[name] = (
-            _update(now, value, f"{key}.")
-            if is_dataclass(now)
-            else _convert(types[name], value, key)
-        )
-    return replace(section, **changes)
+        changes[name] = _update(now, value, f"{name}.") if is_dataclass(now) else value
+    try:
+        return replace(section, **changes)
+    except ValidationError as error:
+        raise ValueError(_problem(error, prefix)) from None
 
 
-def _convert(kind: Any, value: Any, key: str) -> Any:
-    """`value` as `kind`, or ValueError. Whole numbers pass for numbers, lists become tuples; nothing else does."""
-    if get_origin(kind) is Annotated:
-        kind, rule, holds = get_args(kind)
-        value = _convert(kind, value, key)
-        if not holds(value):
-            raise ValueError(f"{key}: must be {rule}, not {_show(value)}")
-        return value
-    choices = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    for choice in choices:
-        outer, inner = get_origin(choice) or choice, get_args(choice)
-        if outer is tuple and type(value) is list:
-            return tuple(_convert(inner[0], entry, f"{key}[{i}]") for i, entry in enumerate(value))
-        if outer is dict and type(value) is dict:
-            return {
-                _convert(inner[0], k, key): _convert(inner[1], v, f"{key}.{k}")
-                for k, v in value.items()
-            }
-        if type(value) is outer or (
-            outer is float and type(value) is int
-        ):  # no isinstance: True is an int
-            return outer(value)
-    names = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        tuple: "a list",
-    }
-    expected = " or ".join(
-        names.get(get_origin(choice) or choice, "{key: value}") for choice in choices
-    )
-    hint = "; put it in quotes" if kind is str and not isinstance(value, list | dict | None) else ""
-    raise ValueError(f"{key}: expected {expected}, got {_show(value)}{hint}")
+def _hint(name: str, names: list[str], prefix: str) -> str:
+    """The nearest key, of this section rather than of another one; or the keys of this section."""
+    keys = {key.rpartition(".")[2]: key for key in _key_schemas()}
+    keys |= {own: prefix + own for own in names}
+    close = difflib.get_close_matches(name, keys, n=1)
+    return f"did you mean {keys[close[0]]}?" if close else f"the keys here are {', '.join(names)}"
 
 
 def _show(value: object) -> str:
-    return (
-        "nothing"
-        if value is None
-        else str(value).lower()
-        if isinstance(value, bool)
-        else repr(value)
-    )
+    """A value as it is written in YAML, nearly."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value)
 
 
 class _Loader(yaml.SafeLoader):
     """YAML where 1e-3 is a number (PyYAML wants 1.0e-3) and a repeated key an error (it takes the last)."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node, seen = super().compose_mapping_node(anchor), set()
+        node = super().compose_mapping_node(anchor)
+        seen = set()
         for key, _ in node.value:
             if str(key.value) in seen:
                 raise yaml.MarkedYAMLError(

@@ -26,13 +26,15 @@ import pandas as pd
 import tensorflow as tf
 from tqdm import tqdm
 
-from rec import baselines, metrics, registry
+from rec import baselines, metrics
+from rec.bundles import files
+from rec.bundles.recommender import LOWEST, Recommender
 from rec.config import Config, Features, add_config_arguments, load_config
+from rec.corpus import Corpus, load_corpus
 from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError, command_parser, run_command
 from rec.features import FIRST_ITEM, PAD
-from rec.pipeline import Corpus, load_corpus
-from rec.recommender import LOWEST, Recommender
+from rec.ops.rating_baselines import rating_baselines
 
 K = max(metrics.KS)
 BATCH = 256  # users a call
@@ -161,9 +163,7 @@ def evaluate(
     return report
 
 
-def compare(
-    config: Config, candidate: registry.Pair, current: registry.Pair | None = None
-) -> Report:
+def compare(config: Config, candidate: files.Pair, current: files.Pair | None = None) -> Report:
     """A pair beside the one in production, on the test data that belong to the candidate.
 
     Returns:
@@ -254,7 +254,7 @@ def _rating_errors(task: Task, pair: Recommender) -> dict[str, dict[str, float]]
     """RMSE of the ranker and of rating baselines on the held-out ratings."""
     corpus, held, ratings = task.corpus, task.held, task.held.ratings
     assert ratings is not None
-    fitted = baselines.rating_baselines(corpus.train, corpus.val, corpus.items.rows)
+    fitted = rating_baselines(corpus.train, corpus.val, corpus.items.rows)
     predicted = {
         name: baseline.predict(held.users, held.items) for name, baseline in fitted.items()
     }
@@ -284,7 +284,7 @@ def _baselines(task: Task, all_of_them: bool) -> dict[str, np.ndarray]:
 
 def load_latest(config: Config) -> Recommender:
     """The latest ranking bundle with the retrieval bundle it belongs to; or the latest retrieval bundle alone."""
-    return Recommender.load(*registry.find_pair(Path(config.output.savedmodels)))
+    return Recommender.load(*files.find_pair(Path(config.output.savedmodels)))
 
 
 def show_systems(report: Report) -> None:

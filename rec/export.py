@@ -28,28 +28,30 @@ import pandas as pd
 import tensorflow as tf
 from tensorflow_serving.apis import model_pb2, predict_pb2, prediction_log_pb2
 
-from rec import registry
-from rec.bundle import Lookup, RankingModule, RetrievalModule
-from rec.checkpoint import TrainedRetrieval, load_ranking, load_retrieval
+import rec.ops.ratings  # noqa: F401  (registers the objective rating)
+from rec.bundles import files
+from rec.bundles.recommender import RecommenderModule, load_bundle
+from rec.bundles.signatures import Lookup, RankingModule, RetrievalModule
 from rec.config import (
     Config,
     Index,
     add_config_arguments,
     load_config,
     overruled,
+    section_of_run,
     to_dict,
     with_run,
     without_effect,
 )
-from rec.counts import Counts
+from rec.corpus import Corpus
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError, command_parser, run_command, warn
-from rec.fit import Fitted
-from rec.pipeline import Corpus
-from rec.ranking.model import RankingModel
-from rec.recommender import RecommenderModule, load_bundle
+from rec.ranking.count_features import CountFeatures
+from rec.ranking.train import TrainedRanking, load_ranking
 from rec.retrieval.index import build_index
+from rec.retrieval.train import TrainedRetrieval, load_retrieval
 from rec.tables import read_table
+from rec.training import TrainState
 
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
 TUNING_USERS = 2000  # users whose queries the index is tuned and measured on
@@ -83,35 +85,33 @@ def export_retrieval(trained: TrainedRetrieval, config: Config) -> Path:
         module = RetrievalModule(
             model, index, Lookup(corpus, history, wanted.max_seen, Path(assets)), k
         )
-        about = _about(corpus, model, trained.fitted, trained.run)
-        config = with_run(config, trained.run)
+        about = _about(corpus, model, trained.state, trained.description)
+        config = with_run(config, trained.description)
         return _save("retrieval", module, config, **about, index=report, built_from={})
 
 
-def export_ranking(
-    model: RankingModel,
-    retrieval: TrainedRetrieval,
-    config: Config,
-    run: dict[str, Any],
-    fitted: Fitted,
-    source: Path,
-) -> Path:
-    """Writes the ranking bundle for `source`, the bundle of `retrieval`, whose towers it takes along; publishes it."""
+def export_ranking(trained: TrainedRanking, config: Config, source: Path) -> Path:
+    """Writes the ranking bundle for `source`, the bundle of its retrieval model, whose towers it takes along.
+
+    Returns the bundle's directory.
+    """
+    retrieval = trained.retrieval
     corpus = retrieval.corpus
-    counts = Counts(corpus.train, corpus.items.rows)
+    counts = CountFeatures(corpus.train, corpus.items.rows)
     with tempfile.TemporaryDirectory() as assets:
-        lookup = Lookup(corpus, corpus.history("test"), config.index.max_seen, Path(assets))
-        module = RankingModule(model, retrieval.model, counts, lookup)
-        about = _about(corpus, model, fitted, run)
-        config = with_run(with_run(config, retrieval.run), run)
-        built_from = _identities(registry.read_metadata(source))
+        history = corpus.history("test")
+        lookup = Lookup(corpus, history, config.index.max_seen, Path(assets))
+        module = RankingModule(trained.model, retrieval.model, counts, lookup)
+        about = _about(corpus, trained.model, trained.state, trained.description)
+        config = with_run(with_run(config, retrieval.description), trained.description)
+        built_from = _identities(files.read_metadata(source))
         return _save("ranking", module, config, **about, built_from=built_from)
 
 
 def export_recommender(retrieval: Path, ranking: Path, config: Config) -> Path:
     """Composes two published bundles into one and publishes it. Raises UserError if they are not a pair."""
-    first, second = registry.verify(retrieval, "retrieval"), registry.verify(ranking, "ranking")
-    registry.check_pair(first, second, ranking)
+    first, second = files.verify(retrieval, "retrieval"), files.verify(ranking, "ranking")
+    files.check_pair(first, second, ranking)
     items = read_table(retrieval / "items.parquet")
     count = second["config"]["ranking"]["candidates"]
     module = RecommenderModule(
@@ -123,17 +123,17 @@ def export_recommender(retrieval: Path, ranking: Path, config: Config) -> Path:
     config = with_run(with_run(config, first["run"]), second["run"])
     config = replace(
         config,
-        index=Index(**first["config"]["index"]),
+        index=section_of_run(Index, first["config"], "index"),
         ranking=replace(config.ranking, candidates=count),
     )
     return _save("recommender", module, config, items, **metadata)
 
 
-def _about(corpus: Corpus, model: Any, fitted: Fitted, run: dict[str, Any]) -> dict[str, Any]:
+def _about(corpus: Corpus, model: Any, state: TrainState, run: dict[str, Any]) -> dict[str, Any]:
     """What a bundle holds beside its model: the items to show, whose rows its weights are for, how it was trained."""
     items = corpus.item_table.assign(popularity=corpus.popularity[corpus.items.first :])
     data = {"items": items, "dataset": corpus.dataset_id, "vocabulary": corpus.items.digest()}
-    told = {"metrics": fitted.metrics, "run_id": fitted.run_id, "history": fitted.history}
+    told = {"metrics": state.metrics, "run_id": state.run_id, "history": state.history}
     return {**data, "architecture": model.config.arch, "run": run, **told}
 
 
@@ -160,7 +160,7 @@ def _save(stage: str, module: Any, config: Config, items: pd.DataFrame, **metada
         "created": created,
     }
     metadata["libraries"] = {name: library_version(name) for name in LIBRARIES}
-    with registry.draft(stage_dir) as draft:
+    with files.draft(stage_dir) as draft:
         tf.saved_model.save(module, str(draft), signatures=signatures, options=options)
         items.to_parquet(draft / "items.parquet", index=False)
         (draft / "assets.extra").mkdir()
@@ -174,7 +174,7 @@ def _save(stage: str, module: Any, config: Config, items: pd.DataFrame, **metada
                         spec, function, items["item_id"][:WARMUP_ITEMS].tolist()
                     ).SerializeToString()
                 )
-        return stage_dir / str(registry.publish(draft, stage_dir, metadata))
+        return stage_dir / str(files.publish(draft, stage_dir, metadata))
 
 
 def _warmup(
@@ -207,7 +207,7 @@ def _git_commit() -> str | None:
 
 def main() -> None:
     parser = command_parser("rec.export", __doc__)
-    parser.add_argument("--stage", required=True, choices=(*registry.STAGES, "all"))
+    parser.add_argument("--stage", required=True, choices=(*files.STAGES, "all"))
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -231,17 +231,17 @@ def export_stage(config: Config, stage: str, checkpoint: Path | None = None) -> 
     """Exports a stage from its checkpoint, or composes the recommender from the latest pair; returns the JSON."""
     start = time.perf_counter()
     if stage == "recommender":
-        ranking = registry.resolve(Path(config.output.savedmodels) / "ranking")
-        bundle = export_recommender(registry.retrieval_of(ranking), ranking, config)
+        ranking = files.resolve(Path(config.output.savedmodels) / "ranking")
+        bundle = export_recommender(files.retrieval_of(ranking), ranking, config)
         return _answer(bundle, start)
     if stage == "retrieval":
         bundle = export_retrieval(_load_retrieval(config, checkpoint), config)
         _warn_of_older_pair(config, bundle)
         return _answer(bundle, start)
     retrieval = _load_retrieval(config)
-    model, fitted, run = _load_ranking(config, retrieval, checkpoint)
-    source = bundle_of(config, retrieval.run)
-    return _answer(export_ranking(model, retrieval, config, run, fitted, source), start)
+    trained = _load_ranking(config, retrieval, checkpoint)
+    source = bundle_of(config, retrieval.description)
+    return _answer(export_ranking(trained, config, source), start)
 
 
 def export_all(config: Config) -> dict[str, dict[str, Any]]:
@@ -251,11 +251,11 @@ def export_all(config: Config) -> dict[str, dict[str, Any]]:
     """
     start = time.perf_counter()
     retrieval = _load_retrieval(config)
-    model, fitted, run = _load_ranking(config, retrieval)
+    ranking = _load_ranking(config, retrieval)
     first = export_retrieval(retrieval, config)
     answer = {"retrieval": _answer(first, start)}
     start = time.perf_counter()
-    second = export_ranking(model, retrieval, config, run, fitted, first)
+    second = export_ranking(ranking, config, first)
     answer["ranking"] = _answer(second, start)
     start = time.perf_counter()
     answer["recommender"] = _answer(export_recommender(first, second, config), start)
@@ -265,26 +265,26 @@ def export_all(config: Config) -> dict[str, dict[str, Any]]:
 def _load_retrieval(config: Config, checkpoint: Path | None = None) -> TrainedRetrieval:
     directory = checkpoint or Path(config.output.checkpoints) / "retrieval"
     retrieval = load_retrieval(directory, open_dataset(config.dataset))
-    warn(*overruled(config, retrieval.run, ("retrieval", "features")))
+    warn(*overruled(config, retrieval.description, ("retrieval", "features")))
     warn(*without_effect(config, retrieval.corpus.facts, ("index",)))
     return retrieval
 
 
 def _load_ranking(
     config: Config, retrieval: TrainedRetrieval, checkpoint: Path | None = None
-) -> tuple[RankingModel, Fitted, dict[str, Any]]:
+) -> TrainedRanking:
     directory = checkpoint or Path(config.output.checkpoints) / "ranking"
-    model, fitted, run = load_ranking(directory, retrieval)
-    warn(*overruled(config, run, ("ranking",)))
-    return model, fitted, run
+    trained = load_ranking(directory, retrieval)
+    warn(*overruled(config, trained.description, ("ranking",)))
+    return trained
 
 
 def _warn_of_older_pair(config: Config, bundle: Path) -> None:
     """A server follows the latest ranking bundle: a new retrieval bundle alone does not reach it."""
     stage_dir = Path(config.output.savedmodels) / "ranking"
-    if registry.versions(stage_dir):
+    if files.versions(stage_dir):
         warn(
-            f"no server follows {bundle}: ranking {max(registry.versions(stage_dir))} belongs to "
+            f"no server follows {bundle}: ranking {max(files.versions(stage_dir))} belongs to "
             "another retrieval bundle; python -m rec.export --stage all exports both"
         )
 
@@ -302,8 +302,8 @@ def _answer(bundle: Path, start: float) -> dict[str, Any]:
 def bundle_of(config: Config, run: dict[str, Any]) -> Path:
     """The newest retrieval bundle that was exported from this training run. Raises UserError if there is none."""
     stage_dir = Path(config.output.savedmodels) / "retrieval"
-    for version in reversed(registry.versions(stage_dir)):
-        if registry.read_metadata(stage_dir / str(version)).get("run") == run:
+    for version in reversed(files.versions(stage_dir)):
+        if files.read_metadata(stage_dir / str(version)).get("run") == run:
             return stage_dir / str(version)
     hint = "run python -m rec.export --stage retrieval first"
     raise UserError(f"{stage_dir} holds no bundle of the trained retrieval model: {hint}")

@@ -25,7 +25,6 @@ import tensorflow as tf
 
 from rec.errors import UserError, note
 from rec.tables import ColumnLine, describe_columns, shorten
-from rec.workers import whole
 
 PAD, START, UNKNOWN, FIRST_ITEM = (
     0,
@@ -391,7 +390,9 @@ class Encoder(tf.keras.layers.Layer):
 
     def start_from(self, other: "Encoder") -> None:
         """Takes over the weights of an encoder of the same vocabulary, columns and width."""
-        pairs = zip(whole(self.trainable_variables), whole(other.trainable_variables), strict=True)
+        pairs = zip(
+            unsharded(self.trainable_variables), unsharded(other.trainable_variables), strict=True
+        )
         for variable, value in pairs:
             variable.assign(tf.convert_to_tensor(value))
 
@@ -436,6 +437,17 @@ def _with_special_rows(encoded: np.ndarray, first: int) -> np.ndarray:
     return np.concatenate([np.zeros((first, encoded.shape[1]), encoded.dtype), encoded])
 
 
+def unsharded(variables: list[tf.Variable]) -> list[tf.Variable]:
+    """The same variables; a table that lies in parts on several servers is there once, not part by part."""
+    tables: list[tf.Variable] = []
+    for variable in variables:
+        container = getattr(variable, "_sharded_container", None)
+        table = variable if container is None else container()
+        if not any(table is other for other in tables):
+            tables.append(table)
+    return tables
+
+
 def recent_items(history: tf.Tensor, width: int) -> tf.Tensor:
     """Histories as callers give them, [B, H] rows, oldest first, PAD anywhere (ids that were not known) -> the last
     `width` items, [B, width], left-aligned, PAD behind."""
@@ -444,40 +456,3 @@ def recent_items(history: tf.Tensor, width: int) -> tf.Tensor:
     length = tf.reduce_sum(tf.cast(history != PAD, tf.int32), 1)
     at = tf.maximum(length - width, 0)[:, None] + tf.range(width)
     return tf.gather(items, at, batch_dims=1)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The same numbers in any company
-#
-# A processor computes up to LANES numbers of an array at once, and the few that are left at its end by other code. That
-# rounds exponentials, logarithms and roots differently. One row alone is also multiplied with a matrix by other code
-# than two. So the last bit of a user's score would depend on the batch, and two nearly equal scores change places.
-# Therefore: arrays of which LANES divides each user's part, matrices of two rows or more, and sums over a fixed width.
-
-LANES = 16
-
-
-def at_least(rows: int, matrix: tf.Tensor) -> tf.Tensor:
-    """`matrix` [B, ..], with zeros below where it has fewer rows."""
-    missing = tf.maximum(rows - tf.shape(matrix)[0], 0)
-    return tf.pad(matrix, [[0, missing]] + [[0, 0]] * (len(matrix.shape) - 1))
-
-
-def fill_lanes(lists: tf.Tensor, value: float) -> tf.Tensor:
-    """[.., N] -> [.., N rounded up to a multiple of LANES], with `value` behind."""
-    missing = -tf.shape(lists)[-1] % LANES
-    empty = [[0, 0]] * (len(lists.shape) - 1) + [[0, missing]]
-    return tf.pad(lists, empty, constant_values=tf.cast(value, lists.dtype))
-
-
-def softmax(logits: tf.Tensor) -> tf.Tensor:
-    """tf.nn.softmax, which multiplies by one reciprocal per row; LANES must divide the last axis."""
-    exponentials = tf.exp(logits - tf.reduce_max(logits, -1, keepdims=True))
-    return exponentials / tf.reduce_sum(exponentials, -1, keepdims=True)
-
-
-def log_softmax(logits: tf.Tensor) -> tf.Tensor:
-    """tf.nn.log_softmax, which takes one logarithm per row; LANES must divide the last axis."""
-    shifted = logits - tf.reduce_max(logits, -1, keepdims=True)
-    total = tf.reduce_sum(tf.exp(shifted), -1, keepdims=True)
-    return shifted - tf.math.log(tf.broadcast_to(total, tf.shape(logits)))

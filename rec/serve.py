@@ -30,9 +30,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rec import registry
+from rec.bundles import files
 from rec.config import add_config_arguments, load_config
 from rec.errors import UserError, command_parser, run_command
+from rec.ops.registry import WandbStore, built_from
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -43,24 +44,24 @@ if TYPE_CHECKING:
 SHORTEST_WANDB = 60.0  # seconds between looks at W&B
 
 
-def find_pair(args: argparse.Namespace) -> registry.Pair:
+def find_pair(args: argparse.Namespace) -> files.Pair:
     """The bundles that the command line means now; a ranking bundle brings the retrieval bundle it was trained for."""
     retrieval, ranking = _named(args.retrieval_bundle), _named(args.ranking_bundle)
     if args.ranking_wandb:
-        store, version = registry.WandbStore.find(args.ranking_wandb, "ranking")
+        store, version = WandbStore.find(args.ranking_wandb, "ranking")
         ranking = store.directory("ranking", version)
         if not args.retrieval_wandb and retrieval is None:
             retrieval = store.directory(
-                "retrieval", registry.built_from(store, "ranking", version)["retrieval"]
+                "retrieval", built_from(store, "ranking", version)["retrieval"]
             )
     if args.retrieval_wandb:
-        store, version = registry.WandbStore.find(args.retrieval_wandb, "retrieval")
+        store, version = WandbStore.find(args.retrieval_wandb, "retrieval")
         retrieval = store.directory("retrieval", version)
     if ranking is not None:
-        return retrieval or registry.retrieval_of(ranking), ranking
+        return retrieval or files.retrieval_of(ranking), ranking
     if retrieval is not None:
         return retrieval, None
-    return registry.find_pair(
+    return files.find_pair(
         Path(load_config(args.config, args.overrides).output.savedmodels), args.alias
     )
 
@@ -68,7 +69,7 @@ def find_pair(args: argparse.Namespace) -> registry.Pair:
 def _named(bundle: Path | None) -> Path | None:
     if bundle is None or (bundle / "metadata.json").exists():
         return bundle
-    return registry.resolve(bundle.parent, bundle.name)
+    return files.resolve(bundle.parent, bundle.name)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -139,7 +140,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build(args: argparse.Namespace, pair: registry.Pair) -> "tuple[Service, ASGIApp]":
+def build(args: argparse.Namespace, pair: files.Pair) -> "tuple[Service, ASGIApp]":
     """The service, which has not loaded its models yet, and the application in front of it."""
     from rec.serving.app import create_app
     from rec.serving.gate import Tokens
@@ -151,7 +152,7 @@ def build(args: argparse.Namespace, pair: registry.Pair) -> "tuple[Service, ASGI
     return service, app
 
 
-def load(args: argparse.Namespace, pair: registry.Pair) -> "Backend":
+def load(args: argparse.Namespace, pair: files.Pair) -> "Backend":
     """The models of the bundles, here or in TF Serving."""
     print(f"loading {' and '.join(str(path) for path in pair if path)}", file=sys.stderr)
     if args.tf_serving:
@@ -160,7 +161,7 @@ def load(args: argparse.Namespace, pair: registry.Pair) -> "Backend":
         return connect(args.tf_serving, *pair, allow_mismatch=args.allow_mismatch)
     import tensorflow as tf
 
-    from rec.recommender import Recommender
+    from rec.bundles.recommender import Recommender
 
     # One thread an operation: requests share calls instead, and the other cores are for other processes.
     tf.config.threading.set_intra_op_parallelism_threads(1)
@@ -170,7 +171,7 @@ def load(args: argparse.Namespace, pair: registry.Pair) -> "Backend":
 
 def work(
     args: argparse.Namespace,
-    pair: registry.Pair,
+    pair: files.Pair,
     listener: socket.socket,
     connection: Connection,
     at_once: bool,

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from rec.bundles.files import checksum, read_metadata
 from rec.files import digest
-from rec.registry import checksum, read_metadata
 from tests.wandb_server import WandbServer
 
 ROOT = Path(__file__).parent.parent

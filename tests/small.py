@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
+from rec.corpus import Corpus
 from rec.features import FIRST_ITEM, FIRST_USER, Vocabulary, fit_columns
-from rec.pipeline import Corpus, Sequences
+from rec.sequences import Sequences
 
 
 def sequences(*users: list[int], first_time: int = 1000) -> Sequences:

@@ -1,6 +1,7 @@
 """Baselines against their definitions on small matrices, and the ranking and tuning around them."""
 
 import warnings
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from rec.baselines import (
     EASE,
     GRIDS,
     IALS,
-    SECONDS_A_DAY,
+    SECONDS_PER_DAY,
     Baseline,
     Popularity,
     RecentPopularity,
@@ -55,7 +56,7 @@ def test_recent_popularity_counts_the_last_days_and_breaks_ties_by_all_time() ->
         [0, 9, 1, 2, 10]
     )  # item 0 on days 0 and 1, item 1 on day 9, item 2 on days 2 and 10
     baseline = RecentPopularity(days=2)
-    baseline.fit(train, days * SECONDS_A_DAY)
+    baseline.fit(train, days * SECONDS_PER_DAY)
     scores = baseline.scores(csr([[0, 0, 0, 0]]))[0]
     assert np.floor(scores).tolist() == [0, 1, 1, 0]
     assert np.argsort(-scores).tolist() == [2, 1, 0, 3]
@@ -78,7 +79,7 @@ def test_ease_is_the_closed_form_of_the_paper() -> None:
 
 
 def test_ease_refuses_a_catalogue_that_memory_cannot_hold() -> None:
-    with pytest.raises(UserError, match="6 GB for this catalogue of 40,000 items: leave it out"):
+    with pytest.raises(UserError, match="6 GB for 40,000 items: leave it out"):
         EASE().fit(csr_matrix((2, 40_000), dtype=np.float32))
 
 
@@ -176,7 +177,7 @@ def test_rank_is_the_same_in_slices_of_users(monkeypatch: pytest.MonkeyPatch) ->
     baseline = EASE()
     baseline.fit(train)
     whole = rank(baseline, train, train, k=5)
-    monkeypatch.setattr(baselines, "SCORES_A_SLICE", 7 * 20)
+    monkeypatch.setattr(baselines, "SCORES_PER_SLICE", 7 * 20)
     np.testing.assert_array_equal(rank(baseline, train, train, k=5), whole)
 
 
@@ -184,12 +185,14 @@ def test_tune_takes_the_best_on_validation_and_returns_it_fitted(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = csr([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]])
-    times = np.array([0, 0, 0, 1, 90]) * SECONDS_A_DAY
+    times = np.array([0, 0, 0, 1, 90]) * SECONDS_PER_DAY
     history, relevant = (
         csr([[0, 0, 0, 0]]),
         csr([[0, 0, 0, 1]]),
     )  # the last item is the only recent one
-    monkeypatch.setitem(GRIDS, RecentPopularity, [{"days": days} for days in (1000, 5, 7)])
+    monkeypatch.setitem(
+        GRIDS, cast(Any, RecentPopularity), [{"days": days} for days in (1000, 5, 7)]
+    )
     value, best = tune(RecentPopularity, train, history, relevant, times)
     assert (value, best) == (1.0, RecentPopularity(days=5))
     assert best.scores(history)[0].argmax() == 3

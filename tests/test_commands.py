@@ -15,11 +15,11 @@ import pytest
 import tensorflow as tf
 from fastapi.testclient import TestClient
 
-from rec import registry
+from rec.bundles import files
+from rec.bundles.files import STAGES, read_metadata, versions
+from rec.bundles.recommender import Recommender, load_bundle
 from rec.config import load_config
 from rec.data_prep.dataset import open_dataset
-from rec.recommender import Recommender, load_bundle
-from rec.registry import STAGES, read_metadata, versions
 from rec.serving.app import create_app
 from rec.serving.gate import Tokens
 from rec.serving.service import Service
@@ -147,7 +147,7 @@ def test_items_that_came_since_reach_a_running_server_by_one_command_without_tra
     copy: tuple[str, ...], newer: Path, tmp_path: Path
 ):
     savedmodels = tmp_path / "savedmodels"
-    service = Service(lambda: registry.find_pair(savedmodels), lambda pair: Recommender.load(*pair))
+    service = Service(lambda: files.find_pair(savedmodels), lambda pair: Recommender.load(*pair))
     service.load()
     client = TestClient(create_app(service, Tokens(admin=("secret",))))
     assert client.get("/v1/items", params={"q": "brand new"}).json()["items"] == []

@@ -11,14 +11,14 @@ import tensorflow as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rec.bundle import Lookup, RankingModule, RetrievalModule
-from rec.config import Ranking, Retrieval, settled
-from rec.counts import Counts
+from rec.bundles.recommender import Recommender, RecommenderModule
+from rec.bundles.signatures import Lookup, RankingModule, RetrievalModule
+from rec.config import Ranking, Retrieval, with_data_defaults
+from rec.ranking.count_features import CountFeatures
 from rec.ranking.model import RankingModel
-from rec.recommender import Recommender, RecommenderModule
+from rec.retrieval.encoders import ENCODERS
 from rec.retrieval.index import build_index
 from rec.retrieval.model import RetrievalModel
-from rec.retrieval.towers import ENCODERS
 from rec.serving.answer import Catalogue, Engine
 from rec.serving.schemas import RecommendRequest
 from tests import small
@@ -42,7 +42,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     corpus = small.corpus(
         [(3 + rng.permutation(ITEMS)[:length]).tolist() for length in lengths], items=ITEMS
     )
-    config = settled(Retrieval(embedding_dim=16), ordered=True, interactions=1000)
+    config = with_data_defaults(Retrieval(embedding_dim=16), ordered=True, interactions=1000)
     model = RetrievalModel(config, corpus)
     randomize(model, seed=1)
     queries = model.query_compiled(*queries_of(corpus)).numpy()
@@ -53,7 +53,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     lookup = Lookup(corpus, corpus.train, 1000, tmp_path_factory.mktemp("assets"))
     ranker = RankingModel(Ranking(), config.window, config.embedding_dim, corpus)
     randomize(ranker, seed=2)
-    counts = Counts(corpus.train, corpus.items.rows)
+    counts = CountFeatures(corpus.train, corpus.items.rows)
     ids = [f"i{row}" for row in range(ITEMS)]
     items = pd.DataFrame({"item_id": ids, "genre": [GENRES[row % 3] for row in range(ITEMS)]})
     module = RecommenderModule(
@@ -144,7 +144,9 @@ def test_a_batch_of_any_size_has_the_answers_of_its_requests(engine: Engine, siz
 @pytest.mark.parametrize("arch", ENCODERS)
 def test_a_query_is_the_same_to_the_last_bit_beside_longer_histories(arch: str) -> None:
     corpus = small.corpus([[3, 4], [5]], items=300)
-    config = settled(Retrieval(arch=arch, embedding_dim=16), ordered=True, interactions=1000)
+    config = with_data_defaults(
+        Retrieval(arch=arch, embedding_dim=16), ordered=True, interactions=1000
+    )
     model = RetrievalModel(config, corpus)
     randomize(model, seed=4)
     rng = np.random.default_rng(5)

@@ -2,24 +2,30 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from rec.config import (
     UNREAD,
     Config,
     DataFacts,
     Ranking,
+    ResolvedRetrieval,
     Retrieval,
     add_config_arguments,
+    describe_keys,
     load_config,
     overruled,
-    settled,
+    section_of_run,
     to_dict,
+    with_data_defaults,
+    with_ranking_defaults,
     with_run,
     without_effect,
 )
@@ -110,6 +116,21 @@ def test_the_command_line_has_a_default_config_and_repeatable_overrides() -> Non
     assert (args.config, args.overrides) == ("c.yaml", ["seed=1", "index.k=5"])
 
 
+def test_every_key_is_described(capsys: pytest.CaptureFixture[str]) -> None:
+    text = describe_keys()
+    settings = to_dict(Config(dataset="d"))
+    sections = {name: own for name, own in settings.items() if isinstance(own, dict)}
+    keys = [name for name in settings if name not in sections]
+    keys += [f"{name}.{own}" for name, section in sections.items() for own in section]
+    described = re.findall(r"^(\S+):.*\n    \S.+\n    Takes \S.+\.$", text, re.M)
+    assert sorted(described) == sorted(keys)
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--keys"])
+    assert "".join(capsys.readouterr().out.split()) == "".join(text.split())
+
+
 def test_to_dict_survives_json() -> None:
     values = to_dict(Config(dataset="d", ranking=Ranking(hidden=(8, 4))))
     assert values["dataset"] == "d"
@@ -157,24 +178,42 @@ def test_a_missing_key_is_named(write: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("retrieval: {epochs: ten}", "retrieval.epochs: expected a whole number, got 'ten'"),
-        ("retrieval: {epochs: 2.5}", "retrieval.epochs: expected a whole number, got 2.5"),
-        ("retrieval: {epochs: true}", "retrieval.epochs: expected a whole number, got true"),
-        ("retrieval: {epochs: }", "retrieval.epochs: expected a whole number, got nothing"),
+        (
+            "retrieval: {epochs: ten}",
+            "retrieval.epochs: expected auto or a whole number of 1 or more, got 'ten'",
+        ),
+        (
+            "retrieval: {epochs: 2.5}",
+            "retrieval.epochs: expected auto or a whole number of 1 or more, got 2.5",
+        ),
+        (
+            "retrieval: {epochs: true}",
+            "retrieval.epochs: expected auto or a whole number of 1 or more, got true",
+        ),
+        (
+            "retrieval: {epochs: }",
+            "retrieval.epochs: expected auto or a whole number of 1 or more, got nothing",
+        ),
         (
             "retrieval: {learning_rate: fast}",
-            "retrieval.learning_rate: expected a number, got 'fast'",
+            "retrieval.learning_rate: expected a number above 0, got 'fast'",
         ),
         (
             "retrieval: {learning_rate: false}",
-            "retrieval.learning_rate: expected a number, got false",
+            "retrieval.learning_rate: expected a number above 0, got false",
         ),
         ("use_wandb: 1", "use_wandb: expected true or false, got 1"),
         ("dataset: 100", "dataset: expected text, got 100; put it in quotes"),
         ("dataset: [a]", "dataset: expected text, got ['a']"),
-        ("ranking: {hidden: 64}", "ranking.hidden: expected a list, got 64"),
-        ("ranking: {hidden: [64, x]}", "ranking.hidden[1]: expected a whole number, got 'x'"),
-        ("features: {items: 3}", "features.items: expected text or {key: value}, got 3"),
+        (
+            "ranking: {hidden: 64}",
+            "ranking.hidden: expected a list of 1 or more entries, each a whole number of 1 or more, got 64",
+        ),
+        (
+            "ranking: {hidden: [64, x]}",
+            "ranking.hidden[1]: expected a whole number of 1 or more, got 'x'",
+        ),
+        ("features: {items: 3}", "features.items: expected auto or {key: text}, got 3"),
         (
             "features: {items: {year: 3}}",
             "features.items.year: expected text, got 3; put it in quotes",
@@ -195,37 +234,78 @@ def test_a_value_of_the_wrong_type_is_refused(write: Path, text: str, message: s
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("retrieval: {epochs: -1}", "retrieval.epochs: must be 0 or more, not -1"),
+        (
+            "retrieval: {epochs: -1}",
+            "retrieval.epochs: expected auto or a whole number of 1 or more, got -1",
+        ),
         (
             "retrieval: {in_batch_negatives: -1}",
-            "retrieval.in_batch_negatives: must be 0 or more, not -1",
+            "retrieval.in_batch_negatives: expected a whole number of 0 or more, got -1",
         ),
-        (
-            "retrieval: {temperature: 0}",
-            "retrieval.temperature: must be above 0 and finite, not 0.0",
-        ),
+        ("retrieval: {temperature: 0}", "retrieval.temperature: expected a number above 0, got 0"),
         (
             "retrieval: {learning_rate: .inf}",
-            "retrieval.learning_rate: must be above 0 and finite, not inf",
+            "retrieval.learning_rate: expected a finite number above 0, got inf",
         ),
         (
             "retrieval: {learning_rate: .nan}",
-            "retrieval.learning_rate: must be above 0 and finite, not nan",
+            "retrieval.learning_rate: expected a finite number above 0, got nan",
         ),
-        ("retrieval: {dropout: 1}", "retrieval.dropout: must be 0 or more and below 1, not 1.0"),
-        ("ranking: {holdout: 0}", "ranking.holdout: must be above 0 and below 1, not 0.0"),
-        ("ranking: {hidden: [64, 0]}", "ranking.hidden[1]: must be 1 or more, not 0"),
+        (
+            "retrieval: {dropout: 1}",
+            "retrieval.dropout: expected a number of 0 or more and below 1, got 1",
+        ),
+        ("ranking: {holdout: 0}", "ranking.holdout: expected a number above 0 and below 1, got 0"),
+        (
+            "ranking: {hidden: [64, 0]}",
+            "ranking.hidden[1]: expected a whole number of 1 or more, got 0",
+        ),
         (
             "index: {recall_target: 95}",
-            "index.recall_target: must be above 0 and at most 1, not 95.0",
+            "index.recall_target: expected a number above 0 and at most 1, got 95",
         ),
-        ("index: {kind: scan}", "index.kind: must be one of scann, exact, not 'scan'"),
-        ("seed: -1", "seed: must be from 0 to 4294967295, as NumPy wants it, not -1"),
-        ("features: {users: all}", "features.users: must be auto, or {column: kind}, not 'all'"),
+        ("index: {kind: scan}", "index.kind: expected scann or exact, got 'scan'"),
+        ("seed: -1", "seed: expected a whole number of 0 or more and below 4294967296, got -1"),
+        ("features: {users: all}", "features.users: expected auto or {key: text}, got 'all'"),
     ],
 )
 def test_an_impossible_value_is_refused(write: Path, text: str, message: str) -> None:
     assert error(write, text) == f"x.yaml: {message}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ranking: {hidden: !!set {64, 8}}", "ranking.hidden: expected a list of 1 or more"),
+        ("ranking: {hidden: []}", "ranking.hidden: expected a list of 1 or more"),
+        (f"ranking: {{l2: 1{400 * '0'}}}", "ranking.l2: expected a number of 0 or more, got 1000"),
+        ("use_wandb: 'yes'", "use_wandb: expected true or false, got 'yes'"),
+        ("seed: '1'", "seed: expected a whole number of 0 or more and below 4294967296, got '1'"),
+        ("dataset: 2024-01-02", "dataset: expected text, got datetime.date(2024, 1, 2); put it in"),
+    ],
+)
+def test_nothing_is_converted_but_whole_numbers_and_lists(
+    write: Path, text: str, message: str
+) -> None:
+    assert error(write, text).startswith(f"x.yaml: {message}")
+
+
+@pytest.mark.parametrize("key", ["retrieval.window", "retrieval.epochs", "ranking.batch_size"])
+def test_0_does_not_mean_choose_for_me(write: Path, key: str) -> None:
+    message = f"{key}: expected auto or a whole number of 1 or more, got 0"
+    assert error(write, "dataset: d", f"{key}=0") == f"--set {key}=0: {message}"
+
+
+def test_training_needs_negatives(write: Path) -> None:
+    write.write_text("dataset: d\nretrieval: {uniform_negatives: 0}")
+    config = load_config(write).retrieval
+    resolved = with_data_defaults(config, ordered=True, interactions=1000)
+    assert resolved.uniform_negatives == 0
+    message = error(write, write.read_text(), "retrieval.in_batch_negatives=0")
+    assert message == (
+        "x.yaml --set retrieval.in_batch_negatives=0: retrieval.in_batch_negatives and "
+        "retrieval.uniform_negatives: one of them must be above 0, since training needs negatives"
+    )
 
 
 def test_a_ranker_cannot_ask_for_more_candidates_than_retrieval_returns(write: Path) -> None:
@@ -237,11 +317,23 @@ def test_a_ranker_cannot_ask_for_more_candidates_than_retrieval_returns(write: P
     ("override", "message"),
     [
         ("retrieval.epoch=3", "retrieval.epoch: unknown key; did you mean retrieval.epochs?"),
-        ("retrieval.epochs=ten", "retrieval.epochs: expected a whole number, got 'ten'"),
-        ("retrieval.epochs=", "retrieval.epochs: expected a whole number, got nothing"),
-        ("retrieval.epochs=-1", "retrieval.epochs: must be 0 or more, not -1"),
+        (
+            "retrieval.epochs=ten",
+            "retrieval.epochs: expected auto or a whole number of 1 or more, got 'ten'",
+        ),
+        (
+            "retrieval.epochs=",
+            "retrieval.epochs: expected auto or a whole number of 1 or more, got nothing",
+        ),
+        (
+            "retrieval.epochs=-1",
+            "retrieval.epochs: expected auto or a whole number of 1 or more, got -1",
+        ),
         ("retrieval=3", "retrieval: expected keys, such as retrieval.arch, got 3"),
-        ("seed.x=3", "seed: expected a whole number, got {'x': 3}"),
+        (
+            "seed.x=3",
+            "seed: expected a whole number of 0 or more and below 4294967296, got {'x': 3}",
+        ),
         ("=3", "needs a key and a value, such as --set retrieval.epochs=3"),
         ("seed", "needs a key and a value, such as --set retrieval.epochs=3"),
         ("ranking.hidden=[8", "line 1: expected ',' or ']', but got '<stream end>'"),
@@ -288,6 +380,57 @@ def test_a_folder_is_not_a_config(write: Path) -> None:
     write.mkdir()
     with pytest.raises(UserError, match=r"^x.yaml: Is a directory$"):
         load_config(write)
+
+
+def test_values_from_python_are_checked_too() -> None:
+    for change in ({"windw": 3}, {"window": 0}, {"window": "3"}, {"logq": 1}):
+        with pytest.raises(ValidationError):
+            Retrieval(**change)
+    with pytest.raises(ValidationError):
+        replace(Ranking(), hidden=())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# auto
+
+
+@pytest.mark.parametrize(
+    ("ordered", "interactions", "expected"),
+    [
+        (True, 100_000, ("sasrec", 50, 50, 2048)),
+        (True, 10**9, ("sasrec", 50, 12, 2048)),
+        (False, 1000, ("autoencoder", 1000, 100, 16384)),
+    ],
+)
+def test_auto_is_replaced_by_what_the_data_suggest(
+    ordered: bool, interactions: int, expected: tuple[str, int, int, int]
+) -> None:
+    chosen = with_data_defaults(Retrieval(), ordered, interactions)
+    assert (chosen.arch, chosen.window, chosen.epochs, chosen.uniform_negatives) == expected
+
+
+def test_what_is_set_is_what_is_used() -> None:
+    asked = Retrieval(arch="gru4rec", window=7, epochs=3, uniform_negatives=5, dropout=0.1)
+    chosen = with_data_defaults(asked, ordered=True, interactions=1000)
+    assert asdict(chosen) == asdict(asked)
+    rating = Ranking(objective="rating", batch_size=64, learning_rate=0.001, window=9)
+    assert asdict(with_ranking_defaults(rating, 50)) == asdict(rating)
+
+
+@pytest.mark.parametrize(
+    ("objective", "retrieval_window", "expected"),
+    [
+        ("implicit", 50, (50, 64, 0.001)),
+        ("listwise", 1000, (1000, 64, 0.001)),
+        ("rating", 50, (300, 1024, 0.003)),
+        ("rating", 1000, (1000, 1024, 0.003)),
+    ],
+)
+def test_auto_of_the_ranker_is_replaced_by_what_suits_its_objective(
+    objective: str, retrieval_window: int, expected: tuple[int, int, float]
+) -> None:
+    chosen = with_ranking_defaults(Ranking(objective=objective), retrieval_window)
+    assert (chosen.window, chosen.batch_size, chosen.learning_rate) == expected
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -355,6 +498,16 @@ def said(*overrides: str, data: DataFacts = DATA) -> list[str]:
             "more than retrieval.uniform_negatives 2,048",
         ),
         (
+            ["retrieval.in_batch_negatives=0", "retrieval.logq=false"],
+            DATA,
+            "retrieval.logq: false has no effect: every negative is drawn with the same probability",
+        ),
+        (
+            ["ranking.window=500"],
+            DATA,
+            "ranking.window: 500 has no effect: ranking.objective implicit does not read it",
+        ),
+        (
             ["ranking.l2=.1"],
             DATA,
             "ranking.l2: 0.1 has no effect: ranking.objective implicit does not read it",
@@ -392,10 +545,11 @@ def test_what_has_an_effect_or_was_not_set_is_not_said() -> None:
 
 
 def test_the_keys_that_only_some_read_exist_and_so_do_their_readers() -> None:
-    from rec.ranking.model import OBJECTIVES
-    from rec.retrieval.towers import ENCODERS
+    import rec.ops.ratings  # noqa: F401  (registers an objective)
+    from rec.ranking.train import MODELS
+    from rec.retrieval.encoders import ENCODERS
 
-    registered = {"retrieval.arch": ENCODERS, "ranking.objective": OBJECTIVES}
+    registered = {"retrieval.arch": list(ENCODERS), "ranking.objective": list(MODELS)}
     for key, (decider, values) in UNREAD.items():
         section, _, name = key.partition(".")
         assert hasattr(getattr(Config(dataset="d"), section), name)
@@ -405,7 +559,9 @@ def test_the_keys_that_only_some_read_exist_and_so_do_their_readers() -> None:
 
 
 def test_a_checkpoints_settings_count_and_others_are_said() -> None:
-    trained = settled(Retrieval(arch="gru4rec", epochs=3), ordered=True, interactions=100)
+    trained = with_data_defaults(
+        Retrieval(arch="gru4rec", epochs=3), ordered=True, interactions=100
+    )
     run = {
         "seed": 7,
         "features": {"users": {}, "items": "auto"},
@@ -429,3 +585,10 @@ def test_a_bundle_may_rank_another_number_of_candidates_than_its_ranker_was_trai
     asked = Config(dataset="d", ranking=Ranking(candidates=30))
     assert overruled(asked, run, ("ranking",)) == []
     assert with_run(asked, run).ranking == replace(ranking, candidates=30)
+
+
+def test_settings_of_another_version_are_refused() -> None:
+    with pytest.raises(UserError, match=r"model's retrieval\.hops: .* another version .* again"):
+        section_of_run(ResolvedRetrieval, {"retrieval": {"hops": 3}}, "retrieval")
+    first_version = {name: value for name, value in asdict(Ranking()).items() if name != "window"}
+    assert section_of_run(Ranking, {"ranking": first_version}, "ranking") == Ranking()

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from rec import evaluate
+from rec.bundles.recommender import LOWEST
 from rec.features import FIRST_ITEM
-from rec.recommender import LOWEST
 from tests.small import corpus
 
 

@@ -11,7 +11,8 @@ import pytest
 from rec.config import load_config
 from rec.data_prep.dataset import open_dataset
 from rec.evaluate import evaluate, load_latest, show_systems
-from rec.train import train_ranking, train_retrieval
+from rec.train import run_ranking, run_retrieval
+from rec.training import OneProcess
 from tests.conftest import ROOT, environment
 
 Pairs = list[tuple[str, str]]  # users and items, in order of time
@@ -131,9 +132,9 @@ def test_small_data_are_trained_measured_and_asked(
     ]
     config = load_config(ROOT / "config" / "your_data.yaml", changes)
     dataset = open_dataset(config.dataset)
-    trained, of_retrieval = train_retrieval(config)
-    of_ranking = train_ranking(config, None, trained)
-    report = evaluate(config, "test", with_baselines=True)
+    trained, of_retrieval = run_retrieval(config, OneProcess())
+    of_ranking = run_ranking(config, None, OneProcess(), trained)
+    report = evaluate(config, "test", with_baselines=name == "dummy")
     show_systems(report)
     for document in (of_retrieval, of_ranking, report):
         json.dumps(document, allow_nan=False)
@@ -141,7 +142,7 @@ def test_small_data_are_trained_measured_and_asked(
     assert ("the ranker keeps retrieval's order" in said) == (name == "one_each")
     unread = f"retrieval.layers: 1 has no effect: retrieval.arch {retrieval} does not read it"
     assert (unread in said) == (retrieval != "sasrec")
-    assert ("ratings a step (16 times ranking.batch_size)" in said) == (objective == "rating")
+    assert ("1,024 ratings per step, learning rate 0.003" in said) == (objective == "rating")
     assert report["systems"]["recommender"]["recall@100"] > 0
 
     pair = load_latest(config)

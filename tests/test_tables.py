@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rec.bundles.files import read_catalogue
 from rec.config import Features
+from rec.corpus import load_corpus
 from rec.data_prep.dataset import RESERVED, open_dataset
 from rec.errors import UserError
-from rec.pipeline import load_corpus
-from rec.registry import read_catalogue
 from rec.tables import ColumnLine, describe_columns, read_table, shorten
 from tests.conftest import Trained, run
 

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rec.bundles.files import read_metadata, versions
 from rec.data_prep.dataset import open_dataset
-from rec.registry import read_metadata, versions
 from tests.conftest import ROOT, environment, run
 
 
@@ -81,7 +81,7 @@ import resource, sys
 from pathlib import Path
 import tensorflow as tf
 from rec.errors import run_command
-from rec.registry import draft, publish
+from rec.bundles.files import draft, publish
 
 
 def export():

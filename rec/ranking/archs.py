@@ -13,7 +13,7 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
 from rec.config import Ranking
-from rec.features import at_least
+from rec.numerics import at_least
 
 Tensors = list[tf.Tensor]
 

@@ -1,162 +1,220 @@
 """Training lists for the ranker: what a retrieval model really returns, labelled by what the user did next.
 
-The labels come from the latest share of the training interactions, and the lists from a retrieval model that was
-trained on the rest only. So the ranker meets in training what it meets in service: candidates that retrieval could not
-have known to be right. Lists from a model that has seen their labels would teach it to trust the retrieval score.
+The labels are the latest share of the training interactions. The lists come from a retrieval model that was trained on
+the rest only. So the ranker meets in training what it meets in service: candidates that retrieval could not have known
+to be right. Lists from a model that has seen their labels would teach it to trust the retrieval score.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from rec.counts import NUMBERS, Counter
+from rec.corpus import Corpus
 from rec.features import PAD, recent_items
-from rec.pipeline import Corpus, Sequences
-from rec.retrieval.model import LOWEST, RetrievalModel, best_unseen, users_at_once
+from rec.ranking.count_features import COUNT_FEATURES, CountFeatures
+from rec.retrieval.model import RetrievalModel
+from rec.retrieval.scoring import best_unseen, users_per_batch
+from rec.sequences import Sequences
 
-Queries = tuple[
-    np.ndarray, np.ndarray
-]  # users [Q], and the places among their labels before which they ask [Q]
+
+@dataclass(frozen=True)
+class Queries:
+    """Who asks, and when: before the user's label number `place`, with the earlier labels known."""
+
+    user: np.ndarray  # [Q] int32 user rows
+    place: np.ndarray  # [Q] int64
+
+    def part(self, begin: int, end: int) -> "Queries":
+        return Queries(user=self.user[begin:end], place=self.place[begin:end])
 
 
 @dataclass(frozen=True)
 class CandidateLists:
-    """One row a query: who asks, with which history, what retrieval returned, and what of it was right."""
+    """One row per query: who asks, with which history, what retrieval returned, and which of it was right."""
 
     user: np.ndarray  # [Q] int32 user rows
     history: np.ndarray  # [Q, H] int32 item rows, oldest first, PAD behind
-    time: np.ndarray  # [Q] int64 seconds, when the query is made; 0 where the data have no times
+    time: np.ndarray  # [Q] int64 seconds of the query; 0 if the data have no times
     items: np.ndarray  # [Q, N] int32 item rows, best first, PAD behind
-    scores: np.ndarray  # [Q, N] float32, the retrieval scores
-    labels: np.ndarray  # [Q, N] float32, 1 = the user chose it
+    scores: np.ndarray  # [Q, N] float32 retrieval scores
+    labels: np.ndarray  # [Q, N] float32, 1 = the user chose the item
+
+    def __len__(self) -> int:
+        return len(self.user)
 
     def take(self, rows: np.ndarray) -> "CandidateLists":
-        return CandidateLists(*(values[rows] for values in vars(self).values()))
+        return CandidateLists(
+            user=self.user[rows],
+            history=self.history[rows],
+            time=self.time[rows],
+            items=self.items[rows],
+            scores=self.scores[rows],
+            labels=self.labels[rows],
+        )
 
     def with_hits(self) -> "CandidateLists":
-        """Only the lists that hold a right item: the others say nothing about order."""
+        """Only the lists that hold a right item. The others say nothing about order."""
         return self.take(np.flatnonzero(self.labels.any(1)))
+
+    def as_batch(self) -> dict[str, np.ndarray]:
+        """The fields by name, as RankingModel.compute_loss takes them."""
+        return {
+            "user": self.user,
+            "history": self.history,
+            "time": self.time,
+            "items": self.items,
+            "scores": self.scores,
+            "labels": self.labels,
+        }
+
+
+def concatenate_lists(parts: list[CandidateLists]) -> CandidateLists:
+    """Lists with equally wide histories, one part after the other."""
+    return CandidateLists(
+        user=np.concatenate([part.user for part in parts]),
+        history=np.concatenate([part.history for part in parts]),
+        time=np.concatenate([part.time for part in parts]),
+        items=np.concatenate([part.items for part in parts]),
+        scores=np.concatenate([part.scores for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+    )
+
+
+def no_lists(n: int) -> CandidateLists:
+    """No lists, of length `n`."""
+    nobody = np.zeros(0, np.int32)
+    return CandidateLists(
+        user=nobody,
+        history=np.zeros((0, 1), np.int32),
+        time=np.zeros(0, np.int64),
+        items=np.zeros((0, n), np.int32),
+        scores=np.zeros((0, n), np.float32),
+        labels=np.zeros((0, n), np.float32),
+    )
 
 
 def hold_out(corpus: Corpus, share: float, seed: int) -> tuple[Sequences, Sequences]:
-    """Splits the training interactions into (past, labels), as the data set's own split does.
+    """Splits the training interactions into (past, labels), in the way of the data set's own split.
 
-    `temporal`: by one global time, so that the labels have the new users that a test has. Otherwise each user's last
-    `share`, at least one and never all (at random where the data has no order).
+    - `temporal`: at one global time, so that the labels have new users, as a test has.
+    - Otherwise each user's last `share`, at least one and never all. Without times, a random share.
     """
     train = corpus.train
     if corpus.ordered and corpus.split_strategy == "temporal":
         assert train.times is not None
-        held = train.times > np.quantile(train.times, 1 - share)
+        is_label = train.times > np.quantile(train.times, 1 - share)
     else:
-        train = train if corpus.ordered else train.shuffled(np.random.default_rng(seed))
+        if not corpus.ordered:
+            train = train.shuffled(np.random.default_rng(seed))
         lengths = train.lengths
-        kept = lengths - np.clip(np.ceil(share * lengths), 1, np.maximum(lengths - 1, 0)).astype(
-            np.int64
-        )
-        held = np.arange(len(train.items)) - train.offsets[train.users] >= kept[train.users]
-    return train.select(~held), train.select(held)
+        most = np.maximum(lengths - 1, 0)
+        labels = np.clip(np.ceil(share * lengths), 1, most).astype(np.int64)
+        first_label = lengths - labels
+        place = np.arange(len(train.items)) - train.offsets[train.users]
+        is_label = place >= first_label[train.users]
+    return train.select(~is_label), train.select(is_label)
 
 
 def first_queries(labels: Sequences, most: int | None = None, seed: int = 0) -> Queries:
-    """One query a user, or of at most so many drawn users, before the first label: what an evaluation asks."""
+    """One query per user, before the first label, as an evaluation asks. At most `most` users, drawn by `seed`."""
     user = np.flatnonzero(labels.lengths).astype(np.int32)
     user = np.sort(np.random.default_rng(seed).permutation(user)[:most])
-    return user, np.zeros(len(user), np.int64)
+    return Queries(user=user, place=np.zeros(len(user), np.int64))
 
 
-def all_queries(labels: Sequences, every: bool, most: int, seed: int) -> Queries:
-    """Queries to train on, at most so many: before every label, or before number 0, 1, 3, 7, ... of each user."""
+def training_queries(labels: Sequences, *, next_item: bool, most: int, seed: int) -> Queries:
+    """Queries to train on, at most `most`, drawn by `seed`.
+
+    `next_item`: before every label. Otherwise before label number 0, 1, 3, 7, ... of each user, because a query is
+    then labelled with all that follow.
+    """
     place = np.arange(len(labels.items)) - labels.offsets[labels.users]
-    at = np.flatnonzero(every | ((place + 1) & place == 0))
+    is_power_of_two = ((place + 1) & place) == 0
+    at = np.arange(len(place)) if next_item else np.flatnonzero(is_power_of_two)
     at = np.sort(np.random.default_rng(seed).permutation(at)[:most])
-    return labels.users[at], place[at]
+    return Queries(user=labels.users[at], place=place[at])
 
 
 def mine(
-    model: RetrievalModel, past: Sequences, labels: Sequences, queries: Queries, n: int, whole: bool
+    model: RetrievalModel,
+    past: Sequences,
+    labels: Sequences,
+    queries: Queries,
+    n: int,
+    *,
+    next_item: bool,
 ) -> CandidateLists:
-    """Candidate lists from a model that was trained on `past`.
+    """Candidate lists of length `n` from a model that was trained on `past`.
 
-    Args:
-      queries: users [Q] and places [Q]; the query comes before label number `place`, the earlier ones being known.
-      n: length of a list.
-      whole: all of the user's labels from the place on are right. Otherwise only the first of them is, and the others
-        are left out of the list.
+    `next_item`: only the first label after the query is right, and the later ones are left out of the list.
+    Otherwise all labels after the query are right.
     """
-    lengths, matrix = labels.lengths, model.candidates()
-    parts: list[CandidateLists] = []
-    step = users_at_once(len(matrix))
-    for begin in tqdm(
-        range(0, len(queries[0]), step), desc="mining candidates", unit="batch", leave=False
-    ):
-        user, place = (part[begin : begin + step] for part in queries)
-        before = np.concatenate(
-            [past.last(user), labels.between(user, np.zeros_like(place), place)], 1
-        )
-        right = labels.between(user, place, lengths[user] if whole else place + 1)
-        later = labels.between(user, place + 1, place + 1 if whole else lengths[user])
-        seen = np.concatenate([before, later], 1)
-        time = (
-            np.zeros(len(user), np.int64)
-            if labels.times is None
-            else labels.times[labels.offsets[user] + place]
-        )
-        scores = model.score_catalogue_compiled(user, before, matrix, time)
-        best, items = (part.numpy() for part in best_unseen(scores, seen, n))
-        hit = ((items[:, :, None] == right[:, None, :]) & (items != PAD)[:, :, None]).any(-1)
-        history = recent_items(tf.constant(before), model.config.window).numpy()
-        parts.append(CandidateLists(user, history, time, items, best, hit.astype(np.float32)))
-    joined = {name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])}
-    longest = (joined["history"] != PAD).sum(1).max(initial=1)
-    return CandidateLists(**{**joined, "history": joined["history"][:, :longest]})
+    candidates = model.candidates()
+    step = users_per_batch(model.n_items)
+    starts = range(0, len(queries.user), step)
+    parts = []
+    for begin in tqdm(starts, desc="mining candidates", unit="batch", leave=False):
+        part = queries.part(begin, begin + step)
+        parts.append(_mine_part(model, candidates, past, labels, part, n, next_item=next_item))
+    lists = concatenate_lists(parts)
+    longest = int((lists.history != PAD).sum(1).max(initial=1))
+    return replace(lists, history=lists.history[:, :longest])
 
 
-def rated_lists(
-    sequences: Sequences, at: np.ndarray, known: Sequences | None, width: int
+def _mine_part(
+    model: RetrievalModel,
+    candidates: tf.Tensor,
+    past: Sequences,
+    labels: Sequences,
+    queries: Queries,
+    n: int,
+    *,
+    next_item: bool,
 ) -> CandidateLists:
-    """Interactions number `at` as lists of one, labelled with their ratings.
-
-    The history is the `width` interactions before it; or, where `known` is given, the user's last ones of that, without
-    the rated item itself.
-    """
-    assert sequences.ratings is not None
-    user, items = sequences.users[at], sequences.items[at][:, None]
-    if known is not None:
-        history = known.last(user, width)
-        history = np.where(history == items, PAD, history)
-    else:
-        place = at - sequences.offsets[user]
-        history = sequences.between(user, place - width, place, width)
-    time = np.zeros(len(at), np.int64) if sequences.times is None else sequences.times[at]
-    scores = np.full(items.shape, LOWEST, np.float32)
-    return CandidateLists(user, history, time, items, scores, sequences.ratings[at][:, None])
+    user = queries.user
+    place = queries.place
+    end = labels.lengths[user]
+    known_labels = labels.between(user, np.zeros_like(place), place)
+    before = np.concatenate([past.last(user), known_labels], 1)
+    right = labels.between(user, place, place + 1 if next_item else end)
+    seen = before
+    if next_item:
+        seen = np.concatenate([before, labels.between(user, place + 1, end)], 1)
+    time = labels.times_at(user, place)
+    scores = model.score_catalogue_compiled(user, before, candidates, time)
+    best, rows = best_unseen(scores, seen, n)
+    items = rows.numpy()
+    is_right = (items[:, :, None] == right[:, None, :]) & (items != PAD)[:, :, None]
+    return CandidateLists(
+        user=user,
+        history=recent_items(tf.constant(before), model.config.window).numpy(),
+        time=time,
+        items=items,
+        scores=best.numpy(),
+        labels=is_right.any(-1).astype(np.float32),
+    )
 
 
 def list_batches(
-    take: Callable[[np.ndarray], CandidateLists],
-    counts: Counter,
-    n: int,
-    batch_size: int,
-    rng: np.random.Generator,
+    lists: CandidateLists, counts: CountFeatures, batch_size: int, rng: np.random.Generator
 ) -> tf.data.Dataset:
-    """Lists 0..n-1 in shuffled batches: dicts of `CandidateLists`' fields and their `counts` [B, N, NUMBERS].
-
-    `take` makes lists from their numbers."""
-    first = take(np.arange(0))
+    """One epoch of lists in shuffled batches: dicts of their fields and `counts` [B, N, COUNT_FEATURES]."""
     signature = {
         name: tf.TensorSpec([None, *values.shape[1:]], values.dtype)
-        for name, values in vars(first).items()
+        for name, values in lists.as_batch().items()
     }
-    signature["counts"] = tf.TensorSpec([None, first.items.shape[1], NUMBERS], tf.float32)
-    order = rng.permutation(n)
+    width = lists.items.shape[1]
+    signature["counts"] = tf.TensorSpec([None, width, COUNT_FEATURES], tf.float32)
+    order = rng.permutation(len(lists))
+    batches = np.array_split(order, max(1, round(len(lists) / batch_size)))
 
-    def batches() -> Iterator[dict[str, np.ndarray]]:
-        for rows in np.array_split(order, max(1, round(n / batch_size))):
-            lists = take(rows)
-            yield {**vars(lists), "counts": counts(lists.history, lists.items, lists.time).numpy()}
+    def generate() -> Iterator[dict[str, np.ndarray]]:
+        for rows in batches:
+            part = lists.take(rows)
+            features = counts(part.history, part.items, part.time)
+            yield {**part.as_batch(), "counts": features.numpy()}
 
-    return tf.data.Dataset.from_generator(batches, output_signature=signature).prefetch(4)
+    return tf.data.Dataset.from_generator(generate, output_signature=signature).prefetch(4)

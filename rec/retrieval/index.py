@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 from rec.errors import UserError
-from rec.features import at_least
+from rec.numerics import at_least
 
 LOWEST = float(np.finfo(np.float32).min)  # the score of "nothing": finite, so that it survives JSON
 MIN_SCANN_ROWS = 16  # ScaNN trains 16 centres a block and fails with fewer rows

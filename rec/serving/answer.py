@@ -35,8 +35,8 @@ Arrays = dict[str, np.ndarray]
 
 
 class Backend(Protocol):
-    """What computes: rec.recommender.Recommender, which describes these methods, or TF Serving. All are called in one
-    thread. `answer_within` may give None: it cannot be done here. `UnavailableError` becomes a 503."""
+    """What computes: bundles.recommender.Recommender, which describes these methods, or TF Serving. All are called in
+    one thread. `answer_within` may give None: it cannot be done here. `UnavailableError` becomes a 503."""
 
     items: pd.DataFrame
     users: list[str]
@@ -78,7 +78,7 @@ class Kind:
 
 def is_whole(value: Any) -> bool:
     """A whole number, 3.0 among them: JSON has one type of numbers."""
-    return is_number(value) and float(value).is_integer()
+    return is_number(value) and (isinstance(value, int) or value.is_integer())
 
 
 def is_number(value: Any) -> bool:

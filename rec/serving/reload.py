@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from rec.bundles.files import Pair
 from rec.errors import UserError
-from rec.registry import Pair
 from rec.serving.metrics import FOLLOWED, LOOKS_FAILED, RELOADS
 
 SETTLE = 2.0  # seconds at most between the two looks that must see the same files

@@ -23,8 +23,8 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
+from rec.bundles.files import Pair
 from rec.errors import UserError
-from rec.registry import Pair
 from rec.serving.answer import Backend, Engine
 from rec.serving.lanes import Job, Lanes
 from rec.serving.metrics import BATCH_SIZE, QUEUE, RELOADS, STAGE_SECONDS, VERSION
@@ -104,7 +104,8 @@ class Service:
         finally:
             self._waiting -= len(futures)
             self._in_batches -= in_batch
-            QUEUE.set(self._waiting)
+            if not self._waiting:  # the next call sets it otherwise
+                QUEUE.set(0)
             for future in futures:
                 future.cancel()  # where the client has hung up: the thread passes over it
 

@@ -22,8 +22,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
+from rec.bundles.files import Pair
 from rec.errors import UserError
-from rec.registry import Pair
 from rec.serving.metrics import SLOT, WORKERS, forget
 from rec.serving.reload import LONGEST_DELAY, Follower, Seen, look, names, say
 from rec.serving.worker import GRACE

@@ -22,7 +22,7 @@ import httpx
 import numpy as np
 import pandas as pd
 
-from rec.registry import check_pair, read_catalogue, read_metadata
+from rec.bundles.files import check_pair, read_catalogue, read_metadata
 from rec.serving.schemas import LOWEST, UnavailableError
 
 PAUSE = 10.0  # seconds for which a replica that failed is only asked after the others
@@ -31,7 +31,7 @@ FAILURES = (httpx.HTTPError, httpx.InvalidURL)
 
 @dataclass(eq=False)
 class TfServing:
-    """What rec.recommender.Recommender does, with the models elsewhere; UnavailableError where none answers."""
+    """What rec.bundles.recommender.Recommender does, with the models elsewhere; UnavailableError where none answers."""
 
     replicas: list[str]
     client: httpx.Client

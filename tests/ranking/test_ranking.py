@@ -4,26 +4,27 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from rec.config import Ranking, Retrieval
-from rec.counts import NUMBERS, Counts
+from rec.config import Ranking, ResolvedRetrieval
 from rec.features import PAD
-from rec.fit import LazyAdam
+from rec.ops.ratings import RatingModel, rated_lists, squared_error
+from rec.optimizer import LazyAdam
 from rec.ranking.archs import ARCHS
 from rec.ranking.candidates import (
     CandidateLists,
-    all_queries,
     first_queries,
     hold_out,
     list_batches,
     mine,
-    rated_lists,
+    training_queries,
 )
-from rec.ranking.model import OBJECTIVES, RankingModel, score_candidates, score_lists
+from rec.ranking.count_features import COUNT_FEATURES, CountFeatures
+from rec.ranking.model import RankingModel, score_candidates, score_lists
+from rec.ranking.objectives import OBJECTIVES
 from rec.retrieval.model import RetrievalModel
 from tests.small import corpus
 
 SMALL = corpus([[3, 4, 5, 6], [4, 5], [8, 3, 5]], features=True)
-COUNTS = Counts(SMALL.train, SMALL.items.rows)
+COUNTS = CountFeatures(SMALL.train, SMALL.items.rows)
 NOW = tf.constant([2000, 2000], tf.int64)
 
 
@@ -35,7 +36,7 @@ def retrieval(data=SMALL, **changes: Any) -> RetrievalModel:
         "uniform_negatives": 6,
         **changes,
     }
-    return RetrievalModel(Retrieval(**settings), data)
+    return RetrievalModel(ResolvedRetrieval(**settings), data)
 
 
 def ranker(**changes: Any) -> RankingModel:
@@ -65,7 +66,8 @@ def test_without_order_the_labels_are_drawn():
 def test_a_list_is_labelled_by_the_next_item_and_holds_nothing_already_or_later_chosen():
     data = corpus([[3, 4, 5, 6]])
     past, labels = hold_out(data, 0.5, seed=0)
-    lists = mine(retrieval(data), past, labels, all_queries(labels, True, 9, 0), 6, whole=False)
+    queries = training_queries(labels, next_item=True, most=9, seed=0)
+    lists = mine(retrieval(data), past, labels, queries, 6, next_item=True)
     assert lists.user.tolist() == [1, 1]
     assert [[i for i in row if i] for row in lists.history.tolist()] == [[3, 4], [3, 4, 5]]
     assert [lists.items[j][lists.labels[j] == 1].tolist() for j in (0, 1)] == [[5], [6]]
@@ -83,7 +85,7 @@ def test_a_list_is_labelled_by_the_next_item_and_holds_nothing_already_or_later_
 def test_a_whole_list_is_labelled_by_all_that_follows():
     data = corpus([[3, 4, 5, 6], [3]])
     past, labels = hold_out(data, 0.5, seed=0)
-    lists = mine(retrieval(data), past, labels, first_queries(labels), 6, whole=True)
+    lists = mine(retrieval(data), past, labels, first_queries(labels), 6, next_item=False)
     assert lists.user.tolist() == [1]
     assert set(lists.items[0][lists.labels[0] == 1]) == {5, 6}
 
@@ -97,7 +99,9 @@ def test_lists_without_a_right_item_are_left_out_of_training():
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_an_untrained_ranker_keeps_the_order_of_retrieval(arch: str):
-    lists = mine(retrieval(), SMALL.train, SMALL.train, first_queries(SMALL.train), 4, whole=True)
+    lists = mine(
+        retrieval(), SMALL.train, SMALL.train, first_queries(SMALL.train), 4, next_item=False
+    )
     scores = score_lists(ranker(arch=arch), lists, COUNTS)
     assert (np.argsort(-scores, 1, kind="stable") == np.arange(4)).all()
 
@@ -114,7 +118,7 @@ def test_an_architecture_learns_to_prefer_the_labelled_item(arch: str):
         "history": np.array([[3, 4], [5, PAD]], np.int32),
         "items": np.array([[5, 6, 7], [6, 7, PAD]], np.int32),
         "scores": np.zeros((2, 3), np.float32),
-        "counts": np.zeros((2, 3, NUMBERS), np.float32),
+        "counts": np.zeros((2, 3, COUNT_FEATURES), np.float32),
         "labels": np.array([[0, 0, 1], [1, 0, 0]], np.float32),
     }
     model.fit(tf.data.Dataset.from_tensors(batch).repeat(60), verbose=0)
@@ -156,14 +160,15 @@ def test_embeddings_can_start_from_retrieval():
 
 def test_a_loss_looks_only_at_places_that_hold_a_candidate():
     labels, real = tf.constant([[1.0, 0.0, 0.0]]), tf.constant([[1.0, 1.0, 0.0]])
-    for name, loss in OBJECTIVES.items():
+    losses_of = {**OBJECTIVES, "rating": squared_error}
+    for name, loss in losses_of.items():
         near, far = (
             float(loss(labels, tf.constant([[0.5, 0.0, last]]), sample_weight=real))
             for last in (0.0, 9.0)
         )
         assert near == far, name
     scores = tf.constant([[0.0, 0.0, 0.0]])
-    losses = {name: float(loss(labels, scores, real)) for name, loss in OBJECTIVES.items()}
+    losses = {name: float(loss(labels, scores, real)) for name, loss in losses_of.items()}
     assert losses == pytest.approx({"implicit": np.log(2), "listwise": np.log(2), "rating": 0.5})
 
 
@@ -181,7 +186,7 @@ def test_a_rating_is_predicted_from_the_history_before_it():
 
 
 def test_the_rating_objective_starts_at_the_mean_and_ignores_retrieval_scores():
-    model = ranker(objective="rating")
+    model = RatingModel(Ranking(hidden=(8,), objective="rating"), 4, 8, SMALL)
     user, history, items = tf.constant([1]), tf.constant([[3]]), tf.constant([[4, 5]])
     scores = [
         model.score(
@@ -194,6 +199,8 @@ def test_the_rating_objective_starts_at_the_mean_and_ignores_retrieval_scores():
 
 
 def test_list_batches_hold_every_list_once():
-    lists = mine(retrieval(), SMALL.train, SMALL.train, first_queries(SMALL.train), 4, whole=True)
-    data = list_batches(lists.take, COUNTS, 3, 2, np.random.default_rng(0))
+    lists = mine(
+        retrieval(), SMALL.train, SMALL.train, first_queries(SMALL.train), 4, next_item=False
+    )
+    data = list_batches(lists, COUNTS, 2, np.random.default_rng(0))
     assert sorted(user for batch in data.as_numpy_iterator() for user in batch["user"]) == [1, 2, 3]

@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from rec.config import Retrieval
+from rec.config import ResolvedRetrieval
 from rec.errors import UserError
 from rec.features import PAD, START, recent_items
-from rec.retrieval.model import LOWEST, UNOBSERVED, RetrievalModel, SampledSoftmax, best_unseen
-from rec.retrieval.towers import ENCODERS, LENGTH_POWER, history_tokens
+from rec.retrieval.encoders import ENCODERS, LENGTH_POWER
+from rec.retrieval.loss import UNOBSERVED, SampledSoftmax
+from rec.retrieval.model import RetrievalModel
+from rec.retrieval.popularity import fit_cold_start
+from rec.retrieval.scoring import LOWEST, best_unseen
+from rec.retrieval.towers import history_tokens
 from tests.small import corpus
 
 SMALL = corpus([[3, 4, 5, 6], [4, 5], [8, 3]], cold_items=2, features=True)
@@ -24,7 +28,7 @@ def model(**changes: Any) -> RetrievalModel:
         "uniform_negatives": 3,
         **changes,
     }
-    built = RetrievalModel(Retrieval(**settings), SMALL)
+    built = RetrievalModel(ResolvedRetrieval(**settings), SMALL)
     rng = np.random.default_rng(0)
     for weight in built.trainable_variables:
         weight.assign(rng.normal(0, 0.5, weight.shape))
@@ -50,20 +54,27 @@ def by_hand(temperature: float, logq: bool, mask: np.ndarray | None = None) -> f
     return float(np.mean(losses))
 
 
-def loss(mask: np.ndarray | None = None, **changes: Any) -> float:
-    task = SampledSoftmax(Retrieval(**changes))
-    weights = np.ones(2, np.float32)
-    return float(
-        task.sampled_loss(QUERIES, TARGETS, NEGATIVES, TARGET_Q, NEGATIVE_Q, weights, mask)
+def loss(
+    mask: np.ndarray | None = None, temperature: float = 1.0, corrects_sampling: bool = True
+) -> float:
+    task = SampledSoftmax(temperature, corrects_sampling=corrects_sampling)
+    value = task(
+        QUERIES,
+        TARGETS,
+        NEGATIVES,
+        target_probability=TARGET_Q,
+        negative_probability=NEGATIVE_Q,
+        sample_weight=np.ones(2, np.float32),
+        negative_mask=np.ones((1, 3), bool) if mask is None else mask,
     )
+    return float(value)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
 @pytest.mark.parametrize("logq", [True, False])
 def test_the_loss_is_the_corrected_softmax(temperature: float, logq: bool):
-    assert loss(temperature=temperature, logq=logq) == pytest.approx(
-        by_hand(temperature, logq), rel=1e-5
-    )
+    value = loss(temperature=temperature, corrects_sampling=logq)
+    assert value == pytest.approx(by_hand(temperature, logq), rel=1e-5)
 
 
 def test_masked_negatives_do_not_count():
@@ -77,7 +88,7 @@ def mask_of(**changes: Any) -> list[list[bool]]:
         "tokens": tf.constant([[3, 4, PAD], [START, 5, 8]]),
         "negatives": tf.constant([4, 5, 3]),
     }
-    return model(**changes)._score_mask(batch, tf.constant([4, PAD, 5, 8])).numpy().tolist()
+    return model(**changes)._is_negative(batch, tf.constant([4, PAD, 5, 8])).numpy().tolist()
 
 
 def test_user_positives_are_masked_in_all_of_their_window():
@@ -160,15 +171,15 @@ def test_an_autoencoder_is_trained_by_the_squared_errors_on_what_it_hides(
     scores = built.score(tf.constant([1]), tf.constant([[3]]), tf.constant([[4, 5, 6, 7]]))[
         0
     ].numpy()
-    chances = 3 * built.probability.numpy()[6:8]  # that 6 and 7 stand in a pool of 3
+    chances = 3 * built._probability.numpy()[6:8]  # that 6 and 7 stand in a pool of 3
     by_hand = ((1 - scores[:2]) ** 2).sum() + UNOBSERVED * (scores[2:] ** 2 / chances).sum()
     assert float(built.compute_loss(batch)) == pytest.approx(by_hand / 2, rel=1e-4)
 
 
 def test_an_autoencoder_starts_from_singular_vectors():
     train = SMALL.train
-    built = RetrievalModel(Retrieval(arch="autoencoder", embedding_dim=2, window=4), SMALL)
-    built.start(train)
+    built = RetrievalModel(ResolvedRetrieval(arch="autoencoder", embedding_dim=2, window=4), SMALL)
+    built.start_from_singular_vectors(train)
     vectors = built.candidate_tower.items.ids.embeddings.numpy()
     seen = (
         train.matrix(np.arange(4), len(vectors)).toarray()
@@ -227,6 +238,7 @@ def test_listed_and_catalogue_scores_agree():
 
 def test_a_user_of_whom_nothing_is_known_gets_the_popular_items():
     built = model()
+    fit_cold_start(built, SMALL, SMALL.train)
     scores = built.score_catalogue(
         tf.constant([0, 0]), tf.constant([[PAD], [3]]), built.candidates()
     ).numpy()

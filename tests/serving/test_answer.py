@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
 
-from rec import registry
-from rec.recommender import Recommender
+from rec.bundles import files
+from rec.bundles.recommender import Recommender
 from rec.serving.answer import Catalogue, is_among
 from rec.serving.app import create_app
 from rec.serving.gate import Tokens
@@ -101,7 +101,7 @@ TYPED: dict[str, pa.Array] = {
     "ean": pa.array([LONG, LONG + 1, None], pa.int64()),
     "active": pa.array([True, False, None], pa.bool_()),
     "cost": pa.array([1.5, 2.0, None], pa.float64()),
-    "seasons": pa.array([[1, None], [], None], pa.list_(pa.int64())),
+    "seasons": pa.array([[1, 2], [], None], pa.list_(pa.int64())),
     "tags": pa.array([["a", "b"], ["c"], None], pa.list_(pa.string())),
     "code": pa.array(["007", "7", None], pa.string()),
     "seen": pa.array(
@@ -122,7 +122,7 @@ def typed(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> TestCli
         items = items.append_column(name, pa.concat_arrays([values, nothing]))
     pq.write_table(items, path)
     rewrite(path.parent)
-    service = Service(lambda: registry.find_pair(savedmodels), lambda pair: Recommender.load(*pair))
+    service = Service(lambda: files.find_pair(savedmodels), lambda pair: Recommender.load(*pair))
     service.load()
     return TestClient(create_app(service, Tokens()), raise_server_exceptions=False)
 

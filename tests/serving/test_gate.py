@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
+from rec.bundles.files import Pair
 from rec.errors import UserError
-from rec.registry import Pair
 from rec.serving.app import create_app
 from rec.serving.connections import MAX_HEADERS
 from rec.serving.gate import MAX_URL, RELOAD, Tokens

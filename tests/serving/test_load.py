@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from bench.serving import Load, get, megabytes
-from rec.recommender import Recommender
+from rec.bundles.recommender import Recommender
 from rec.serving.app import create_app
 from rec.serving.gate import Tokens
 from tests.conftest import Trained, environment

@@ -14,8 +14,9 @@ import pandas as pd
 import pytest
 import uvicorn
 
-from rec import registry, serve
-from rec.recommender import Recommender
+from rec import serve
+from rec.bundles import files
+from rec.bundles.recommender import Recommender
 from rec.serving.app import create_app
 from rec.serving.gate import Tokens
 from rec.serving.service import Service
@@ -69,7 +70,7 @@ def service(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Servi
     items.loc[0, "title"] = HOSTILE
     items.to_parquet(path, index=False)
     rewrite(path.parent)
-    service = Service(lambda: registry.find_pair(bundles), lambda pair: Recommender.load(*pair))
+    service = Service(lambda: files.find_pair(bundles), lambda pair: Recommender.load(*pair))
     service.load()
     return service
 

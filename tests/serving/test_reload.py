@@ -1,14 +1,12 @@
 """Following: what is loaded when, on real directories. The clock is a number that the tests move."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from rec import registry
+from rec.bundles.files import Pair, find_pair, verify
 from rec.errors import UserError
-from rec.registry import Pair
 from rec.serving.metrics import exposition
 from rec.serving.reload import LONGEST_DELAY, Follower, look
 from tests.conftest import Trained, rewrite
@@ -25,7 +23,7 @@ class Following:
 
     def __init__(self, bundles: Path, seconds: float = 5) -> None:
         self.bundles = bundles
-        self.follower = Follower(seconds, registry.find_pair(bundles))
+        self.follower = Follower(seconds, find_pair(bundles))
         self.now = 0.0
         self.follower.next_look = 0.0
         self.looks = 0
@@ -37,7 +35,7 @@ class Following:
             return None
         self.looks += 1
         try:
-            seen = look(lambda: registry.find_pair(self.bundles))
+            seen = look(lambda: find_pair(self.bundles))
         except Exception as error:
             self.follower.missed(error, self.now)
             return None
@@ -83,7 +81,7 @@ def test_a_bundle_that_is_copied_in_slowly_is_waited_for(bundles: Path) -> None:
             (target / path.relative_to(aside)).write_bytes(content[:size])
             assert following.step() is None
     assert following.wait(int(LONGEST_DELAY) + 2) == (bundles / "retrieval" / "1", target)
-    registry.verify(target)
+    verify(target)
 
 
 def test_refused_bundles_are_tried_again_with_growing_delays(bundles: Path) -> None:
@@ -180,10 +178,12 @@ def test_whatever_a_look_meets_is_reported_and_following_goes_on(
 def test_failed_looks_come_with_growing_delays(bundles: Path) -> None:
     following = Following(bundles)
     publish_ranking(bundles, 2)
-    half_written_aliases(bundles)
+    metadata = bundles / "ranking" / "2" / "metadata.json"
+    content = metadata.read_text()
+    metadata.write_text("{")
     following.wait(600)
     assert 10 < following.looks < 20
-    (bundles / "ranking" / "aliases.json").write_text(json.dumps({}))
+    metadata.write_text(content)
     assert following.wait(int(LONGEST_DELAY) + 2) is not None
     assert following.follower.failed is None or following.follower.failed["error"]
 
@@ -200,7 +200,7 @@ def test_what_is_in_service_again_is_no_failure(bundles: Path) -> None:
 
 
 def test_without_an_interval_nothing_is_looked_at(bundles: Path) -> None:
-    follower = Follower(0, registry.find_pair(bundles))
-    follower.saw(look(lambda: registry.find_pair(bundles)), 1.0)
+    follower = Follower(0, find_pair(bundles))
+    follower.saw(look(lambda: find_pair(bundles)), 1.0)
     follower.missed(OSError("gone"), 2.0)
     assert follower.next_look == float("inf")

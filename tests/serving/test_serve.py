@@ -80,7 +80,7 @@ def test_a_server_imports_nothing_of_the_training_code() -> None:
         [sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True
     )
     names = {name.removeprefix("rec.").split(".")[0] for name in done.stdout.split()}
-    assert names == {"config", "errors", "registry", "serve", "serving"}
+    assert names == {"bundles", "config", "errors", "files", "ops", "serve", "serving", "tables"}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from rec.bundles.recommender import Recommender
 from rec.errors import UserError
-from rec.recommender import Recommender
 from rec.serving.app import create_app
 from rec.serving.gate import Tokens
 from rec.serving.schemas import LOWEST, UnavailableError

@@ -1,0 +1,162 @@
+"""A dataset directory, encoded: strings become integers once, here. `Corpus` is everything that training reads."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from rec.config import DataFacts, Features
+from rec.data_prep.dataset import RESERVED, Dataset, check_unchanged, verify
+from rec.errors import UserError
+from rec.features import (
+    FIRST_ITEM,
+    FIRST_USER,
+    UNKNOWN,
+    UNKNOWN_USER,
+    Column,
+    Vocabulary,
+    fit_columns,
+)
+from rec.sequences import Sequences, concatenate, on_disk
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """An encoded dataset. Item rows are in order of falling training count: FIRST_ITEM is the most popular item."""
+
+    dataset_id: str
+    ordered: bool
+    split_strategy: str
+    users: Vocabulary
+    items: Vocabulary
+    user_table: pd.DataFrame  # one row per id of `users`, in its order
+    item_table: pd.DataFrame
+    user_columns: tuple[Column, ...]
+    item_columns: tuple[Column, ...]
+    train: Sequences
+    val: Sequences
+    test: Sequences
+
+    @property
+    def popularity(self) -> np.ndarray:
+        """[item rows] int64: training interactions of each item."""
+        return np.bincount(self.train.items, minlength=self.items.rows)
+
+    @property
+    def facts(self) -> DataFacts:
+        """What decides whether a key of the config has an effect."""
+        return DataFacts(
+            ordered=self.ordered,
+            interactions=len(self.train.items),
+            trained_items=self.items.trained,
+            items=len(self.items.ids),
+            has_user_features=bool(self.user_columns),
+        )
+
+    def history(self, split: str) -> Sequences:
+        """What is known of each user before `split`: train for val; train and val for test."""
+        return self.train if split == "val" else concatenate(self.train, self.val)
+
+
+def load_corpus(
+    dataset: Dataset,
+    features: Features,
+    users: Vocabulary | None = None,
+    items: Vocabulary | None = None,
+    columns: tuple[tuple[Column, ...], tuple[Column, ...]] | None = None,
+) -> Corpus:
+    """Encodes a dataset. Vocabularies and columns are learnt from its training data, unless a checkpoint's are given.
+
+    Args:
+      users, items: only their trained ids are taken over; ids that only this dataset has come after them.
+      columns: the encodings of user and item features.
+
+    Raises:
+      UserError: a file is damaged, or a column does not fit: it has a reserved name, is missing, or cannot be encoded
+        as `features` or the checkpoint says.
+    """
+    verify(dataset)
+    users = _vocabulary(
+        dataset.counts("train", "user_id"), dataset.users()["user_id"], FIRST_USER, users
+    )
+    items = _vocabulary(
+        dataset.counts("train", "item_id"), dataset.items()["item_id"], FIRST_ITEM, items
+    )
+    user_table = _in_order(dataset.users(), "user_id", users)
+    item_table = _in_order(dataset.items(), "item_id", items)
+    for name in RESERVED:
+        if name in item_table:
+            raise UserError(
+                f"{dataset.path}: the items have a column {name}, a name that answers use themselves: "
+                "rename it in the items file, and prepare the dataset again"
+            )
+    if columns is None:
+        is_known_user = np.arange(len(users.ids)) < users.trained
+        is_known_item = np.arange(len(items.ids)) < items.trained
+        columns = (
+            fit_columns(user_table, "user_id", features.users, is_known_user, "features.users"),
+            fit_columns(item_table, "item_id", features.items, is_known_item, "features.items"),
+        )
+    for table, encoded in ((user_table, columns[0]), (item_table, columns[1])):
+        for column in encoded:
+            column.check(table, str(dataset.path))
+    corpus = Corpus(
+        dataset_id=dataset.id,
+        ordered=dataset.ordered,
+        split_strategy=dataset.split_strategy,
+        users=users,
+        items=items,
+        user_table=user_table,
+        item_table=item_table,
+        user_columns=columns[0],
+        item_columns=columns[1],
+        train=_sequences(dataset, "train", users, items),
+        val=_sequences(dataset, "val", users, items),
+        test=_sequences(dataset, "test", users, items),
+    )
+    check_unchanged(dataset)
+    return corpus
+
+
+def _vocabulary(
+    counts: pd.Series, listed: pd.Series, first: int, given: Vocabulary | None
+) -> Vocabulary:
+    """Trained ids by falling count (ties: by id), then the ids that only the table lists."""
+    if given is None:
+        trained = (-counts).sort_values(kind="stable").index.to_numpy(object)
+    else:
+        trained = given.ids[: given.trained]
+    others = pd.Index(listed).difference(pd.Index(trained), sort=True).to_numpy(object)
+    return Vocabulary(np.concatenate([trained, others]).astype(object), first, len(trained))
+
+
+def _in_order(table: pd.DataFrame, key: str, vocabulary: Vocabulary) -> pd.DataFrame:
+    """The rows of a table in the order of a vocabulary."""
+    return table.set_index(key).reindex(vocabulary.ids).reset_index(names=key)
+
+
+def _sequences(dataset: Dataset, split: str, users: Vocabulary, items: Vocabulary) -> Sequences:
+    """Puts each interaction at the next free place of its user, a row group at a time: only the files grow."""
+    counts = dataset.counts(split, "user_id")
+    owners = users.encode(counts.index.to_numpy(object), UNKNOWN_USER)
+    lengths = np.bincount(owners, counts, users.rows).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    rows = on_disk(offsets[-1], np.int32)
+    times = on_disk(len(rows), np.int64) if dataset.ordered else None
+    ratings = on_disk(len(rows), np.float32) if dataset.has_ratings else None
+    next_free = offsets[:-1].copy()
+    for frame in dataset.batches(split):
+        user = users.encode(frame["user_id"], UNKNOWN_USER)
+        by_user = np.argsort(user, kind="stable")  # keeps the order of time within a user
+        user = user[by_user]
+        number = np.arange(len(user)) - np.searchsorted(
+            user, user
+        )  # 0, 1, .. per user of this part
+        places = next_free[user] + number
+        next_free[user] = places + 1  # of a user's several places, the last one stays
+        rows[places] = items.encode(frame["item_id"], UNKNOWN)[by_user]
+        if times is not None:
+            times[places] = frame["timestamp"].to_numpy()[by_user]
+        if ratings is not None:
+            ratings[places] = frame["rating"].to_numpy()[by_user]
+    return Sequences(offsets, rows, times, ratings)

@@ -1,0 +1,37 @@
+"""The optimiser: Adam that costs as much as the rows that a batch touches, not as much as the table."""
+
+from typing import Any
+
+import tensorflow as tf
+
+
+class LazyAdam(tf.keras.optimizers.Adam):
+    """Adam that leaves the rows of an embedding table alone that a batch did not touch.
+
+    Keras' Adam decays the moments of every row at every step, which costs time in proportion to the table.
+    """
+
+    def apply_gradients(self, grads_and_vars: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Keras', without a warning for variables that this configuration of a model does not train."""
+        pairs = [pair for pair in grads_and_vars if pair[0] is not None]
+        return super().apply_gradients(pairs, *args, **kwargs)
+
+    def update_step(self, gradient: tf.Tensor | tf.IndexedSlices, variable: tf.Variable) -> None:
+        """One step of Adam (Kingma and Ba 2015) on the rows that `gradient` has."""
+        if not isinstance(gradient, tf.IndexedSlices):
+            super().update_step(gradient, variable)
+            return
+        index = self._index_dict[self._var_key(variable)]
+        momentums = self._momentums[index]
+        velocities = self._velocities[index]
+        step = tf.cast(self.iterations + 1, variable.dtype)
+        correction = tf.sqrt(1 - tf.pow(self.beta_2, step)) / (1 - tf.pow(self.beta_1, step))
+        rate = self.learning_rate * correction
+        rows = gradient.indices
+        values = gradient.values  # Keras has summed the gradients of equal rows
+        momentum = self.beta_1 * tf.gather(momentums, rows) + (1 - self.beta_1) * values
+        velocity = self.beta_2 * tf.gather(velocities, rows) + (1 - self.beta_2) * tf.square(values)
+        momentums.scatter_update(tf.IndexedSlices(momentum, rows))
+        velocities.scatter_update(tf.IndexedSlices(velocity, rows))
+        change = rate * momentum / (tf.sqrt(velocity) + self.epsilon)
+        variable.scatter_sub(tf.IndexedSlices(change, rows))

@@ -1,0 +1,111 @@
+"""Recommendations on the terminal, from the published bundles.
+
+    python -m rec.recommend --user u7                     from the user's stored history
+    python -m rec.recommend --history i1 i2 --k 5         from a history, oldest first
+    python -m rec.recommend                               asks for users, one after the other
+
+Tables go to stderr. The last line of stdout is JSON: {"users": [{"user_id", "cold_start", "items": [{"item_id",
+"score", "title"}, ..]}, ..]}; `score` is null for an item that has not been scored.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rec.bundles import files
+from rec.bundles.recommender import LOWEST, Recommender
+from rec.config import add_config_arguments, load_config
+from rec.errors import UserError, command_parser, run_command
+
+SHOWN_HISTORY = 3  # the latest items of a history that are shown
+
+Answer = dict[str, Any]
+
+
+def recommend(
+    recommender: Recommender, user_id: str | None, history: list[str] | None, k: int
+) -> Answer:
+    """The k best items for a user with a stored history, or for a given one; the JSON of one user.
+
+    Raises:
+      UserError: k is below 1, or more than the bundle retrieves.
+    """
+    answer = recommender.answer([user_id or ""], [history], [[]])
+    places = answer["rows"][0]
+    if not 1 <= k <= len(places):
+        raise UserError(f"--k: must be from 1 to {len(places)}, what the bundle retrieves, not {k}")
+    items = []
+    for place, score in zip(places[:k], answer["scores"][0][:k], strict=True):
+        if place >= 0:  # -1 is an empty place: no more items are left
+            item_id = recommender.items.index[place]
+            is_scored = score > LOWEST
+            items.append(
+                {
+                    "item_id": item_id,
+                    "score": float(score) if is_scored else None,
+                    "title": title_of(recommender.items, item_id),
+                }
+            )
+    return {"user_id": user_id, "cold_start": bool(answer["cold"][0]), "items": items}
+
+
+def title_of(items: pd.DataFrame, item_id: str) -> str:
+    """An item's title, or its id if it has none. `items` is items.parquet, indexed by item_id."""
+    title = items["title"].get(item_id) if "title" in items else None
+    is_missing = title is None or (np.ndim(title) == 0 and pd.isna(title))
+    return item_id if is_missing else str(title)
+
+
+def show(recommender: Recommender, answer: Answer, history: list[str]) -> None:
+    """Prints one user's recommendations on stderr."""
+    recent = [title_of(recommender.items, item_id) for item_id in history[-SHOWN_HISTORY:]]
+    lines = [f"\nuser {answer['user_id'] or '-'}, after {', '.join(recent) or 'nothing'}"]
+    if answer["cold_start"]:
+        lines[0] += " (nothing is known of this user: the popular items)"
+    for item in answer["items"]:
+        score = "-" if item["score"] is None else f"{item['score']:.3f}"
+        lines.append(f"  {score:>8}  {item['title']}")
+    print("\n".join(lines), file=sys.stderr)
+
+
+def ask_for_users() -> Iterator[str]:
+    """User ids that are typed, until an empty line or the end of the input."""
+    while True:
+        print("\nuser id (empty to end): ", end="", file=sys.stderr, flush=True)
+        user_id = sys.stdin.readline().strip()
+        if not user_id:
+            return
+        yield user_id
+
+
+def main() -> None:
+    parser = command_parser("rec.recommend", __doc__)
+    parser.add_argument("--user", action="append", metavar="ID", help="can be repeated")
+    parser.add_argument("--history", nargs="+", metavar="ITEM", help="item ids, oldest first")
+    parser.add_argument("--k", type=int, default=10, help="items per user (default: %(default)s)")
+    parser.add_argument("--alias", default="latest", help="of the bundles (default: %(default)s)")
+    add_config_arguments(parser)
+    args = parser.parse_args()
+    config = load_config(args.config, args.overrides)
+    pair = files.find_pair(Path(config.output.savedmodels), args.alias)
+    recommender = Recommender.load(*pair)
+    if args.user or args.history:
+        users = args.user or [None]
+    else:
+        users = ask_for_users()
+    answers = []
+    for user_id in users:
+        answer = recommend(recommender, user_id, args.history, args.k)
+        history = args.history or recommender.histories([user_id])[0]
+        show(recommender, answer, history)
+        answers.append(answer)
+    print(json.dumps({"users": answers}))
+
+
+if __name__ == "__main__":
+    run_command(main)

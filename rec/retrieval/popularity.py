@@ -1,0 +1,128 @@
+"""What popularity adds to the two towers. Both parts are weights of the model, fitted on validation data.
+
+- Cold start: a user of whom nothing is known gets the popular items of the last days, weeks or years.
+- Popularity bias: a term for recent popularity in the items' biases. The towers learn what comes next. What a user
+  does in the weeks after follows more from what is popular then: most on a `temporal` split, and often not at all if
+  only the next item is asked for.
+
+Windows of time are shares of the training interactions, from the latest: the same few suit a data set of one week and
+one of twenty years.
+"""
+
+from itertools import product
+
+import numpy as np
+import tensorflow as tf
+
+from rec import metrics
+from rec.corpus import Corpus
+from rec.features import FIRST_ITEM, PAD
+from rec.retrieval.model import RetrievalModel, current_time
+from rec.retrieval.scoring import best_unseen, users_per_batch
+from rec.sequences import Sequences
+
+SHARES = (1.0, 0.3, 0.1, 0.03, 0.01)  # of several that are equally good, the first is taken
+WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the log of popularity
+DEPTH = 100  # NDCG@100: of few users it is known better than NDCG@10, and it sees all candidates
+MAX_USERS = 2000  # validation users that decide
+MIN_COLD_USERS = 30  # with fewer, all validation users decide on the cold-start popularity
+
+
+def recent_popularity(train: Sequences, share: float, item_rows: int) -> np.ndarray:
+    """[item rows] float32: log(1 + interactions of each item in the last `share` of `train`).
+
+    Items with equal counts are ordered by all of their interactions.
+    """
+    order = np.arange(len(train.items))
+    if train.times is not None:
+        order = np.argsort(train.times, kind="stable")
+    first = round((1 - share) * len(order))
+    recent = np.bincount(train.items[order[first:]], minlength=item_rows)
+    all_time = np.bincount(train.items, minlength=item_rows) / (len(order) + 1)  # below 1
+    return np.log1p(recent + all_time).astype(np.float32)
+
+
+def fit_cold_start(model: RetrievalModel, corpus: Corpus, train: Sequences) -> None:
+    """Sets the scores for users without a history: the popularity in the share of `train` with the best NDCG@100."""
+    users = np.flatnonzero(corpus.val.lengths)
+    cold = users[train.lengths[users] == 0]
+    judges = cold if len(cold) >= MIN_COLD_USERS else users
+    judges = judges[:MAX_USERS]
+    candidates = [recent_popularity(train, share, corpus.items.rows) for share in _shares(train)]
+    quality = [_ndcg_of_one_order(scores, corpus, train, judges) for scores in candidates]
+    model.set_cold_start_popularity(candidates[int(np.argmax(quality))])
+
+
+def fit_popularity_bias(model: RetrievalModel, corpus: Corpus) -> None:
+    """Sets the share and the weight of the popularity bias by NDCG@100 on validation users with a history.
+
+    The best of many choices is often luck. What counts is the mean gain over no bias, less one standard error.
+    """
+    train = corpus.train
+    users = np.flatnonzero((corpus.val.lengths > 0) & (train.lengths > 0)).astype(np.int32)
+    users = np.random.default_rng(0).permutation(users)[:MAX_USERS]
+    choices = [(1.0, 0.0), *product(_shares(train), WEIGHTS)]
+    best = 0
+    if len(users):
+        quality = _ndcg_of_biases(model, corpus, users, choices)
+        gain = quality - quality[0]
+        best = int(np.argmax(gain.mean(1) - gain.std(1) / len(users) ** 0.5))
+    share, weight = choices[best]
+    set_popularity_bias(model, train, share=share, weight=weight)
+
+
+def set_popularity_bias(
+    model: RetrievalModel, train: Sequences, *, share: float, weight: float
+) -> None:
+    """Adds to each item's bias `weight` times the log of its popularity in the last `share` of `train`."""
+    popularity = recent_popularity(train, share, model.trained_items)
+    model.candidate_tower.popularity_bias.assign(popularity, share=share, weight=weight)
+
+
+def _shares(train: Sequences) -> tuple[float, ...]:
+    """Without times there is one window: all interactions."""
+    return SHARES if train.times is not None else (1.0,)
+
+
+def _ndcg_of_one_order(
+    scores: np.ndarray, corpus: Corpus, train: Sequences, users: np.ndarray
+) -> float:
+    """The sum of NDCG@100 over `users` if all get the same scores [item rows], without what each has seen."""
+    relevant = corpus.val.matrix(users, corpus.items.rows)
+    seen = train.matrix(users, corpus.items.rows).astype(bool)
+    depth = DEPTH + int(train.lengths[users].max(initial=0))
+    order = FIRST_ITEM + np.argsort(-scores[FIRST_ITEM:], kind="stable")[:depth]
+    is_seen = seen[:, order].toarray()
+    unseen_first = np.argsort(is_seen, axis=1, kind="stable")[:, :DEPTH]
+    ranked = np.where(np.take_along_axis(is_seen, unseen_first, 1), -1, order[unseen_first])
+    k = ranked.shape[1]  # DEPTH, or the size of a smaller catalogue
+    return float(metrics.per_user(ranked, relevant, ks=(k,))[f"ndcg@{k}"].sum())
+
+
+def _ndcg_of_biases(
+    model: RetrievalModel, corpus: Corpus, users: np.ndarray, choices: list[tuple[float, float]]
+) -> np.ndarray:
+    """[choices, U] NDCG@100 of the model's scores plus each choice of (share, weight)."""
+    train = corpus.train
+    popularity = {
+        share: recent_popularity(train, share, corpus.items.rows)[FIRST_ITEM:]
+        for share in _shares(train)
+    }
+    biases = [weight * popularity[share] for share, weight in choices]
+    candidates = model.candidates()
+    parts = []
+    step = users_per_batch(len(corpus.items.ids))
+    for part in np.array_split(users, np.arange(step, len(users), step)):
+        history = train.last(part, model.config.window)
+        scores = model.score_catalogue_compiled(part, history, candidates, current_time(part))
+        seen = train.last(part)
+        relevant = corpus.val.matrix(part, corpus.items.rows)
+        parts.append([_ndcg(scores + bias, seen, relevant) for bias in biases])
+    return np.concatenate(parts, axis=1)
+
+
+def _ndcg(scores: tf.Tensor, seen: np.ndarray, relevant: object) -> np.ndarray:
+    """[B] NDCG@100 of scores [B, catalogue]."""
+    _, rows = best_unseen(scores, seen, DEPTH)
+    ranked = np.where(rows.numpy() == PAD, -1, rows.numpy())
+    return metrics.per_user(ranked, relevant, ks=(DEPTH,))[f"ndcg@{DEPTH}"]
