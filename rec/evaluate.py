@@ -22,19 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import tensorflow as tf
 from tqdm import tqdm
 
 from rec import baselines, metrics
 from rec.bundles import files
-from rec.bundles.recommender import LOWEST, Recommender
+from rec.bundles.recommender import Recommender
 from rec.config import Config, Features, add_config_arguments, load_config
 from rec.corpus import Corpus, load_corpus
 from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError, command_parser, run_command
 from rec.features import FIRST_ITEM, PAD
 from rec.ops.rating_baselines import rating_baselines
+from rec.recommend import recommendation_row, title_of
 
 K = max(metrics.KS)
 BATCH = 256  # users a call
@@ -328,25 +328,12 @@ def show_recommendations(config: Config, users: int = 3, k: int = 5) -> None:
     for user, past, places, scores in zip(
         ids, pair.histories(ids), answer["rows"], answer["scores"], strict=True
     ):
-        recent = [show_item(pair.items, item) for item in past[-3:]]
+        recent = [title_of(pair.items, item) for item in past[-3:]]
         print(f"\nuser {user}, after {', '.join(recent) or 'nothing'}", file=sys.stderr)
         for place, score in zip(places[:k], scores[:k], strict=True):
             if place >= 0:  # -1 is an empty place: so few items are left
                 row = recommendation_row(pair.items, pair.items.index[place], float(score))
                 print(row, file=sys.stderr)
-
-
-def recommendation_row(items: pd.DataFrame, item: str, score: float) -> str:
-    """One recommended item as a line: its score, or a dash if it has not been scored, and its title."""
-    shown = "-" if score <= LOWEST else f"{score:.3f}"
-    return f"  {shown:>8}  {show_item(items, item)}"
-
-
-def show_item(items: pd.DataFrame, item: str) -> str:
-    """An item's title, or its id if it has none. `items` is items.parquet, indexed by item_id."""
-    title: Any = items["title"].get(item) if "title" in items else None
-    is_missing = np.ndim(title) == 0 and pd.isna(title)
-    return item if is_missing else str(title)
 
 
 def main() -> None:

@@ -61,6 +61,12 @@ def title_of(items: pd.DataFrame, item_id: str) -> str:
     return item_id if is_missing else str(title)
 
 
+def recommendation_row(items: pd.DataFrame, item_id: str, score: float | None) -> str:
+    """One recommended item as a line: its score, or a dash if it has not been scored, and its title."""
+    shown = "-" if score is None or score <= LOWEST else f"{score:.3f}"
+    return f"  {shown:>8}  {title_of(items, item_id)}"
+
+
 def show(recommender: Recommender, answer: Answer, history: list[str]) -> None:
     """Prints one user's recommendations on stderr."""
     recent = [title_of(recommender.items, item_id) for item_id in history[-SHOWN_HISTORY:]]
@@ -68,8 +74,7 @@ def show(recommender: Recommender, answer: Answer, history: list[str]) -> None:
     if answer["cold_start"]:
         lines[0] += " (nothing is known of this user: the popular items)"
     for item in answer["items"]:
-        score = "-" if item["score"] is None else f"{item['score']:.3f}"
-        lines.append(f"  {score:>8}  {item['title']}")
+        lines.append(recommendation_row(recommender.items, item["item_id"], item["score"]))
     print("\n".join(lines), file=sys.stderr)
 
 

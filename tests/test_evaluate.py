@@ -7,6 +7,7 @@ import pytest
 from rec import evaluate
 from rec.bundles.recommender import LOWEST
 from rec.features import FIRST_ITEM
+from rec.recommend import recommendation_row
 from tests.small import corpus
 
 
@@ -36,7 +37,7 @@ def test_a_recommendation_is_shown_by_its_title_or_else_its_id_and_never_with_an
     missing: object,
 ):
     titles = pd.DataFrame({"title": ["Iron Drama", missing]}, index=pd.Index(["i1", "i2"]))
-    row = evaluate.recommendation_row
+    row = recommendation_row
     assert row(titles, "i1", 1.25) == "     1.250  Iron Drama"
     assert row(titles, "i2", LOWEST) == "         -  i2"
     assert row(titles.drop(columns="title"), "i1", -3.0) == "    -3.000  i1"
