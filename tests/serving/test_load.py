@@ -37,7 +37,7 @@ class Running:
         self.savedmodels = savedmodels
         command = [sys.executable, "-m", "rec.serve", "--port", "0", "--follow", "0.3", *options]
         command += ["--ranking-bundle", str(savedmodels / "ranking" / "latest")]
-        self.log = open(savedmodels / "log", "w+")  # noqa: SIM115  (the process writes it)
+        self.log = open(savedmodels / "log", "a+")  # noqa: SIM115  (the process appends, wherever a test reads)
         env = environment(REC_ADMIN_TOKENS="boss")
         self.process = subprocess.Popen(
             command, env=env, stdout=self.log, stderr=subprocess.PIPE, text=True
