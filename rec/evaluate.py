@@ -136,7 +136,7 @@ def evaluate(
     dataset = open_dataset(config.dataset)
     task = Task(load_corpus(dataset, Features({}, {})), split)
     pair = pair or load_latest(config)
-    if pair.metadata["retrieval"]["dataset"] != dataset.id:
+    if pair.metadata.retrieval.dataset != dataset.id:
         other = f"{config.output.savedmodels}/retrieval was trained on another data set than {config.dataset}"
         raise UserError(f"{other}: train on it first, or name another output.savedmodels")
     ranked = _baselines(task, with_baselines)
@@ -158,7 +158,7 @@ def evaluate(
     report["segments"] = {
         name: _where(values, mask, config.seed) for name, mask in task.segments().items()
     }
-    if pair.predicts_ratings:
+    if pair.metadata.predicts_ratings:
         report["ratings"] = _rating_errors(task, pair)
     return report
 
@@ -186,10 +186,10 @@ def compare(config: Config, candidate: files.Pair, current: files.Pair | None = 
     ]
     of_index = metrics.summarise({"index_recall": np.array(shares)}, config.seed)
     pairs = {"candidate": pair} | ({"production": Recommender.load(*current)} if current else {})
-    by_ratings = all(each.predicts_ratings for each in pairs.values())
+    by_ratings = all(each.metadata.predicts_ratings for each in pairs.values())
     values = {name: _quality(task, each, by_ratings) for name, each in pairs.items()}
     report: Report = {"data": str(dataset.path), "users": len(task.users), **of_index}
-    report["index_recall_target"] = pair.metadata["retrieval"]["config"]["index"]["recall_target"]
+    report["index_recall_target"] = pair.metadata.retrieval.config.index.recall_target
     report["metric"] = "squared error" if by_ratings else "ndcg@10"
     report |= {name: float(each.mean()) for name, each in values.items()}
     if current:
@@ -201,8 +201,8 @@ def compare(config: Config, candidate: files.Pair, current: files.Pair | None = 
 
 def data_of(pair: Recommender, config: Config) -> Dataset:
     """The data set that a pair was trained on: the config's, or where the pair says that it was. Else a UserError."""
-    trained_on = pair.metadata["retrieval"]["dataset"]
-    places = (config.dataset, pair.metadata["retrieval"]["config"]["dataset"])
+    trained_on = pair.metadata.retrieval.dataset
+    places = (config.dataset, pair.metadata.retrieval.config.dataset)
     for place in filter(lambda each: (Path(each) / "dataset.json").exists(), places):
         dataset = open_dataset(place)
         if dataset.id == trained_on:

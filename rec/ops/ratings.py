@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from rec import metrics
-from rec.checkpoint import describe
+from rec.checkpoint import RankingRun, write_run
 from rec.config import Config, Ranking, with_ranking_defaults
 from rec.corpus import Corpus
 from rec.errors import UserError
@@ -154,12 +154,18 @@ def train_ratings(
         monitor="val/rmse",
         patience=settings.patience,
     )
+    description = RankingRun(
+        dataset=corpus.dataset_id,
+        seed=config.seed,
+        features=config.features,
+        ranking=settings,
+        retrieval_run=retrieval.description,
+        init_from=init_name,
+    )
     run = TrainingRun(
         model,
         Path(config.output.checkpoints) / "ranking",
-        describe(
-            config, corpus, "ranking", retrieval_run=retrieval.description, init_from=init_name
-        ),
+        write_run(description),
         {},
         schedule,
         examples=len(train.items),
@@ -173,9 +179,9 @@ def train_ratings(
         batches = rating_batches(train, known, model.window, settings.batch_size, rng)
         run.save(run.train(batches) | measure())
     if not distribution.is_chief:  # it alone finishes the run
-        return TrainedRanking(model, retrieval, run.state, run.description)
+        return TrainedRanking(model, retrieval, run.state, description)
     run.restore_best()
-    return TrainedRanking(model, retrieval, run.finish({}), run.description)
+    return TrainedRanking(model, retrieval, run.finish({}), description)
 
 
 def rated_lists(

@@ -13,14 +13,13 @@ trust the retrieval score, and fails in service.
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from rec import metrics
-from rec.checkpoint import describe, read_run
-from rec.config import Config, Ranking, section_of_run, with_ranking_defaults
+from rec.checkpoint import RankingRun, read_run, write_run
+from rec.config import Config, Ranking, with_ranking_defaults
 from rec.corpus import Corpus
 from rec.errors import UserError, warn
 from rec.files import read_whole
@@ -66,7 +65,7 @@ class TrainedRanking:
     model: RankingModel
     retrieval: TrainedRetrieval
     state: TrainState
-    description: dict[str, Any]
+    description: RankingRun
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,13 @@ def train_ranking(
     mined = mine_training_lists(config, retrieval, distribution)
     model.start_from(init_from or mined.miner)
     validation = RankingValidation(config, retrieval, mined)
-    description = describe(
-        config, corpus, "ranking", retrieval_run=retrieval.description, init_from=init_name
+    description = RankingRun(
+        dataset=corpus.dataset_id,
+        seed=config.seed,
+        features=config.features,
+        ranking=settings,
+        retrieval_run=retrieval.description,
+        init_from=init_name,
     )
 
     schedule = Schedule(
@@ -118,7 +122,7 @@ def train_ranking(
     run = TrainingRun(
         model,
         Path(config.output.checkpoints) / "ranking",
-        description,
+        write_run(description),
         {},
         schedule,
         examples=mined.train.items.size,
@@ -132,9 +136,9 @@ def train_ranking(
         loss = run.train(list_batches(mined.train, mined.counts, settings.batch_size, rng))
         run.save(loss | validation.measure(model))
     if not distribution.is_chief:  # it alone finishes the run
-        return TrainedRanking(model, retrieval, run.state, run.description)
+        return TrainedRanking(model, retrieval, run.state, description)
     run.restore_best()
-    return TrainedRanking(model, retrieval, run.finish({}), run.description)
+    return TrainedRanking(model, retrieval, run.finish({}), description)
 
 
 # ranking.objective -> the class of its model
@@ -258,8 +262,8 @@ def load_ranking(directory: Path, retrieval: TrainedRetrieval) -> TrainedRanking
 
 
 def _load_ranking(directory: Path, retrieval: TrainedRetrieval) -> TrainedRanking:
-    description = read_run(directory, "ranking")
-    if description["retrieval_run"] != retrieval.description:
+    description = read_run(RankingRun, directory)
+    if description.retrieval_run != retrieval.description:
         raise UserError(f"{directory} was trained for another retrieval model: train ranking again")
-    model = build_ranking_model(section_of_run(Ranking, description, "ranking"), retrieval)
+    model = build_ranking_model(description.ranking, retrieval)
     return TrainedRanking(model, retrieval, restore(model, directory), description)

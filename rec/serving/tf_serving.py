@@ -22,7 +22,8 @@ import httpx
 import numpy as np
 import pandas as pd
 
-from rec.bundles.files import check_pair, read_catalogue, read_metadata
+from rec.bundles.files import read_catalogue, read_pair
+from rec.bundles.metadata import PairMetadata
 from rec.serving.schemas import LOWEST, UnavailableError
 
 PAUSE = 10.0  # seconds for which a replica that failed is only asked after the others
@@ -37,7 +38,7 @@ class TfServing:
     client: httpx.Client
     items: pd.DataFrame
     users: list[str]
-    metadata: dict[str, dict[str, Any]]
+    metadata: PairMetadata
     _failed: dict[str, float] = field(default_factory=dict)  # when a replica failed last
 
     def answer(
@@ -52,8 +53,8 @@ class TfServing:
         found = self._call("retrieval", "answer", {**asked, "exclude": _padded(excluded)})
         scores, cold = np.array(found["score"], np.float32), np.array(found["cold"])
         parts = {"rows": np.array(found["row"]), "retrieved": scores}
-        if "ranking" in self.metadata:
-            n = self.metadata["ranking"]["config"]["ranking"]["candidates"]
+        n = self.metadata.candidates
+        if n is not None:
             ranked = self._call(
                 "ranking", "answer", {**asked, "item_id": [row[:n] for row in found["item_id"]]}
             )
@@ -92,7 +93,7 @@ class TfServing:
 
     def _call(self, stage: str, signature: str, inputs: dict[str, list[Any]]) -> Any:
         """A signature's outputs by name; its only output, without a name."""
-        path = f"/v1/models/{stage}/versions/{self.metadata[stage]['version']}:predict"
+        path = f"/v1/models/{stage}/versions/{self.metadata.versions[stage]}:predict"
         self.replicas.append(self.replicas.pop(0))  # each in turn
         for replica in sorted(
             self.replicas, key=lambda each: self._failed.get(each, 0) > time.monotonic() - PAUSE
@@ -134,23 +135,22 @@ def connect(
       UnavailableError: no replica has their versions, or not yet.
     """
     replicas = [url.strip().rstrip("/") for each in urls for url in each.split(",") if url.strip()]
-    stages = {"retrieval": retrieval} | ({"ranking": ranking} if ranking else {})
-    metadata = {stage: read_metadata(bundle, stage) for stage, bundle in stages.items()}
-    if ranking and not allow_mismatch:
-        check_pair(metadata["retrieval"], metadata["ranking"], ranking)
+    metadata = read_pair(retrieval, ranking, allow_mismatch)
     client, said = httpx.Client(timeout=timeout), []
     for replica in replicas:
         try:
             answers = [
-                client.get(f"{replica}/v1/models/{s}/versions/{m['version']}")
-                for s, m in metadata.items()
+                client.get(f"{replica}/v1/models/{stage}/versions/{version}")
+                for stage, version in metadata.versions.items()
             ]
             if all('"AVAILABLE"' in answer.text for answer in answers):
                 return TfServing(replicas, client, *read_catalogue(retrieval), metadata)
             said += [f"{replica}: {' '.join(answer.text.split())[:200]}" for answer in answers]
         except FAILURES as error:
             said.append(f"{replica}: {error}")
-    names = " and ".join(f"{stage} version {each['version']}" for stage, each in metadata.items())
+    names = " and ".join(
+        f"{stage} version {version}" for stage, version in metadata.versions.items()
+    )
     raise UnavailableError(
         f"--tf-serving: no replica has {names} loaded ({'; '.join(said) or 'there is no URL'})"
     )
