@@ -445,6 +445,12 @@ def overruled(config: Config, trained: Config, sections: Sequence[str]) -> list[
     ]
 
 
+def first_problem(error: ValidationError) -> str:
+    """The first problem of stored settings that another version of rec has written, with its key."""
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+
+
 def _get(config: Config, key: str) -> Any:
     """The value of a key such as `retrieval.epochs`."""
     value: Any = config

@@ -34,7 +34,7 @@ from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError, command_parser, run_command
 from rec.features import FIRST_ITEM, PAD
 from rec.ops.rating_baselines import rating_baselines
-from rec.recommend import recommendation_row, title_of
+from rec.recommend import recommend, show
 
 K = max(metrics.KS)
 BATCH = 256  # users a call
@@ -320,20 +320,12 @@ def show_systems(report: Report) -> None:
 
 
 def show_recommendations(config: Config, users: int = 3, k: int = 5) -> None:
-    """Prints, for the first users of the test data, the end of their history and what they are recommended."""
+    """Prints, for the first users of the test data, the end of their history and their recommendations."""
     pair = load_latest(config)
-    held = open_dataset(config.dataset).interactions("test")
-    ids = held["user_id"].drop_duplicates().head(users).tolist()
-    answer = pair.answer(ids, [None] * len(ids), [[]] * len(ids))
-    for user, past, places, scores in zip(
-        ids, pair.histories(ids), answer["rows"], answer["scores"], strict=True
-    ):
-        recent = [title_of(pair.items, item) for item in past[-3:]]
-        print(f"\nuser {user}, after {', '.join(recent) or 'nothing'}", file=sys.stderr)
-        for place, score in zip(places[:k], scores[:k], strict=True):
-            if place >= 0:  # -1 is an empty place: so few items are left
-                row = recommendation_row(pair.items, pair.items.index[place], float(score))
-                print(row, file=sys.stderr)
+    k = min(k, pair.metadata.retrieval.config.index.k)
+    interactions = open_dataset(config.dataset).interactions("test")
+    for user_id in interactions["user_id"].drop_duplicates().head(users):
+        show(pair, recommend(pair, user_id, None, k), pair.histories([user_id])[0])
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ from rec.ops.registry import WandbStore, built_from
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-    from rec.serving.answer import Backend
+    from rec.bundles.pair import Backend
     from rec.serving.service import Service
 
 SHORTEST_WANDB = 60.0  # seconds between looks at W&B

@@ -11,13 +11,13 @@ from typing import Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from rec.config import Config
+from rec.config import Config, first_problem
 from rec.errors import UserError
 from rec.files import digest
 
 LENIENT = ConfigDict(extra="ignore")  # another version may have written more
 OPTIONAL = ("run", "history", "index")  # are left out of the file if they are None
-ZERO_AS_AUTO = ("window", "epochs")  # of the retrieval settings of rec 0.1
+ZERO_AS_AUTO = {"window", "epochs"}  # retrieval settings of rec 0.1
 
 Json = dict[str, object]
 Stage = Literal["retrieval", "ranking", "recommender"]
@@ -117,23 +117,15 @@ def read_metadata(bundle: Path, stage: str | None = None) -> BundleMetadata:
         raise UserError(f"{path} has changed since the export: export the bundle again")
     if stage not in (None, own_stage):
         raise UserError(f"{bundle} is a {own_stage} bundle, not a {stage} bundle")
-    _replace_zeros(content)
+    settings = content["config"]["retrieval"]
+    for name in ZERO_AS_AUTO & settings.keys():
+        settings[name] = settings[name] or "auto"
     try:
         return _METADATA.validate_json(json.dumps(content))
     except ValidationError as error:
         raise UserError(
-            f"{path} is from another version of rec ({problem_of(error)}): export the bundle again"
+            f"{path} is from another version of rec ({first_problem(error)}): export the bundle again"
         ) from None
-
-
-def _replace_zeros(content: Json) -> None:
-    """Removes the settings by which rec 0.1 said `auto`. Does nothing to what is damaged."""
-    config = content.get("config")
-    settings = config.get("retrieval") if isinstance(config, dict) else None
-    if isinstance(settings, dict):
-        for name in ZERO_AS_AUTO:
-            if settings.get(name) == 0:
-                del settings[name]
 
 
 def read_summary(content: object, where: str) -> BundleSummary:
@@ -141,13 +133,7 @@ def read_summary(content: object, where: str) -> BundleSummary:
     try:
         return _SUMMARY.validate_json(json.dumps(content))
     except ValidationError as error:
-        raise UserError(f"{where} is not a bundle of rec: {problem_of(error)}") from None
-
-
-def problem_of(error: ValidationError) -> str:
-    """The first problem that pydantic has found, such as `config.index.k: Field required`."""
-    problem = error.errors()[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+        raise UserError(f"{where} is not a bundle of rec: {first_problem(error)}") from None
 
 
 def write_metadata(bundle: Path, metadata: BundleMetadata) -> None:

@@ -18,7 +18,7 @@ from rec.errors import UserError
 from rec.ops.registry import Store, check_alias, directories, together
 
 GUARDED = "production"  # the alias before which the gate stands
-PASSED = Verdict(True, [])  # nothing had to be measured
+PASSED = Verdict(passed=True, reasons=[])  # nothing had to be measured
 LOWER_IS_BETTER = ("rmse", "loss")  # ends of the names of metrics
 
 
@@ -79,7 +79,7 @@ def gate(store: Store, config: Config, to: Versions, current: Versions) -> Verdi
     """Whether the versions `to` may replace `current`."""
     mismatch = _mismatch(store, to)
     if mismatch is not None:
-        return Verdict(False, [mismatch])
+        return Verdict(passed=False, reasons=[mismatch])
     from rec.evaluate import compare  # TensorFlow: not before it is needed
 
     try:
@@ -87,7 +87,7 @@ def gate(store: Store, config: Config, to: Versions, current: Versions) -> Verdi
         production = directories(store, current) if current else None
         comparison = compare(config, candidate, production)
     except UserError as error:
-        return Verdict(False, [f"it cannot be measured: {error}"])
+        return Verdict(passed=False, reasons=[f"it cannot be measured: {error}"])
     reasons = []
     if comparison.get("worse"):
         low, high = comparison["ci"]
@@ -103,7 +103,7 @@ def gate(store: Store, config: Config, to: Versions, current: Versions) -> Verdi
             f"its index finds {comparison['index_recall']:.1%} of what exact search finds, "
             f"95 % {low:.1%} to {high:.1%}; its target is {target:.1%}"
         )
-    return Verdict(not reasons, reasons, comparison)
+    return Verdict(passed=not reasons, reasons=reasons, **comparison)
 
 
 def _mismatch(store: Store, to: Versions) -> str | None:

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from rec import metrics
-from rec.checkpoint import RankingRun, write_run
+from rec.checkpoint import write_run
 from rec.config import Config, Ranking, with_ranking_defaults
 from rec.corpus import Corpus
 from rec.errors import UserError
@@ -22,7 +22,7 @@ from rec.ranking.candidates import CandidateLists
 from rec.ranking.count_features import COUNT_FEATURES
 from rec.ranking.model import RankingModel, log_length, mean_of_history, score_lists
 from rec.ranking.objectives import weighted_mean
-from rec.ranking.train import MODELS, TrainedRanking, build_ranking_model
+from rec.ranking.train import MODELS, TrainedRanking, build_ranking_model, describe_ranking
 from rec.retrieval.model import RetrievalModel
 from rec.retrieval.scoring import LOWEST
 from rec.retrieval.train import TrainedRetrieval
@@ -154,14 +154,7 @@ def train_ratings(
         monitor="val/rmse",
         patience=settings.patience,
     )
-    description = RankingRun(
-        dataset=corpus.dataset_id,
-        seed=config.seed,
-        features=config.features,
-        ranking=settings,
-        retrieval_run=retrieval.description,
-        init_from=init_name,
-    )
+    description = describe_ranking(config, retrieval, init_name)
     run = TrainingRun(
         model,
         Path(config.output.checkpoints) / "ranking",

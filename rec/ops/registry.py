@@ -29,7 +29,6 @@ from rec.bundles.aliases import (
     Versions,
     find_state_file,
     parse_history,
-    parse_move,
     read_alias,
     read_all_aliases,
     state_numbers,
@@ -86,7 +85,7 @@ class LocalStore:
     def move(self, move: Move, to: Versions) -> None:
         """Gives the alias to exactly the versions `to`, and adds the move to the history."""
         aliases = read_all_aliases(self._root)
-        history = "".join(f"{line}\n" for line in self._history_lines())
+        history = self.history()
         missing = self._missing_links()
         if (
             missing
@@ -98,7 +97,7 @@ class LocalStore:
             targets.pop(move.alias, None)
             if stage in to:
                 targets[move.alias] = to[stage]
-        self._write_state(aliases, f"{history}{json.dumps(move.to_json())}\n")
+        self._write_state(aliases, [*history, move])
 
     def _missing_links(self) -> dict[Path, str]:
         """The links into the current state that are to be made, and their targets."""
@@ -115,18 +114,10 @@ class LocalStore:
 
     def history(self) -> list[Move]:
         """All moves, the oldest first."""
-        path = self._history_file()
+        path = find_state_file(self._root / "history.jsonl", self._root, "history.jsonl")
         return [] if path is None else parse_history(path)
 
-    def _history_lines(self) -> list[str]:
-        self.history()  # raises UserError if it is damaged
-        path = self._history_file()
-        return [] if path is None else path.read_text().splitlines()
-
-    def _history_file(self) -> Path | None:
-        return find_state_file(self._root / "history.jsonl", self._root, "history.jsonl")
-
-    def _write_state(self, aliases: dict[str, Aliases], history: str) -> None:
+    def _write_state(self, aliases: dict[str, Aliases], history: list[Move]) -> None:
         """Writes a state beside the current one, then makes it the current one in one step."""
         current = self._states / "current"
         new = self._states / "new"
@@ -134,7 +125,8 @@ class LocalStore:
         new.mkdir(parents=True)
         for stage, targets in aliases.items():
             (new / f"{stage}.json").write_text(json.dumps(targets, indent=1) + "\n")
-        (new / "history.jsonl").write_text(history)
+        lines = "".join(f"{move.model_dump_json()}\n" for move in history)
+        (new / "history.jsonl").write_text(lines)
         (new / "models.config").write_text(_models_config(aliases))
         numbers = state_numbers(self._root)
         number = 1 + max(numbers, default=0)
@@ -256,7 +248,10 @@ class WandbStore:
         with _wandb_errors(self._project):
             last_stage = max(move.to, key=STAGES.index)
             noted = artifacts[last_stage][move.to[last_stage]]
-            noted.metadata["promotions"] = [*noted.metadata.get("promotions", []), move.to_json()]
+            noted.metadata["promotions"] = [
+                *noted.metadata.get("promotions", []),
+                move.model_dump(),
+            ]
             noted.save()
             for stage, by_version in artifacts.items():
                 for version, artifact in by_version.items():
@@ -265,7 +260,7 @@ class WandbStore:
     def history(self) -> list[Move]:
         """The moves are in the metadata of the artifacts."""
         moves = [
-            parse_move(json.dumps(content))
+            Move.model_validate(content)
             for stage in STAGES
             for artifact in self._artifacts(stage).values()
             for content in artifact.metadata.get("promotions", [])

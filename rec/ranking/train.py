@@ -95,7 +95,6 @@ def train_ranking(
     """
     settings = with_ranking_defaults(config.ranking, retrieval.model.config.window)
     config = replace(config, ranking=settings)
-    corpus = retrieval.corpus
     distribution = distribution or OneProcess()
     tf.keras.utils.set_random_seed(config.seed)
     with distribution.strategy.scope():
@@ -103,14 +102,7 @@ def train_ranking(
     mined = mine_training_lists(config, retrieval, distribution)
     model.start_from(init_from or mined.miner)
     validation = RankingValidation(config, retrieval, mined)
-    description = RankingRun(
-        dataset=corpus.dataset_id,
-        seed=config.seed,
-        features=config.features,
-        ranking=settings,
-        retrieval_run=retrieval.description,
-        init_from=init_name,
-    )
+    description = describe_ranking(config, retrieval, init_name)
 
     schedule = Schedule(
         epochs=settings.epochs if len(mined.train) else 0,
@@ -139,6 +131,19 @@ def train_ranking(
         return TrainedRanking(model, retrieval, run.state, description)
     run.restore_best()
     return TrainedRanking(model, retrieval, run.finish({}), description)
+
+
+def describe_ranking(
+    config: Config, retrieval: TrainedRetrieval, init_name: str | None
+) -> RankingRun:
+    return RankingRun(
+        dataset=retrieval.corpus.dataset_id,
+        seed=config.seed,
+        features=config.features,
+        ranking=config.ranking,
+        retrieval_run=retrieval.description,
+        init_from=init_name,
+    )
 
 
 # ranking.objective -> the class of its model

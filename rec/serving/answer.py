@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from rec.bundles.metadata import PairMetadata
+from rec.bundles.pair import Backend, Candidates
 from rec.errors import UserError
 from rec.serving.metrics import COLD, STAGE_SECONDS
 from rec.serving.schemas import LOWEST, Item, RecommendRequest
@@ -32,27 +32,6 @@ DEEPEST = 10_000  # the most popular passing items that are scored for a narrow 
 MATCHES = 64 * 1024 * 1024  # bytes for the rows of the latest filters,
 LONG = 1000  # of which each is shorter than this as JSON
 COMPARED = 50  # the latest items of a history, among which an explanation finds the nearest
-Arrays = dict[str, np.ndarray]
-
-
-class Backend(Protocol):
-    """What computes: bundles.recommender.Recommender, which describes these methods, or TF Serving. All are called in
-    one thread. `answer_within` may give None: it cannot be done here. `UnavailableError` becomes a 503."""
-
-    items: pd.DataFrame
-    users: list[str]
-    metadata: PairMetadata
-
-    def answer(
-        self, user_ids: Sequence[str], histories: Sequence[Any], excluded: Sequence[list[str]]
-    ) -> Arrays: ...
-    def answer_within(
-        self, user_id: str, history: list[str] | None, rows: np.ndarray
-    ) -> Arrays | None: ...
-    def similar(self, item_ids: list[str]) -> tuple[np.ndarray, np.ndarray]: ...
-    def histories(self, user_ids: list[str]) -> list[list[str]]: ...
-    def cosines(self, items: list[str], others: list[str]) -> np.ndarray: ...
-    def close(self) -> None: ...
 
 
 def as_json(value: Any) -> Any:
@@ -223,9 +202,10 @@ class Place(NamedTuple):
     retrieved: float | None = None
 
 
-def places_of(found: Arrays, width: int) -> list[list[Place]]:
-    """The first `width` places of each row of what was found."""
-    parts = (found[name][:, :width].tolist() for name in ("rows", "scores", "ranks", "retrieved"))
+def places_of(found: Candidates, width: int) -> list[list[Place]]:
+    """The first `width` places of each request."""
+    columns = (found.rows, found.scores, found.ranks, found.retrieved)
+    parts = (column[:, :width].tolist() for column in columns)
     return [
         [Place(*each) for each in zip(*row, strict=True) if each[0] >= 0]
         for row in zip(*parts, strict=True)
@@ -307,7 +287,7 @@ class Engine:
         found = self.backend.answer(users, histories, [request.exclude for request in requests])
         called = time.perf_counter()
         STAGE_SECONDS.labels("model").observe(called - start)
-        COLD.inc(int(found["cold"].sum()))
+        COLD.inc(int(found.cold.sum()))
         width = max(self.max_k if request.filter else request.k for request in requests)
         candidates = [
             self._passing(request, places)
@@ -320,7 +300,7 @@ class Engine:
         )
         model = to_json(self.versions)
         answers = []
-        for request, places, cold in zip(requests, candidates, found["cold"].tolist(), strict=True):
+        for request, places, cold in zip(requests, candidates, found.cold.tolist(), strict=True):
             history = stored.get(request.user_id, [])
             if between is not None:
                 between()

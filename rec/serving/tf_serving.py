@@ -13,7 +13,7 @@ Not covered: gRPC, balancing by load, and a narrow filter's best items, in whose
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,17 @@ import pandas as pd
 
 from rec.bundles.files import read_catalogue, read_pair
 from rec.bundles.metadata import PairMetadata
-from rec.serving.schemas import LOWEST, UnavailableError
+from rec.bundles.pair import LOWEST, NUMPY, Candidates, pad_left, rerank
+from rec.serving.schemas import UnavailableError
 
 PAUSE = 10.0  # seconds for which a replica that failed is only asked after the others
 FAILURES = (httpx.HTTPError, httpx.InvalidURL)
+Inputs = Mapping[str, Sequence[object]]  # of a signature, by name
 
 
 @dataclass(eq=False)
 class TfServing:
-    """What rec.bundles.recommender.Recommender does, with the models elsewhere; UnavailableError where none answers."""
+    """A `Backend` whose models are elsewhere. Raises UnavailableError if none of them answers."""
 
     replicas: list[str]
     client: httpx.Client
@@ -46,26 +48,22 @@ class TfServing:
         user_ids: Sequence[str],
         histories: Sequence[list[str] | None],
         excluded: Sequence[list[str]],
-    ) -> dict[str, np.ndarray]:
-        users, given = list(user_ids), [history is not None for history in histories]
-        lists = _padded([history or [] for history in histories])
-        asked: dict[str, list[Any]] = {"user_id": users, "is_given": given, "history": lists}
-        found = self._call("retrieval", "answer", {**asked, "exclude": _padded(excluded)})
-        scores, cold = np.array(found["score"], np.float32), np.array(found["cold"])
-        parts = {"rows": np.array(found["row"]), "retrieved": scores}
-        n = self.metadata.candidates
-        if n is not None:
-            ranked = self._call(
-                "ranking", "answer", {**asked, "item_id": [row[:n] for row in found["item_id"]]}
-            )
-            scores = np.full_like(scores, LOWEST)  # what is not ranked follows in retrieval's order
-            scores[:, :n] = np.where(cold[:, None], parts["retrieved"][:, :n], ranked)
-        order = np.argsort(-scores, axis=1, kind="stable")
-        ordered = {
-            name: np.take_along_axis(part, order, 1)
-            for name, part in {**parts, "scores": scores}.items()
+    ) -> Candidates:
+        inputs: Inputs = {
+            "user_id": user_ids,
+            "is_given": [history is not None for history in histories],
+            "history": pad_left([history or [] for history in histories], 1),
         }
-        return {**ordered, "ranks": order + 1, "cold": cold}
+        exclude = pad_left(excluded, 1)
+        outputs = self._call("retrieval", "answer", {**inputs, "exclude": exclude})
+        retrieved = {name: np.array(outputs[name]) for name in ("row", "score", "cold")}
+        retrieved["score"] = retrieved["score"].astype(np.float32)
+        n = self.metadata.candidates
+        if n is None:
+            return rerank(NUMPY, retrieved, retrieved["score"], None)
+        items = [row[:n] for row in outputs["item_id"]]
+        ranked = self._call("ranking", "answer", {**inputs, "item_id": items})
+        return rerank(NUMPY, retrieved, np.array(ranked, np.float32), n)
 
     def answer_within(self, user_id: str, history: list[str] | None, rows: np.ndarray) -> None:
         """It cannot be done here: a filter's rows belong to one request, and TF Serving batches every input."""
@@ -91,7 +89,7 @@ class TfServing:
     def close(self) -> None:
         self.client.close()
 
-    def _call(self, stage: str, signature: str, inputs: dict[str, list[Any]]) -> Any:
+    def _call(self, stage: str, signature: str, inputs: Inputs) -> Any:
         """A signature's outputs by name; its only output, without a name."""
         path = f"/v1/models/{stage}/versions/{self.metadata.versions[stage]}:predict"
         self.replicas.append(self.replicas.pop(0))  # each in turn
@@ -154,9 +152,3 @@ def connect(
     raise UnavailableError(
         f"--tf-serving: no replica has {names} loaded ({'; '.join(said) or 'there is no URL'})"
     )
-
-
-def _padded(lists: Sequence[list[str]]) -> list[list[str]]:
-    """Lists of ids with "" on the left, to a common length of at least one."""
-    width = max(1, *map(len, lists))
-    return [[""] * (width - len(row)) + row for row in lists]
