@@ -32,25 +32,19 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True, config=LENIENT)
-class BundleSummary:
-    """What a registry needs to know about a bundle, and what W&B stores."""
+class BundleMetadata:
+    """What metadata.json says. Exporting sets what has a default."""
 
     stage: Stage
-    version: int = 0  # publishing sets it
-    id: str = ""  # a hash of all files; publishing sets it
+    version: int = 0
+    id: str = ""  # a hash of all files
     run_id: str  # of the training run
     architecture: str
     dataset: str  # the id of the data set
+    vocabulary: str = ""  # a hash of the item ids, in order
     metrics: dict[str, float]
-    built_from: dict[str, Reference]  # by stage
-
-
-@dataclass(frozen=True, kw_only=True, config=LENIENT)
-class BundleMetadata(BundleSummary):
-    """All of metadata.json."""
-
-    vocabulary: str  # a hash of the item ids, in order
     config: Config  # the one that the model was trained with
+    built_from: dict[str, Reference]  # by stage
     run: Json | None = None  # the checkpoint's run.json; a recommender has none
     history: list[dict[str, float]] | None = None  # the metrics after each epoch
     index: Json | None = None  # its kind and measured recall; a ranking bundle has none
@@ -58,7 +52,7 @@ class BundleMetadata(BundleSummary):
     git_commit: str | None = None  # None outside a checkout
     command: str = ""
     created: str = ""
-    files: dict[str, str] = Field(default_factory=dict)  # {path: sha256}; publishing sets it
+    files: dict[str, str] = Field(default_factory=dict)  # {path: sha256}
 
     @property
     def reference(self) -> Reference:
@@ -93,7 +87,6 @@ class PairMetadata:
 
 
 _METADATA = TypeAdapter(BundleMetadata)
-_SUMMARY = TypeAdapter(BundleSummary)
 
 
 def read_metadata(bundle: Path, stage: str | None = None) -> BundleMetadata:
@@ -117,23 +110,22 @@ def read_metadata(bundle: Path, stage: str | None = None) -> BundleMetadata:
         raise UserError(f"{path} has changed since the export: export the bundle again")
     if stage not in (None, own_stage):
         raise UserError(f"{bundle} is a {own_stage} bundle, not a {stage} bundle")
-    settings = content["config"]["retrieval"]
-    for name in ZERO_AS_AUTO & settings.keys():
-        settings[name] = settings[name] or "auto"
+    return parse_metadata(content, str(path))
+
+
+def parse_metadata(content: Json, where: str) -> BundleMetadata:
+    """The metadata in a file or at W&B, as `where` says. Raises UserError if this version of rec cannot read them."""
+    config = content.get("config")
+    settings = config.get("retrieval") if isinstance(config, dict) else None
+    if isinstance(settings, dict):
+        zeros = {name: "auto" for name in ZERO_AS_AUTO if settings.get(name) == 0}
+        content = {**content, "config": {**config, "retrieval": {**settings, **zeros}}}
     try:
         return _METADATA.validate_json(json.dumps(content))
     except ValidationError as error:
         raise UserError(
-            f"{path} is from another version of rec ({first_problem(error)}): export the bundle again"
+            f"{where} is from another version of rec ({first_problem(error)}): export the bundle again"
         ) from None
-
-
-def read_summary(content: object, where: str) -> BundleSummary:
-    """What W&B stores about the bundle `where`. Raises UserError if it is not a bundle of rec."""
-    try:
-        return _SUMMARY.validate_json(json.dumps(content))
-    except ValidationError as error:
-        raise UserError(f"{where} is not a bundle of rec: {first_problem(error)}") from None
 
 
 def write_metadata(bundle: Path, metadata: BundleMetadata) -> None:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 from rec.bundles.aliases import Move, Verdict, Versions
 from rec.bundles.files import pick
-from rec.bundles.metadata import BundleSummary
+from rec.bundles.metadata import BundleMetadata
 from rec.config import Config
 from rec.errors import UserError
 from rec.ops.registry import Store, check_alias, directories, together
@@ -45,7 +45,7 @@ def choose(
     return _best_version(bundles, metric, where)
 
 
-def _version_of_run(bundles: Mapping[int, BundleSummary], run_id: str, where: str) -> int:
+def _version_of_run(bundles: Mapping[int, BundleMetadata], run_id: str, where: str) -> int:
     numbers = [number for number, bundle in bundles.items() if bundle.run_id == run_id]
     if not numbers:
         known = ", ".join(sorted({bundle.run_id for bundle in bundles.values()}))
@@ -53,7 +53,9 @@ def _version_of_run(bundles: Mapping[int, BundleSummary], run_id: str, where: st
     return max(numbers)
 
 
-def _best_version(bundles: Mapping[int, BundleSummary], metric: str, where: str) -> tuple[int, str]:
+def _best_version(
+    bundles: Mapping[int, BundleMetadata], metric: str, where: str
+) -> tuple[int, str]:
     """The best version among those of the latest version's data set. Metrics of other data cannot be compared."""
     latest = bundles[max(bundles)]
     values = {

@@ -21,6 +21,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from google.protobuf import text_format
+from tensorflow_serving.config.model_server_config_pb2 import ModelServerConfig
+
 from rec.bundles.aliases import (
     STAGES,
     STATES,
@@ -34,7 +37,7 @@ from rec.bundles.aliases import (
     state_numbers,
 )
 from rec.bundles.files import Pair, draft, pick, versions
-from rec.bundles.metadata import BundleSummary, read_metadata, read_summary, verify
+from rec.bundles.metadata import BundleMetadata, parse_metadata, read_metadata, verify
 from rec.errors import UserError
 from rec.files import replace_directory, sole_writer
 
@@ -55,7 +58,7 @@ class LocalStore:
         self._root = savedmodels
         self._states = savedmodels / STATES
 
-    def bundles(self, stage: str) -> Mapping[int, BundleSummary]:
+    def bundles(self, stage: str) -> Mapping[int, BundleMetadata]:
         """The bundles of a stage by version, ascending."""
         stage_dir = self._root / stage
         return {
@@ -161,26 +164,16 @@ def _link(path: Path, target: str) -> None:
 
 def _models_config(aliases: dict[str, Aliases]) -> str:
     """TF Serving's ModelServerConfig as text: the labelled versions of each stage, and their labels."""
-    models = [_model_config(stage, targets) for stage, targets in aliases.items()]
-    return f"model_config_list {{\n{''.join(models)}}}\n"
-
-
-def _model_config(stage: str, aliases: Aliases) -> str:
-    stable = aliases.get("production", aliases.get("canary"))
-    if stable is None:
-        return ""
-    labels = {"stable": stable, "canary": aliases.get("canary", stable)}
-    numbers = " ".join(f"versions: {version}" for version in sorted(set(labels.values())))
-    lines = [
-        "  config {",
-        f'    name: "{stage}"',
-        f'    base_path: "{IN_TF_SERVING}/{stage}"',
-        '    model_platform: "tensorflow"',
-        f"    model_version_policy {{ specific {{ {numbers} }} }}",
-    ]
-    for label, version in labels.items():
-        lines.append(f'    version_labels {{ key: "{label}" value: {version} }}')
-    return "\n".join([*lines, "  }\n"])
+    config = ModelServerConfig()
+    for stage, targets in aliases.items():
+        stable = targets.get("production", targets.get("canary"))
+        if stable is not None:
+            model = config.model_config_list.config.add(name=stage, model_platform="tensorflow")
+            model.base_path = f"{IN_TF_SERVING}/{stage}"
+            model.version_labels.update(stable=stable, canary=targets.get("canary", stable))
+            labelled = sorted(set(model.version_labels.values()))
+            model.model_version_policy.specific.versions.extend(labelled)
+    return text_format.MessageToString(config)
 
 
 def _is_complete(bundle: Path, stage: str) -> bool:
@@ -210,9 +203,9 @@ class WandbStore:
                 )
             self._api = wandb.Api(timeout=30)
 
-    def bundles(self, stage: str) -> Mapping[int, BundleSummary]:
+    def bundles(self, stage: str) -> Mapping[int, BundleMetadata]:
         return {
-            version: read_summary(artifact.metadata, f"W&B's {stage}_bundle:v{version}")
+            version: parse_metadata(artifact.metadata, f"W&B's {stage}_bundle:v{version}")
             for version, artifact in self._artifacts(stage).items()
         }
 
