@@ -16,7 +16,7 @@ Tables go to stderr; the last line of stdout is JSON: {"dataset", "split", "user
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class Task:
         by_row = np.concatenate([np.full(FIRST_ITEM, "", object), self.corpus.items.ids])
         return tf.constant(by_row[rows], tf.string)
 
-    def ranked(self, ask: Any) -> np.ndarray:
+    def ranked(self, ask: Callable[..., dict[str, tf.Tensor]]) -> np.ndarray:
         """[U, K] catalogue rows that a bundle's function returns, -1 behind."""
         parts = [
             ask(ids, past, past, times)["item_id"].numpy()
@@ -115,10 +115,12 @@ class Task:
 
     def predicted_ratings(self, pair: Recommender) -> np.ndarray:
         """The ranking bundle's predictions of all held-out ratings, in the order of `held`."""
+        ranking = pair.module.ranking
+        assert ranking is not None
         parts = []
         for users, ids, past, times in self.requests():
             rows = self.held.last(users)
-            scores = pair.module.ranking.score_at(ids, past, self._ids(rows), times)["score"]
+            scores = ranking.score_at(ids, past, self._ids(rows), times)["score"]
             parts.append(scores.numpy()[rows != PAD])
         return np.concatenate(parts)
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -63,7 +62,11 @@ class RecommenderModule(AnswersUsers):
     """Two loaded bundles as one model. `ranking` may be None: then retrieval's order is the answer."""
 
     def __init__(
-        self, retrieval: Any, ranking: Any, candidates: int | None, items: Iterable[str]
+        self,
+        retrieval: tf.Module,
+        ranking: tf.Module | None,
+        candidates: int | None,
+        items: Iterable[str],
     ) -> None:
         """`candidates`: how many of the retrieved items are ranked, and returned by the signatures; None: all.
 
@@ -169,7 +172,7 @@ class Recommender:
         return cls(module, items, users, metadata)
 
     @cached_property
-    def _answer(self) -> Any:
+    def _answer(self) -> tf.types.experimental.ConcreteFunction:
         """Calling the traced graph itself saves tf.function's search for it."""
         return self.module.answer.get_concrete_function()
 
@@ -214,7 +217,7 @@ class Recommender:
             release()
 
 
-def load_bundle(path: Path, needed: str = "serving_default") -> Any:
+def load_bundle(path: Path, needed: str = "serving_default") -> tf.Module:
     """tf.saved_model.load with ScaNN's operations registered.
 
     Raises:

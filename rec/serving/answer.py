@@ -22,6 +22,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
+from numpy.typing import ArrayLike
 
 from rec.bundles.pair import Backend, Candidates
 from rec.errors import UserError
@@ -39,7 +40,7 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -61,15 +62,15 @@ def is_whole(value: Any) -> bool:
     return is_number(value) and (isinstance(value, int) or value.is_integer())
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def is_bool(value: Any) -> bool:
+def is_bool(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
@@ -156,7 +157,7 @@ class Catalogue:
             f",{to_json(shown)[1:-1]}" if shown else "",
         )
 
-    def matching(self, wanted: dict[str, list[Any]]) -> np.ndarray:
+    def matching(self, wanted: Mapping[str, Sequence[object]]) -> np.ndarray:
         """[M] rows, ascending, that have one of the values in every one of the columns. Not to be written to."""
         text = to_json(wanted)
         return self._matching(text) if len(text) < LONG else self._intersect(text)
@@ -170,8 +171,8 @@ class Catalogue:
             rows = np.intersect1d(rows, np.array(found, int))
         return rows
 
-    def _collect(self, column: str) -> dict[Any, list[int]]:
-        rows: dict[Any, list[int]] = {}
+    def _collect(self, column: str) -> dict[object, list[int]]:
+        rows: dict[object, list[int]] = {}
         for row, value in enumerate(self._table[column].to_pylist()):
             for each in value if isinstance(value, list) else [value]:
                 rows.setdefault(each, []).append(row)
@@ -212,7 +213,7 @@ def places_of(found: Candidates, width: int) -> list[list[Place]]:
     ]
 
 
-def is_among(rows: Any, among: np.ndarray) -> np.ndarray:
+def is_among(rows: ArrayLike, among: np.ndarray) -> np.ndarray:
     """[N] rows -> [N] bool: is it one of `among` [M], which ascends? N log M, where np.isin sorts them all."""
     rows = np.asarray(rows, int)
     if len(among) == 0:
@@ -402,7 +403,7 @@ class Engine:
             near = self.backend.cosines(ids, [catalogue.ids[row] for row in latest])
         reasons = []
         for at, place in enumerate(places):
-            nearest: dict[str, Any] | None = None
+            nearest: dict[str, object] | None = None
             best = int(near[at].argmax())
             if near[at, best] > LOWEST:
                 item = catalogue.item(latest[best])
