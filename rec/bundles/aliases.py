@@ -65,9 +65,8 @@ def find_state_file(path: Path, root: Path, name: str) -> Path | None:
     Raises:
       UserError: the state that `path`, or the states that are there, should lead to is missing.
     """
-    is_link = (
-        path.is_symlink()
-    )  # before the state is looked up: a link is made only when there is one
+    # A link is made only when there is a state, so it is looked up before the state.
+    is_link = path.is_symlink()
     if path.exists() and not is_link:
         return path
     state = (root / STATES / "current").resolve()
