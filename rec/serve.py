@@ -10,7 +10,7 @@
 - Listens at once: /healthz says that the process is up, /readyz that the models are loaded and warm. With
   --workers, the other processes start once the first one is ready, and listen when they are warm.
 - A process that dies is replaced. SIGHUP replaces all, one after the other. SIGTERM finishes what is in flight.
-- Tokens: REC_API_TOKENS for the API, REC_ADMIN_TOKENS for POST /v1/models/reload (rec/serving/gate.py). The server
+- Tokens: REC_API_TOKENS for the API, REC_ADMIN_TOKENS for POST /v1/models/reload (rec/ops/serving/gate.py). The server
   refuses to start if one of them is empty in the environment but has tokens in `.env`.
 - A reload finds the bundles anew: `latest`, an alias and a W&B alias may by then mean another version.
 - New bundles are loaded by a new process, which then takes the place of an old one. Bundles that fail are reported in
@@ -142,8 +142,8 @@ def parse() -> argparse.Namespace:
 
 def build(args: argparse.Namespace, pair: files.Pair) -> "tuple[Service, ASGIApp]":
     """The service, which has not loaded its models yet, and the application in front of it."""
+    from rec.ops.serving.gate import Tokens
     from rec.serving.app import create_app
-    from rec.serving.gate import Tokens
     from rec.serving.service import Service
 
     service = Service(lambda: pair, lambda pair: load(args, pair))
@@ -156,7 +156,7 @@ def load(args: argparse.Namespace, pair: files.Pair) -> "Backend":
     """The models of the bundles, here or in TF Serving."""
     print(f"loading {' and '.join(str(path) for path in pair if path)}", file=sys.stderr)
     if args.tf_serving:
-        from rec.serving.tf_serving import connect
+        from rec.ops.serving.tf_serving import connect
 
         return connect(args.tf_serving, *pair, allow_mismatch=args.allow_mismatch)
     import tensorflow as tf
@@ -201,8 +201,8 @@ def main() -> None:
 
 
 def supervise(args: argparse.Namespace) -> None:
-    from rec.serving.gate import Tokens
-    from rec.serving.supervisor import Supervisor
+    from rec.ops.serving.gate import Tokens
+    from rec.ops.serving.supervisor import Supervisor
 
     warning = Tokens.from_environment(args.require_auth).warning()
     if warning is not None:

@@ -20,8 +20,8 @@ from rec.bundles.files import STAGES, read_metadata, versions
 from rec.bundles.recommender import Recommender, load_bundle
 from rec.config import load_config
 from rec.data_prep.dataset import open_dataset
+from rec.ops.serving.gate import Tokens
 from rec.serving.app import create_app
-from rec.serving.gate import Tokens
 from rec.serving.service import Service
 from tests.conftest import ROOT, Trained, environment, run
 

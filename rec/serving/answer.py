@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from rec.errors import UserError
-from rec.serving.metrics import COLD, STAGE_SECONDS
+from rec.ops.serving.metrics import COLD, STAGE_SECONDS
 from rec.serving.schemas import LOWEST, Item, RecommendRequest
 
 DEEPEST = 10_000  # the most popular passing items that are scored for a narrow filter: some 5 ms

@@ -23,9 +23,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import rec
 from rec.errors import UserError
-from rec.serving import metrics, schemas
+from rec.ops.serving import metrics
+from rec.ops.serving.gate import BATCH, RELOAD, Gate, Tokens
+from rec.serving import schemas
 from rec.serving.answer import as_json
-from rec.serving.gate import BATCH, RELOAD, Gate, Tokens
 from rec.serving.schemas import BatchRequest, Problem, RecommendRequest
 from rec.serving.service import Service
 

@@ -2,7 +2,7 @@
 
 - The thread takes what has queued while its last call ran, and answers it in one call: a lone request does not wait for
   company, and there is no timer. (Waiting 1 ms for company was slower at every load.) Batches and expensive requests
-  take turns in calls of their own (rec/serving/lanes.py).
+  take turns in calls of their own (rec/ops/serving/lanes.py).
 - The queue is bounded: a request that finds it full is refused with 503 and Retry-After. Batches have a bound of their
   own, so that they refuse nobody else.
 - Bundles are loaded, warmed and checked before they answer. A request keeps the engine that it was checked against. If
@@ -25,9 +25,9 @@ from starlette.exceptions import HTTPException
 
 from rec.bundles.files import Pair
 from rec.errors import UserError
+from rec.ops.serving.lanes import Job, Lanes
+from rec.ops.serving.metrics import BATCH_SIZE, QUEUE, RELOADS, STAGE_SECONDS, VERSION
 from rec.serving.answer import Backend, Engine
-from rec.serving.lanes import Job, Lanes
-from rec.serving.metrics import BATCH_SIZE, QUEUE, RELOADS, STAGE_SECONDS, VERSION
 from rec.serving.schemas import UnavailableError
 
 MAX_WAITING = 512  # a quarter of a second of plain requests; and as many of batches

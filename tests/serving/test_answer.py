@@ -14,9 +14,9 @@ from fastapi.testclient import TestClient
 
 from rec.bundles import files
 from rec.bundles.recommender import Recommender
+from rec.ops.serving.gate import Tokens
 from rec.serving.answer import Catalogue, is_among
 from rec.serving.app import create_app
-from rec.serving.gate import Tokens
 from rec.serving.schemas import LOWEST
 from rec.serving.service import Service
 from tests.conftest import Trained, rewrite

@@ -20,9 +20,9 @@ from starlette.exceptions import HTTPException
 from rec.bundles import files
 from rec.bundles.recommender import Recommender
 from rec.errors import UserError
+from rec.ops.serving.gate import Tokens
 from rec.serving.answer import Backend, Engine
 from rec.serving.app import create_app
-from rec.serving.gate import Tokens
 from rec.serving.schemas import MAX_BODY, RecommendRequest
 from rec.serving.service import MAX_WAITING, Job, Service
 from tests.conftest import Trained, rewrite

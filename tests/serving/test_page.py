@@ -17,8 +17,8 @@ import uvicorn
 from rec import serve
 from rec.bundles import files
 from rec.bundles.recommender import Recommender
+from rec.ops.serving.gate import Tokens
 from rec.serving.app import create_app
-from rec.serving.gate import Tokens
 from rec.serving.service import Service
 from tests.conftest import Trained, rewrite
 

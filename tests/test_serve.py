@@ -73,7 +73,7 @@ def test_the_command_serves_until_it_is_terminated(trained: Trained, tmp_path: P
 
 def test_a_server_imports_nothing_of_the_training_code() -> None:
     code = (
-        "import sys, rec.serve, rec.serving.app, rec.serving.supervisor, rec.serving.tf_serving; "
+        "import sys, rec.serve, rec.serving.app, rec.ops.serving.supervisor, rec.ops.serving.tf_serving; "
         "print(*sorted(name for name in sys.modules if name.startswith('rec.')))"
     )
     done = subprocess.run(

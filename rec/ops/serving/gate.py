@@ -29,8 +29,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rec.errors import UserError
-from rec.serving.connections import MAX_HEADERS
-from rec.serving.metrics import HUNG_UP, REQUEST_SECONDS, REQUESTS
+from rec.ops.serving.connections import MAX_HEADERS
+from rec.ops.serving.metrics import HUNG_UP, REQUEST_SECONDS, REQUESTS
 from rec.serving.schemas import MAX_BATCH_BODY, MAX_BODY
 
 HEALTH = ("/healthz", "/readyz")

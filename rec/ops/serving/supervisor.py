@@ -24,9 +24,9 @@ from typing import Any
 
 from rec.bundles.files import Pair
 from rec.errors import UserError
-from rec.serving.metrics import SLOT, WORKERS, forget
-from rec.serving.reload import LONGEST_DELAY, Follower, Seen, look, names, say
-from rec.serving.worker import GRACE
+from rec.ops.serving.metrics import SLOT, WORKERS, forget
+from rec.ops.serving.reload import LONGEST_DELAY, Follower, Seen, look, names, say
+from rec.ops.serving.worker import GRACE
 
 TICK = 0.5  # seconds between looks at the clock
 HUNG = 60.0  # seconds without a sign of life, after which a process that answers requests is killed

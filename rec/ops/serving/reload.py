@@ -20,7 +20,7 @@ from typing import Any
 
 from rec.bundles.files import Pair
 from rec.errors import UserError
-from rec.serving.metrics import FOLLOWED, LOOKS_FAILED, RELOADS
+from rec.ops.serving.metrics import FOLLOWED, LOOKS_FAILED, RELOADS
 
 SETTLE = 2.0  # seconds at most between the two looks that must see the same files
 LONGEST_DELAY = 60.0  # seconds

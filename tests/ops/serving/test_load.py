@@ -24,8 +24,8 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from bench.serving import Load, get, megabytes
 from rec.bundles.recommender import Recommender
+from rec.ops.serving.gate import Tokens
 from rec.serving.app import create_app
-from rec.serving.gate import Tokens
 from tests.conftest import Trained, environment
 from tests.serving.test_app import HOSTILE, publish_ranking, service_of
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from starlette.exceptions import HTTPException
 
+from rec.ops.serving.lanes import FEW, LARGEST, Job, Lanes
 from rec.serving import service as service_module
-from rec.serving.lanes import FEW, LARGEST, Job, Lanes
 from rec.serving.schemas import RecommendRequest
 from rec.serving.service import MAX_WAITING, Service
 

@@ -16,11 +16,11 @@ from fastapi.testclient import TestClient
 
 from rec.bundles.recommender import Recommender
 from rec.errors import UserError
+from rec.ops.serving.gate import Tokens
+from rec.ops.serving.tf_serving import TfServing, connect
 from rec.serving.app import create_app
-from rec.serving.gate import Tokens
 from rec.serving.schemas import LOWEST, UnavailableError
 from rec.serving.service import Service
-from rec.serving.tf_serving import TfServing, connect
 from tests.conftest import ROOT, Trained, environment, rewrite
 
 BATCH: tuple[list[str], list[list[str] | None], list[list[str]]] = (

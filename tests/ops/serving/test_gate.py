@@ -7,9 +7,9 @@ from fastapi.testclient import TestClient
 
 from rec.bundles.files import Pair
 from rec.errors import UserError
+from rec.ops.serving.connections import MAX_HEADERS
+from rec.ops.serving.gate import MAX_URL, RELOAD, Tokens
 from rec.serving.app import create_app
-from rec.serving.connections import MAX_HEADERS
-from rec.serving.gate import MAX_URL, RELOAD, Tokens
 from rec.serving.service import Service
 
 CLOSED, NO_MODELS = (401, 403), 503

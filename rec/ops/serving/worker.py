@@ -24,8 +24,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from rec.errors import UserError
-from rec.serving.connections import http_settings
-from rec.serving.metrics import DIRECTORY
+from rec.ops.serving.connections import http_settings
+from rec.ops.serving.metrics import DIRECTORY
 from rec.serving.service import Service
 
 GRACE = 10.0  # seconds for what is in flight, before a process is killed
