@@ -240,12 +240,6 @@ class Recommender:
             tf.constant(items, tf.string), tf.constant(others, tf.string)
         ).numpy()
 
-    def close(self) -> None:
-        """Frees the memory of a ScaNN searcher, which a process otherwise keeps."""
-        release = getattr(self.module.retrieval.index, "release", None)
-        if release is not None:
-            release()
-
 
 def load_bundle(path: Path, needed: str = "serving_default") -> Any:
     """tf.saved_model.load with ScaNN's operations registered.

@@ -24,7 +24,6 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from rec.errors import UserError
-from rec.ops.serving.metrics import COLD, STAGE_SECONDS
 from rec.serving.schemas import LOWEST, Item, RecommendRequest
 
 DEEPEST = 10_000  # the most popular passing items that are scored for a narrow filter: some 5 ms
@@ -51,7 +50,28 @@ class Backend(Protocol):
     def similar(self, item_ids: list[str]) -> tuple[np.ndarray, np.ndarray]: ...
     def histories(self, user_ids: list[str]) -> list[list[str]]: ...
     def cosines(self, items: list[str], others: list[str]) -> np.ndarray: ...
-    def close(self) -> None: ...
+
+
+class Observer:
+    """What a server does, for whoever counts it. This one is silent. Subclasses must return at once."""
+
+    def loaded(self, versions: dict[str, int]) -> None:
+        """The models are in service."""
+
+    def waiting(self, requests: int) -> None:
+        """So many requests wait or are being answered."""
+
+    def call(self, requests: int) -> None:
+        """So many requests share a call of the models."""
+
+    def stage(self, name: str, seconds: float) -> None:
+        """A stage of a call has ended: `queue` (the longest wait), `model`, or `answer` (choosing and writing)."""
+
+    def cold_starts(self, answers: int) -> None:
+        """So many answers are popular items, for users of whom nothing is known."""
+
+
+SILENT = Observer()
 
 
 def as_json(value: Any) -> Any:
@@ -242,19 +262,20 @@ def is_among(rows: Any, among: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Engine:
-    """A loaded pair and its catalogue. A reload replaces it as a whole, so an answer never mixes versions."""
+    """A loaded pair and its catalogue."""
 
     backend: Backend
     catalogue: Catalogue
+    observer: Observer = SILENT
 
     @classmethod
-    def warm(cls, backend: Backend) -> "Engine":
+    def warm(cls, backend: Backend, observer: Observer = SILENT) -> "Engine":
         """An engine that has answered each kind of request: a model's first call takes a second.
 
         Raises:
           UserError: the answers are empty or not numbers.
         """
-        engine = cls(backend, Catalogue(backend.items))
+        engine = cls(backend, Catalogue(backend.items), observer)
         first = engine.catalogue.ids[0]
         user = backend.users[0] if backend.users else None
         requests = [
@@ -305,8 +326,8 @@ class Engine:
         )
         found = self.backend.answer(users, histories, [request.exclude for request in requests])
         called = time.perf_counter()
-        STAGE_SECONDS.labels("model").observe(called - start)
-        COLD.inc(int(found["cold"].sum()))
+        self.observer.stage("model", called - start)
+        self.observer.cold_starts(int(found["cold"].sum()))
         width = max(self.max_k if request.filter else request.k for request in requests)
         candidates = [
             self._passing(request, places)
@@ -326,7 +347,7 @@ class Engine:
             if len(places) < request.k:
                 places = self._fill_up(request, places, history)
             answers.append(self._write(request, places, history, cold, model))
-        STAGE_SECONDS.labels("answer").observe(time.perf_counter() - called)
+        self.observer.stage("answer", time.perf_counter() - called)
         return answers
 
     def _write(
@@ -373,10 +394,6 @@ class Engine:
         return [
             f'{{"user_id":{to_json(user)},"items":[{",".join(items)}]}}' for user, items in shown
         ]
-
-    def close(self, _: Sequence[None]) -> list[None]:
-        self.backend.close()
-        return [None]
 
     def _stored(self, requests: Iterable[RecommendRequest]) -> dict[str | None, list[str]]:
         """The stored histories of the requests' users, by user, in one call."""

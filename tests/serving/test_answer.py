@@ -14,7 +14,6 @@ from fastapi.testclient import TestClient
 
 from rec.bundles import files
 from rec.bundles.recommender import Recommender
-from rec.ops.serving.gate import Tokens
 from rec.serving.answer import Catalogue, is_among
 from rec.serving.app import create_app
 from rec.serving.schemas import LOWEST
@@ -122,9 +121,9 @@ def typed(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> TestCli
         items = items.append_column(name, pa.concat_arrays([values, nothing]))
     pq.write_table(items, path)
     rewrite(path.parent)
-    service = Service(lambda: files.find_pair(savedmodels), lambda pair: Recommender.load(*pair))
+    service = Service(lambda: Recommender.load(*files.find_pair(savedmodels)))
     service.load()
-    return TestClient(create_app(service, Tokens()), raise_server_exceptions=False)
+    return TestClient(create_app(service), raise_server_exceptions=False)
 
 
 def recommended(client: TestClient, **wanted: list[Any]) -> Any:

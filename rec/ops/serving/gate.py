@@ -213,8 +213,8 @@ class Gate:
         self._lines: list[str] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+        if scope["type"] != "http":  # the server's lifespan
+            return await self._live(scope, receive, send)
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         request_id = given if REQUEST_ID.fullmatch(given) else os.urandom(8).hex().encode()
@@ -236,7 +236,16 @@ class Gate:
             if self._access_log:
                 self._lines.append(line)
 
-    async def watch(self) -> None:
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watching = asyncio.create_task(self._watch())
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+            self._flush()
+
+    async def _watch(self) -> None:
         """For ever: drops the requests of clients that have gone, and writes the log."""
         while True:
             await asyncio.sleep(TICK)
@@ -244,9 +253,9 @@ class Gate:
                 each for each in self._open if time.perf_counter() - each.start > TICK
             ]:
                 await exchange.cancel_if_gone()
-            self.flush()
+            self._flush()
 
-    def flush(self) -> None:
+    def _flush(self) -> None:
         """Writes the log of what was answered since the last time."""
         lines, self._lines = self._lines, []
         print(*lines, sep="", end="", flush=True)

@@ -87,9 +87,6 @@ class TfServing:
         rows = self.items.index.get_indexer(pd.Index(items)).tolist()
         return np.array([[each.get(row, LOWEST) for each in near] for row in rows], np.float32)
 
-    def close(self) -> None:
-        self.client.close()
-
     def _call(self, stage: str, signature: str, inputs: dict[str, list[Any]]) -> Any:
         """A signature's outputs by name; its only output, without a name."""
         path = f"/v1/models/{stage}/versions/{self.metadata[stage]['version']}:predict"

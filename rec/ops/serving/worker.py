@@ -8,6 +8,7 @@ It talks to the supervisor over a connection, in pairs of a kind and a value:
 """
 
 import asyncio
+import gc
 import os
 import queue
 import shutil
@@ -15,6 +16,7 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
@@ -23,9 +25,12 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
+from rec.bundles.files import Pair
 from rec.errors import UserError
 from rec.ops.serving.connections import http_settings
 from rec.ops.serving.metrics import DIRECTORY
+from rec.ops.serving.reload import names
+from rec.serving.schemas import UnavailableError
 from rec.serving.service import Service
 
 GRACE = 10.0  # seconds for what is in flight, before a process is killed
@@ -58,9 +63,10 @@ class Server(uvicorn.Server):
 class Supervision:
     """The worker's end of its connection to the supervisor."""
 
-    def __init__(self, connection: Connection, service: Service) -> None:
+    def __init__(self, connection: Connection, service: Service, pair: Pair) -> None:
         self._connection = connection
         self._service = service
+        self._pair = pair
         self._sending = threading.Lock()
         self._preparing = threading.Lock()
         self._missing = {"models", "listening"}  # until it is ready
@@ -91,12 +97,25 @@ class Supervision:
         return outcome
 
     def load(self) -> None:
+        """Has the service load its models. If it cannot, this process ends."""
         try:
             self._service.load()
-        except UserError as error:
-            self.send("refused", str(error))
+        except Exception as error:
+            self.send("refused", self._refusal(error))
             os._exit(1)
+        # A full collection takes 0.2 s: what is there now is left out of later ones.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 50, 100)
         self.has("models")
+
+    def _refusal(self, error: Exception) -> str:
+        if isinstance(error, UserError):
+            return str(error)
+        if not isinstance(error, UnavailableError):
+            traceback.print_exception(error)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"{names(self._pair)} cannot be taken into service: {reason}"
 
     def has(self, part: str) -> None:
         """One of the two things that make a process ready; the second one is reported."""
@@ -135,17 +154,13 @@ def one_core() -> Iterator[None]:
                 os.sched_setaffinity(int(task), cores)
 
 
-def run(
-    service: Service, app: ASGIApp, listener: socket.socket, connection: Connection, at_once: bool
-) -> None:
+def run(supervision: Supervision, app: ASGIApp, listener: socket.socket, at_once: bool) -> None:
     """Loads and answers until SIGTERM.
 
     Args:
       listener: a socket that listens, which other processes may share.
       at_once: answer while loading too, with 503 and a healthy /healthz; otherwise connections wait for the models.
     """
-    supervision = Supervision(connection, service)
-    service.reload = supervision.reload
     threading.Thread(target=supervision.listen, daemon=True).start()
     loading = threading.Thread(target=supervision.load, daemon=True)
     if at_once:

@@ -10,7 +10,7 @@ from rec.errors import UserError
 from rec.ops.serving.metrics import exposition
 from rec.ops.serving.reload import LONGEST_DELAY, Follower, look
 from tests.conftest import Trained, rewrite
-from tests.serving.test_app import publish_ranking
+from tests.ops.serving.test_front import publish_ranking
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from fastapi.testclient import TestClient
 
 from rec.bundles.recommender import Recommender
 from rec.errors import UserError
-from rec.ops.serving.gate import Tokens
 from rec.ops.serving.tf_serving import TfServing, connect
 from rec.serving.app import create_app
 from rec.serving.schemas import LOWEST, UnavailableError
@@ -75,7 +74,7 @@ def local(pair: tuple[Path, Path]) -> Recommender:
 def fleet(replica: str, pair: tuple[Path, Path]) -> Iterator[TfServing]:
     fleet = connect([replica], *pair)
     yield fleet
-    fleet.close()
+    fleet.client.close()
 
 
 def equal(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
@@ -328,9 +327,9 @@ def test_the_command_answers_from_a_fleet_without_tensorflow(
 
 
 def test_the_api_says_in_one_sentence_that_the_fleet_is_down(fleet: TfServing, nobody: str) -> None:
-    service = Service(lambda: (Path(), None), lambda _: fleet)
+    service = Service(lambda: fleet)
     service.load()
-    client = TestClient(create_app(service, Tokens()))
+    client = TestClient(create_app(service))
     assert client.get("/v1/users/u7/recommendations").status_code == 200
     fleet.replicas[:] = [nobody]
     answer = client.get("/v1/users/u7/recommendations")
