@@ -14,6 +14,7 @@ from rec.config import Config
 from rec.errors import UserError
 from rec.ops import promotion
 from rec.ops.registry import WandbStore
+from rec.ops.serving.start import find_pair
 from rec.ops.tracking import track
 from tests.conftest import Trained, run
 from tests.wandb_server import WandbServer
@@ -202,7 +203,7 @@ def test_a_download_is_kept_by_its_digest_and_a_damaged_one_is_refused(
         monkeypatch.setattr(
             sys, "argv", ["rec.serve", "--ranking-wandb", "team/rec/ranking_bundle:v0"]
         )
-        retrieval, ranking = serve.find_pair(serve.parse())
+        retrieval, ranking = find_pair(serve.parse())
         assert ranking is not None
         assert [read_metadata(each) for each in (retrieval, ranking)] == [
             read_metadata(each) for each in pairs[:2]
