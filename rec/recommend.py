@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from rec import LOWEST
 from rec.bundles import files
-from rec.bundles.recommender import LOWEST, Recommender
-from rec.config import add_config_arguments, load_config
+from rec.bundles.recommender import Recommender
+from rec.config import Config, add_config_arguments, load_config
+from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError, command_parser, run_command
 
 SHOWN_HISTORY = 3  # the latest items of a history that are shown
@@ -76,6 +78,15 @@ def show(recommender: Recommender, answer: Answer, history: list[str]) -> None:
     for item in answer["items"]:
         lines.append(recommendation_row(recommender.items, item["item_id"], item["score"]))
     print("\n".join(lines), file=sys.stderr)
+
+
+def show_examples(config: Config, users: int = 3, k: int = 5) -> None:
+    """Prints what the first users of the test data are recommended by the latest bundles."""
+    recommender = Recommender.load(*files.find_pair(Path(config.output.savedmodels)))
+    test = open_dataset(config.dataset).interactions("test")
+    for user_id in test["user_id"].drop_duplicates().head(users):
+        answer = recommend(recommender, user_id, None, min(k, config.index.k))
+        show(recommender, answer, recommender.histories([user_id])[0])
 
 
 def ask_for_users() -> Iterator[str]:

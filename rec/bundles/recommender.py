@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
+from rec import LOWEST
 from rec.bundles.files import check_pair, read_catalogue, verify
 from rec.errors import UserError
 
@@ -26,7 +27,6 @@ LISTS = tf.TensorSpec([None, None], tf.string)
 TIMES = tf.TensorSpec([None], tf.int64)
 FLAGS = tf.TensorSpec([None], tf.bool)
 ROWS = tf.TensorSpec([None], tf.int32)
-LOWEST = float(np.finfo(np.float32).min)  # the bundles' score of an empty place
 
 
 class AnswersUsers(tf.Module):

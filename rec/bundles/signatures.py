@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
+from rec import LOWEST
 from rec.bundles.recommender import FLAGS, IDS, LISTS, ROWS, TIMES, AnswersUsers, Tensors
 from rec.corpus import Corpus
 from rec.features import FIRST_ITEM, FIRST_USER, PAD, UNKNOWN_USER, Encoder, Vocabulary
@@ -23,7 +24,7 @@ from rec.ranking.count_features import CountFeatures
 from rec.ranking.model import RankingModel, score_candidates
 from rec.retrieval.index import ExactIndex, ScannIndex
 from rec.retrieval.model import RetrievalModel
-from rec.retrieval.scoring import LOWEST, best_unseen
+from rec.retrieval.scoring import best_unseen
 from rec.sequences import Sequences
 
 ROW_LISTS = tf.TensorSpec([None, None], tf.int32)

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from rec.bundles.files import Metadata, draft
 from rec.bundles.recommender import Recommender
 from rec.config import Config
-from rec.evaluate import SHOWN, Report, data_of, evaluate
+from rec.evaluation import SHOWN, Report, evaluate
 from rec.files import replace_directory, sole_writer
+from rec.ops.comparison import data_of
 from rec.ops.registry import Store, built_from, bundles
 
 

@@ -64,7 +64,7 @@ def gate(store: Store, config: Config, to: Versions, current: Versions) -> dict[
                 "passed": False,
                 "reasons": [f"{odd}: promote --stage recommender, which moves both"],
             }
-    from rec.evaluate import compare  # TensorFlow: not before it is needed
+    from rec.ops.comparison import compare  # TensorFlow: not before it is needed
 
     try:
         measured = compare(

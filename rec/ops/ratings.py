@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from rec import metrics
+from rec import LOWEST, metrics
 from rec.checkpoint import describe
 from rec.config import Config, Ranking, with_ranking_defaults
 from rec.corpus import Corpus
@@ -24,7 +24,6 @@ from rec.ranking.model import RankingModel, log_length, mean_of_history, score_l
 from rec.ranking.objectives import weighted_mean
 from rec.ranking.train import MODELS, TrainedRanking, build_ranking_model
 from rec.retrieval.model import RetrievalModel
-from rec.retrieval.scoring import LOWEST
 from rec.retrieval.train import TrainedRetrieval
 from rec.sequences import Sequences
 from rec.training import (

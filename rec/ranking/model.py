@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
+from rec import LOWEST
 from rec.config import Ranking
 from rec.corpus import Corpus
 from rec.features import PAD, UNKNOWN, UNKNOWN_USER, Encoder, recent_items
@@ -23,7 +24,6 @@ from rec.ranking.candidates import CandidateLists
 from rec.ranking.count_features import COUNT_FEATURES, RECENT, CountFeatures
 from rec.ranking.objectives import NOT_THERE, OBJECTIVES
 from rec.retrieval.model import RetrievalModel
-from rec.retrieval.scoring import LOWEST
 
 
 class RankingModel(tfrs.Model):

@@ -23,8 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
+from rec import LOWEST
 from rec.errors import UserError
-from rec.serving.schemas import LOWEST, Item, RecommendRequest
+from rec.serving.schemas import Item, RecommendRequest
 
 DEEPEST = 10_000  # the most popular passing items that are scored for a narrow filter: some 5 ms
 MATCHES = 64 * 1024 * 1024  # bytes for the rows of the latest filters,

@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
 
+from rec import LOWEST
 from rec.bundles import files
 from rec.bundles.recommender import Recommender
 from rec.serving.answer import Catalogue, is_among
 from rec.serving.app import create_app
-from rec.serving.schemas import LOWEST
 from rec.serving.service import Service
 from tests.conftest import Trained, rewrite
 

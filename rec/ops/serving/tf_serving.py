@@ -22,8 +22,9 @@ import httpx
 import numpy as np
 import pandas as pd
 
+from rec import LOWEST
 from rec.bundles.files import check_pair, read_catalogue, read_metadata
-from rec.serving.schemas import LOWEST, UnavailableError
+from rec.serving.schemas import UnavailableError
 
 PAUSE = 10.0  # seconds for which a replica that failed is only asked after the others
 FAILURES = (httpx.HTTPError, httpx.InvalidURL)

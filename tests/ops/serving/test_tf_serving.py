@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from rec import LOWEST
 from rec.bundles.recommender import Recommender
 from rec.errors import UserError
 from rec.ops.serving.tf_serving import TfServing, connect
 from rec.serving.app import create_app
-from rec.serving.schemas import LOWEST, UnavailableError
+from rec.serving.schemas import UnavailableError
 from rec.serving.service import Service
 from tests.conftest import ROOT, Trained, environment, rewrite
 
