@@ -11,6 +11,7 @@ trust the retrieval score, and fails in service.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,26 +95,75 @@ def train_ranking(
       init_from: the model whose embeddings the ranker starts from; by default the miner's, which have not seen the
         labels. `init_name` says in the run's description which one it is.
     """
-    settings = with_ranking_defaults(config.ranking, retrieval.model.config.window)
-    config = replace(config, ranking=settings)
-    corpus = retrieval.corpus
     distribution = distribution or OneProcess()
-    tf.keras.utils.set_random_seed(config.seed)
-    with distribution.strategy.scope():
-        model = build_ranking_model(settings, retrieval)
+    config, model = untrained_ranking(config, retrieval, distribution)
     mined = mine_training_lists(config, retrieval, distribution)
     model.start_from(init_from or mined.miner)
     validation = RankingValidation(config, retrieval, mined)
-    description = describe(
-        config, corpus, "ranking", retrieval_run=retrieval.description, init_from=init_name
+    settings = config.ranking
+    return fit_ranking(
+        model,
+        config,
+        retrieval,
+        RankingData(
+            examples=mined.train.items.size,
+            epochs=settings.epochs if len(mined.train) else 0,
+            batches=lambda rng: list_batches(mined.train, mined.counts, settings.batch_size, rng),
+            measure=lambda: validation.measure(model),
+            monitor=GAIN,
+        ),
+        init_name=init_name,
+        distribution=distribution,
+        tracker=tracker,
     )
 
+
+@dataclass(frozen=True)
+class RankingData:
+    """What a ranker learns from, and what its epochs are judged by."""
+
+    examples: int  # per epoch
+    epochs: int
+    batches: Callable[[np.random.Generator], tf.data.Dataset]  # one epoch's
+    measure: Callable[[], Metrics]
+    monitor: str  # the metric of `measure` that chooses the epoch
+
+
+def untrained_ranking(
+    config: Config, retrieval: TrainedRetrieval, distribution: Distribution
+) -> tuple[Config, RankingModel]:
+    """The config without `auto` in its section `ranking`, and the model that it describes, from the config's seed."""
+    settings = with_ranking_defaults(config.ranking, retrieval.model.config.window)
+    tf.keras.utils.set_random_seed(config.seed)
+    with distribution.strategy.scope():
+        model = build_ranking_model(settings, retrieval)
+    return replace(config, ranking=settings), model
+
+
+def fit_ranking(
+    model: RankingModel,
+    config: Config,
+    retrieval: TrainedRetrieval,
+    data: RankingData,
+    *,
+    init_name: str | None,
+    distribution: Distribution,
+    tracker: Tracker | None,
+) -> TrainedRanking:
+    """Trains a ranker into CHECKPOINTS/ranking, and keeps its best epoch."""
     schedule = Schedule(
-        epochs=settings.epochs if len(mined.train) else 0,
-        learning_rate=settings.learning_rate,
+        epochs=data.epochs,
+        learning_rate=config.ranking.learning_rate,
         seed=config.seed,
-        monitor=GAIN,
-        patience=settings.patience,
+        monitor=data.monitor,
+        patience=config.ranking.patience,
+    )
+    description = describe(
+        config,
+        retrieval.corpus,
+        "ranking",
+        retrieval_run=retrieval.description,
+        init_from=init_name,
     )
     run = TrainingRun(
         model,
@@ -121,16 +171,16 @@ def train_ranking(
         description,
         {},
         schedule,
-        examples=mined.train.items.size,
+        examples=data.examples,
         distribution=distribution,
         tracker=tracker or NoTracker(),
     )
     if not run.resume():
-        run.begin(validation.measure(model))
+        run.begin(data.measure())
     for epoch in run.epochs():
         rng = np.random.default_rng([config.seed, epoch])
-        loss = run.train(list_batches(mined.train, mined.counts, settings.batch_size, rng))
-        run.save(loss | validation.measure(model))
+        loss = run.train(data.batches(rng))
+        run.save(loss | data.measure())
     if not distribution.is_chief:  # it alone finishes the run
         return TrainedRanking(model, retrieval, run.state, run.description)
     run.restore_best()
