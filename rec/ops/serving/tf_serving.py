@@ -1,15 +1,15 @@
-"""The models on a fleet of other machines, by TF Serving's REST API. Nothing of TensorFlow is imported here.
+"""The models on a fleet of other machines, by TF Serving's REST API, without TensorFlow in this process.
 
     python -m rec.serve --tf-serving http://a:8501,http://b:8501     both with the models `retrieval` and `ranking`
 
-- A replica that fails or is late is passed over for the next, and last in turn for a while; where none answers: a 503.
-- Every call names the version of the local bundle, so that answers fit the local items.parquet: let the fleet keep two
-  versions (model_version_policy {latest {num_versions: 2}}), or none answers while one replaces the other.
+- If a replica fails or is late, the next one is tried, and the first comes last for a while. If none answers: a 503.
+- Every call names the version of the local bundle, so that answers fit the local items.parquet. So the fleet must keep
+  two versions (model_version_policy {latest {num_versions: 2}}), or none answers while one replaces the other.
 
 TF Serving itself was not run here. The tests speak its REST protocol (https://www.tensorflow.org/tfx/serving/api_rest)
 with a stand-in that runs the bundles through the C++ loader that TF Serving uses.
 
-Not covered: gRPC, balancing by load, and a narrow filter's best items, in whose place popular ones follow.
+Not covered: gRPC, balancing by load, and the best items of a narrow filter: popular ones take their place.
 """
 
 import time
@@ -32,7 +32,7 @@ FAILURES = (httpx.HTTPError, httpx.InvalidURL)
 
 @dataclass(eq=False)
 class TfServing:
-    """What rec.bundles.recommender.Recommender does, with the models elsewhere; UnavailableError where none answers."""
+    """As rec.bundles.recommender.Recommender, with the models elsewhere; UnavailableError if no replica answers."""
 
     replicas: list[str]
     client: httpx.Client
@@ -47,25 +47,29 @@ class TfServing:
         histories: Sequence[list[str] | None],
         excluded: Sequence[list[str]],
     ) -> dict[str, np.ndarray]:
-        users, given = list(user_ids), [history is not None for history in histories]
-        lists = _padded([history or [] for history in histories])
-        asked: dict[str, list[Any]] = {"user_id": users, "is_given": given, "history": lists}
-        found = self._call("retrieval", "answer", {**asked, "exclude": _padded(excluded)})
-        scores, cold = np.array(found["score"], np.float32), np.array(found["cold"])
-        parts = {"rows": np.array(found["row"]), "retrieved": scores}
+        inputs: dict[str, list[Any]] = {
+            "user_id": list(user_ids),
+            "is_given": [history is not None for history in histories],
+            "history": _padded([history or [] for history in histories]),
+        }
+        answer = self._call("retrieval", "answer", {**inputs, "exclude": _padded(excluded)})
+        retrieved = np.array(answer["score"], np.float32)
+        cold = np.array(answer["cold"])
+        scores = retrieved
         if "ranking" in self.metadata:
             n = self.metadata["ranking"]["config"]["ranking"]["candidates"]
-            ranked = self._call(
-                "ranking", "answer", {**asked, "item_id": [row[:n] for row in found["item_id"]]}
-            )
+            candidates = [row[:n] for row in answer["item_id"]]
+            ranked = self._call("ranking", "answer", {**inputs, "item_id": candidates})
             scores = np.full_like(scores, LOWEST)  # what is not ranked follows in retrieval's order
-            scores[:, :n] = np.where(cold[:, None], parts["retrieved"][:, :n], ranked)
+            scores[:, :n] = np.where(cold[:, None], retrieved[:, :n], ranked)
         order = np.argsort(-scores, axis=1, kind="stable")
-        ordered = {
-            name: np.take_along_axis(part, order, 1)
-            for name, part in {**parts, "scores": scores}.items()
+        return {
+            "rows": np.take_along_axis(np.array(answer["row"]), order, 1),
+            "scores": np.take_along_axis(scores, order, 1),
+            "retrieved": np.take_along_axis(retrieved, order, 1),
+            "ranks": order + 1,
+            "cold": cold,
         }
-        return {**ordered, "ranks": order + 1, "cold": cold}
 
     def answer_within(self, user_id: str, history: list[str] | None, rows: np.ndarray) -> None:
         """It cannot be done here: a filter's rows belong to one request, and TF Serving batches every input."""
@@ -80,38 +84,35 @@ class TfServing:
         return [[item for item in row if item] for row in stored]
 
     def cosines(self, items: list[str], others: list[str]) -> np.ndarray:
-        """[N, H], known of the items that are among the others' nearest; float32's lowest elsewhere."""
-        near = [
-            dict(zip(*pair, strict=True))
-            for pair in zip(*(x.tolist() for x in self.similar(others)), strict=True)
-        ]
+        """[N, H], known for the items that are among the others' nearest; float32's lowest elsewhere."""
+        near = []
+        for nearest, scores in zip(*self.similar(others), strict=True):
+            near.append(dict(zip(nearest.tolist(), scores.tolist(), strict=True)))
         rows = self.items.index.get_indexer(pd.Index(items)).tolist()
         return np.array([[each.get(row, LOWEST) for each in near] for row in rows], np.float32)
 
     def _call(self, stage: str, signature: str, inputs: dict[str, list[Any]]) -> Any:
         """A signature's outputs by name; its only output, without a name."""
         path = f"/v1/models/{stage}/versions/{self.metadata[stage]['version']}:predict"
-        self.replicas.append(self.replicas.pop(0))  # each in turn
-        for replica in sorted(
-            self.replicas, key=lambda each: self._failed.get(each, 0) > time.monotonic() - PAUSE
-        ):
+        body = {"signature_name": signature, "inputs": inputs}
+        for replica in self._in_turn():
             try:
-                answer = self.client.post(
-                    replica + path, json={"signature_name": signature, "inputs": inputs}
-                )
+                answer = self.client.post(replica + path, json=body)
                 return answer.json()["outputs"]
             except FAILURES as error:
                 reason = str(error) or type(error).__name__
-            except (
-                ValueError,
-                LookupError,
-                TypeError,
-            ):  # an error is {"error": ..}, a proxy's error a page
-                reason = f"{answer.status_code} {' '.join(answer.text.split())[:200]}"
+            except (ValueError, LookupError, TypeError):
+                reason = _shorten(answer)  # an error is {"error": ..}, that of a proxy a page
             self._failed[replica] = time.monotonic()
         raise UnavailableError(
-            f"no TF Serving answers for {stage}; the last that was asked, {replica}: {reason}"
+            f"no TF Serving answers for {stage}; the last one tried was {replica}: {reason}"
         )
+
+    def _in_turn(self) -> list[str]:
+        """The replicas, another one first each time. Those that failed lately come last."""
+        self.replicas.append(self.replicas.pop(0))
+        late = time.monotonic() - PAUSE
+        return sorted(self.replicas, key=lambda replica: self._failed.get(replica, 0) > late)
 
 
 def connect(
@@ -132,26 +133,38 @@ def connect(
       UnavailableError: no replica has their versions, or not yet.
     """
     replicas = [url.strip().rstrip("/") for each in urls for url in each.split(",") if url.strip()]
-    stages = {"retrieval": retrieval} | ({"ranking": ranking} if ranking else {})
-    metadata = {stage: read_metadata(bundle, stage) for stage, bundle in stages.items()}
-    if ranking and not allow_mismatch:
-        check_pair(metadata["retrieval"], metadata["ranking"], ranking)
-    client, said = httpx.Client(timeout=timeout), []
+    metadata = {"retrieval": read_metadata(retrieval, "retrieval")}
+    if ranking is not None:
+        metadata["ranking"] = read_metadata(ranking, "ranking")
+        if not allow_mismatch:
+            check_pair(metadata["retrieval"], metadata["ranking"], ranking)
+    client = httpx.Client(timeout=timeout)
+    reasons = []
     for replica in replicas:
-        try:
-            answers = [
-                client.get(f"{replica}/v1/models/{s}/versions/{m['version']}")
-                for s, m in metadata.items()
-            ]
-            if all('"AVAILABLE"' in answer.text for answer in answers):
-                return TfServing(replicas, client, *read_catalogue(retrieval), metadata)
-            said += [f"{replica}: {' '.join(answer.text.split())[:200]}" for answer in answers]
-        except FAILURES as error:
-            said.append(f"{replica}: {error}")
+        reason = _missing(client, replica, metadata)
+        if reason is None:
+            return TfServing(replicas, client, *read_catalogue(retrieval), metadata)
+        reasons.append(f"{replica}: {reason}")
     names = " and ".join(f"{stage} version {each['version']}" for stage, each in metadata.items())
     raise UnavailableError(
-        f"--tf-serving: no replica has {names} loaded ({'; '.join(said) or 'there is no URL'})"
+        f"--tf-serving: no replica has {names} loaded ({'; '.join(reasons) or 'there is no URL'})"
     )
+
+
+def _missing(client: httpx.Client, replica: str, metadata: dict[str, dict[str, Any]]) -> str | None:
+    """Why a replica cannot answer for these versions, or None."""
+    try:
+        for stage, each in metadata.items():
+            answer = client.get(f"{replica}/v1/models/{stage}/versions/{each['version']}")
+            if '"AVAILABLE"' not in answer.text:
+                return _shorten(answer)
+    except FAILURES as error:
+        return str(error)
+    return None
+
+
+def _shorten(answer: httpx.Response) -> str:
+    return f"{answer.status_code} {' '.join(answer.text.split())[:200]}"
 
 
 def _padded(lists: Sequence[list[str]]) -> list[list[str]]:
