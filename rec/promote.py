@@ -1,4 +1,4 @@
-"""Assigns an alias such as `production` to a version, rolls it back, and shows the history.
+"""Gives an alias, such as `production`, to versions that deserve it; takes it back; tells who did.
 
     python -m rec.promote --stage recommender --metric val/ndcg@10     the best pair, if the gate lets it
     python -m rec.promote --stage recommender --version 3              this one
@@ -8,11 +8,11 @@
     python -m rec.promote --stage recommender --version production --card
     python -m rec.promote --artifact-name ENTITY/PROJECT/recommender_bundle --run-id 4f7c21aa       the same at W&B
 
-- A recommender is promoted with the two versions that it was built from. One stage alone is promoted only if the pair
-  that results was trained together.
+- A recommender is promoted with the two versions that it was built from. One stage alone only where the pair that this
+  leaves was trained together.
 - The gate before `production`: the candidate and what is in production answer for the same users of the test data. The
-  candidate is refused if the paired 95 % interval says that it is worse, if its index misses its recall target there,
-  or if its pair does not match. --force promotes it all the same, and the history says so.
+  candidate is refused where the paired 95 % interval says that it is worse, where its index misses its recall target
+  there, or where its pair does not match. --force promotes it all the same, and the history says so.
 
 The last line of stdout is JSON: {"alias", "from", "to", "action", "gate": {"passed", "reasons", ...}}; `from` and `to`
 are versions by stage. What is refused exits with 1.
@@ -20,13 +20,30 @@ are versions by stage. What is refused exits with 1.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from rec.bundles.files import STAGES, Entry
-from rec.config import Config, add_config_arguments, load_config
+from rec.bundles.files import STAGES, Entry, Versions
+from rec.config import add_config_arguments, load_config
 from rec.errors import UserError, command_parser, run_command
-from rec.ops.promotion import GUARDED, choose, promote, roll_back, show_history
+from rec.ops.promotion import GUARDED, choose, promote, roll_back
 from rec.ops.registry import LocalStore, Store, WandbStore
+
+
+def show_history(entries: list[Entry]) -> None:
+    """Prints a line a move on stderr, and what the gate had against it."""
+
+    def named(versions: Versions) -> str:
+        return " ".join(f"{stage} {number}" for stage, number in versions.items()) or "nothing"
+
+    for entry in entries:
+        print(
+            f"{entry['time'][:19]}  {entry['who']}  {entry['alias']} {entry['action']}: {named(entry['from'])} -> "
+            f"{named(entry['to'])} ({entry['why']})",
+            *(f"    {reason}" for reason in entry["gate"]["reasons"]),
+            sep="\n",
+            file=sys.stderr,
+        )
 
 
 def parse() -> argparse.Namespace:
@@ -56,46 +73,38 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def find_store(args: argparse.Namespace, config: Config) -> tuple[Store, str | None]:
-    """Where the bundles are, and the stage that the command line names, if any."""
-    if not args.artifact_name:
-        return LocalStore(Path(config.output.savedmodels)), args.stage
-    project, _, name = args.artifact_name.rpartition("/")
-    stage = name.removesuffix("_bundle")
-    if stage not in STAGES:
-        names = ", ".join(f"{each}_bundle" for each in STAGES)
-        raise UserError(f"--artifact-name {name}: it must be one of {names}")
-    return WandbStore(project), stage
-
-
 def main() -> None:
     args = parse()
     config = load_config(args.config, args.overrides)
-    store, stage = find_store(args, config)
+    stage = args.stage
+    store: Store = LocalStore(Path(config.output.savedmodels))
+    if args.artifact_name:
+        project, _, name = args.artifact_name.rpartition("/")
+        stage, store = name.removesuffix("_bundle"), WandbStore(project)
+        if stage not in STAGES:
+            raise UserError(
+                f"--artifact-name {name}: it is {', '.join(f'{each}_bundle' for each in STAGES)}"
+            )
     if args.history:
         entries = store.history()
         show_history(entries)
         print(json.dumps({"history": entries}))
         return
     if args.rollback:
-        finish(roll_back(store, args.reason or "rolled back", args.alias))
-        return
-    if stage is None:
+        entry = roll_back(store, args.reason or "rolled back", args.alias)
+    elif stage is None:
         raise UserError(
             "what to promote? Name --stage retrieval, ranking or recommender, or --artifact-name"
         )
-    version, why = choose(store, stage, args.version, args.run_id, args.metric)
-    if args.card:
-        from rec.ops.card import write_card
+    else:
+        version, why = choose(store, stage, args.version, args.run_id, args.metric)
+        if args.card:
+            from rec.ops.card import write_card
 
-        print(json.dumps({"card": str(write_card(store, config, stage, version))}))
-        return
-    why = f"{why}; {args.reason}" if args.reason else why
-    finish(promote(store, config, stage, version, why, args.alias, force=args.force))
-
-
-def finish(entry: Entry) -> None:
-    """Prints what happened. Raises UserError if the gate refused it."""
+            print(json.dumps({"card": str(write_card(store, config, stage, version))}))
+            return
+        why = f"{why}; {args.reason}" if args.reason else why
+        entry = promote(store, config, stage, version, why, args.alias, args.force)
     show_history([entry])
     print(json.dumps(entry), flush=True)
     if entry["action"] == "refused":

@@ -10,9 +10,9 @@ import socket
 from datetime import UTC, datetime
 from typing import Any
 
-from rec.bundles.files import Entry, Metadata, Versions, pick
+from rec.bundles.files import Entry, Versions, pick
 from rec.config import Config
-from rec.errors import UserError, note
+from rec.errors import UserError
 from rec.ops.registry import Store, bundles, check_alias, together
 
 GUARDED = "production"  # the alias before which the gate stands
@@ -22,90 +22,68 @@ PASSED: dict[str, Any] = {"passed": True, "reasons": []}  # where nothing had to
 def choose(
     store: Store, stage: str, version: str | None, run_id: str | None, metric: str | None
 ) -> tuple[int, str]:
-    """The version that is meant, and why.
+    """The version that is meant, and why it.
 
     Raises:
       UserError: there is none, or none with that metric.
     """
-    published = store.metadata(stage)
+    found = store.metadata(stage)
     where = f"the registry's {stage}"
-    if version is not None or not published:
-        number = pick(list(published), store.aliases(stage), version or "latest", where)
-        return number, f"version {version}"
+    if version is not None or not found:
+        return pick(
+            list(found), store.aliases(stage), version or "latest", where
+        ), f"version {version}"
     if run_id is not None:
-        return _newest_of_run(published, run_id, where), f"run {run_id}"
+        of_run = [number for number, metadata in found.items() if metadata.get("run_id") == run_id]
+        if not of_run:
+            known = ", ".join(sorted({str(metadata.get("run_id")) for metadata in found.values()}))
+            raise UserError(f"{where} has no version of run {run_id!r}; it has those of {known}")
+        return of_run[-1], f"run {run_id}"
     assert metric is not None
-    return _best(published, metric, where)
-
-
-def _newest_of_run(published: dict[int, Metadata], run_id: str, where: str) -> int:
-    numbers = [number for number, each in published.items() if each.get("run_id") == run_id]
-    if not numbers:
-        known = ", ".join(sorted({str(each.get("run_id")) for each in published.values()}))
-        raise UserError(f"{where} has no version of run {run_id!r}; it has those of {known}")
-    return numbers[-1]
-
-
-def _best(published: dict[int, Metadata], metric: str, where: str) -> tuple[int, str]:
-    """The version with the best value of a metric on the latest version's data set, and why."""
-    latest = published[max(published)]
-    values = {
-        number: each["metrics"][metric]
-        for number, each in published.items()
-        if each["dataset"] == latest["dataset"] and metric in each["metrics"]
-    }
+    dataset = found[max(found)]["dataset"]  # metrics of another data set cannot be compared
+    alike = {number: of["metrics"] for number, of in found.items() if of["dataset"] == dataset}
+    values = {number: metrics[metric] for number, metrics in alike.items() if metric in metrics}
     if not values:
-        names = ", ".join(latest["metrics"])
         raise UserError(
-            f"{where} has no version with the metric {metric!r}; the latest has {names}"
+            f"{where} has no version with the metric {metric!r}; the latest has "
+            + ", ".join(found[max(found)]["metrics"])
         )
-    is_error = metric.endswith(("rmse", "loss"))
-    best = min(values, key=values.__getitem__) if is_error else max(values, key=values.__getitem__)
+    best = (min if metric.endswith(("rmse", "loss")) else max)(
+        values, key=lambda number: values[number]
+    )
     return best, f"{metric} {values[best]:.4f}, the best of {len(values)} versions"
 
 
 def gate(store: Store, config: Config, to: Versions, current: Versions) -> dict[str, Any]:
     """Whether `to` may take the place of `current`: {"passed", "reasons", and what was measured}."""
-    mismatch = _mismatch(store, to)
-    if mismatch is not None:
-        return {"passed": False, "reasons": [mismatch]}
+    if (ranking := to.get("ranking")) is not None:
+        expected = store.metadata("ranking")[ranking]["built_from"]["retrieval"]
+        if store.metadata("retrieval").get(to.get("retrieval", 0), {}).get("id") != expected["id"]:
+            odd = f"ranking {ranking} was trained for retrieval {expected['version']}, which would not be beside it"
+            return {
+                "passed": False,
+                "reasons": [f"{odd}: promote --stage recommender, which moves both"],
+            }
     from rec.ops.comparison import compare  # TensorFlow: not before it is needed
 
     try:
-        production = bundles(store, current) if current else None
-        measured = compare(config, bundles(store, to), production)
+        measured = compare(
+            config, *(bundles(store, versions) for versions in (to, current) if versions)
+        )
     except UserError as error:
         return {"passed": False, "reasons": [f"it cannot be measured: {error}"]}
     reasons = []
     if measured.get("worse"):
-        low, high = measured["ci"]
+        (low, high), difference = measured["ci"], measured["difference"]
         reasons.append(
             f"its {measured['metric']} on the test data is {measured['candidate']:.4f}, that in production "
-            f"{measured['production']:.4f}: a difference of {measured['difference']:+.4f}, "
-            f"95 % {low:+.4f} to {high:+.4f}"
+            f"{measured['production']:.4f}: a difference of {difference:+.4f}, 95 % {low:+.4f} to {high:+.4f}"
         )
-    low, high = measured["index_recall_ci"]
-    target = measured["index_recall_target"]
+    (low, high), target = measured["index_recall_ci"], measured["index_recall_target"]
     if high < target:
-        reasons.append(
-            f"its index finds {measured['index_recall']:.1%} of what exact search finds, "
-            f"95 % {low:.1%} to {high:.1%}; its target is {target:.1%}"
-        )
+        found = f"{measured['index_recall']:.1%} of what exact search finds, 95 % {low:.1%} to {high:.1%}"
+        reasons.append(f"its index finds {found}; its target is {target:.1%}")
     return {"passed": not reasons, "reasons": reasons, **measured}
-
-
-def _mismatch(store: Store, to: Versions) -> str | None:
-    """Why the ranking version of `to` does not belong to its retrieval version, or None."""
-    if "ranking" not in to:
-        return None
-    expected = store.metadata("ranking")[to["ranking"]]["built_from"]["retrieval"]
-    retrieval = store.metadata("retrieval").get(to.get("retrieval", 0), {})
-    if retrieval.get("id") == expected["id"]:
-        return None
-    return (
-        f"ranking {to['ranking']} was trained for retrieval {expected['version']}, which would not be beside it: "
-        "promote --stage recommender, which moves both"
-    )
 
 
 def promote(
@@ -158,21 +136,6 @@ def roll_back(store: Store, why: str, alias: str = GUARDED) -> Entry:
         entry = _entry("rolled back", alias, store.named(alias), stack[-1], why, PASSED)
         store.move(alias, stack[-1], entry)
     return entry
-
-
-def show_history(entries: list[Entry]) -> None:
-    """Prints one line per move on stderr, and the gate's reasons against it."""
-    for entry in entries:
-        note(
-            f"{entry['time'][:19]}  {entry['who']}  {entry['alias']} {entry['action']}: "
-            f"{_names(entry['from'])} -> {_names(entry['to'])} ({entry['why']})"
-        )
-        for reason in entry["gate"]["reasons"]:
-            note(f"    {reason}")
-
-
-def _names(versions: Versions) -> str:
-    return " ".join(f"{stage} {number}" for stage, number in versions.items()) or "nothing"
 
 
 def _entry(
