@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -33,7 +34,8 @@ from typing import NamedTuple
 import numpy as np
 
 from bench.serving import Server, ask, make_model
-from rec.bundles.files import checksum, versions
+from rec.bundles.files import versions
+from rec.bundles.metadata import read_metadata, write_metadata
 from rec.errors import UserError, run_command
 
 CLIENTS = 8
@@ -100,10 +102,7 @@ def publish_copy(savedmodels: Path) -> None:
     stage = savedmodels / "ranking"
     latest = max(versions(stage))
     draft = Path(shutil.copytree(stage / str(latest), stage / "draft-copy"))
-    metadata = json.loads((draft / "metadata.json").read_text())
-    metadata["version"] = latest + 1
-    metadata["checksum"] = checksum(metadata)
-    (draft / "metadata.json").write_text(json.dumps(metadata))
+    write_metadata(draft, replace(read_metadata(draft), version=latest + 1))
     draft.rename(stage / str(latest + 1))
 
 

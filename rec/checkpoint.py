@@ -1,15 +1,19 @@
-"""What a checkpoint says besides its weights (training.py): which run it is, and what gives its rows a meaning.
+"""What a checkpoint holds besides its weights (training.py): a description of its run, and what its rows mean.
 
-It keeps the ids in order, one per line, and the encoding of each feature column. So a model can be exported for a data
+Its rows mean ids, one per line in their order, and encodings of feature columns. So a model can be exported for a data
 set that has more items by now.
 """
 
+import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypeVar
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
-from rec.config import Config, Features, to_dict
+from rec.config import STRICT, Config, Features, Ranking, ResolvedRetrieval
 from rec.corpus import Corpus, load_corpus
 from rec.data_prep.dataset import Dataset
 from rec.errors import UserError
@@ -17,15 +21,78 @@ from rec.features import FIRST_ITEM, FIRST_USER, Vocabulary, columns_from_json, 
 from rec.training import read_description
 
 
-def describe(config: Config, corpus: Corpus, stage: str, **more: Any) -> dict[str, Any]:
-    """What identifies a training run: the same description, the same result. Can be written as JSON."""
-    keys = ("seed", "features", stage)
-    settings = {key: value for key, value in to_dict(config).items() if key in keys}
-    return {"stage": stage, "dataset": corpus.dataset_id, **settings, **more}
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RetrievalRun:
+    """What identifies the training of a retrieval model: the same description, the same result."""
+
+    stage: Literal["retrieval"] = "retrieval"
+    dataset: str  # the id of the data set
+    seed: int
+    features: Features
+    retrieval: ResolvedRetrieval
+    interactions: int  # the number of them that it was trained on
+    stop_after: int | None = None  # the number of epochs, if it was fixed
+
+    def config_over(self, config: Config) -> Config:
+        """`config` with what the model was trained with."""
+        return replace(config, seed=self.seed, features=self.features, retrieval=self.retrieval)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RankingRun:
+    """What identifies the training of a ranker."""
+
+    stage: Literal["ranking"] = "ranking"
+    dataset: str  # the id of the data set
+    seed: int
+    features: Features
+    ranking: Ranking
+    retrieval_run: RetrievalRun
+    init_from: str | None  # the checkpoint that its embeddings started from, if one was named
+
+    def config_over(self, config: Config) -> Config:
+        """`config` with what the ranker and its retrieval model were trained with.
+
+        The length of the candidate lists stays: a bundle may re-rank more or fewer than the ranker was trained on.
+        """
+        ranking = replace(self.ranking, candidates=config.ranking.candidates)
+        config = self.retrieval_run.config_over(config)
+        return replace(config, seed=self.seed, features=self.features, ranking=ranking)
+
+
+Run = TypeVar("Run", RetrievalRun, RankingRun)
+
+
+def write_run(run: RetrievalRun | RankingRun) -> str:
+    """The run as JSON, which TrainingRun keeps in run.json."""
+    return TypeAdapter(type(run)).dump_json(run, indent=1).decode()
+
+
+def read_run(kind: type[Run], directory: Path) -> Run:
+    """The description of the finished run in `directory`.
+
+    Raises:
+      UserError: there is no finished run of that stage, or another version of rec has trained it, unreadable here.
+    """
+    text = read_description(directory)
+    if text is None or json.loads(text).get("stage") != kind.stage:
+        raise UserError(
+            f"{directory} holds no finished {kind.stage} checkpoint: "
+            f"run python -m rec.train --stage {kind.stage} first"
+        )
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise UserError(
+            f"{directory}: the trained model's {key}: {problem['msg']}. It was trained by another version of rec: "
+            "train again"
+        ) from None
 
 
 def corpus_files(corpus: Corpus) -> dict[str, str]:
-    """The texts that a checkpoint keeps of its corpus, by file name."""
+    """The texts about its corpus that a checkpoint keeps, by file name."""
     return {
         "user_columns.json": columns_to_json(corpus.user_columns),
         "item_columns.json": columns_to_json(corpus.item_columns),
@@ -56,14 +123,3 @@ def _vocabulary(path: Path, first: int) -> Vocabulary:
 
 def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
-
-
-def read_run(directory: Path, stage: str) -> dict[str, Any]:
-    """The description of the finished run in `directory`. Raises UserError if it holds none of that stage."""
-    description = read_description(directory)
-    if description is None or description["stage"] != stage:
-        raise UserError(
-            f"{directory} holds no finished {stage} checkpoint: "
-            f"run python -m rec.train --stage {stage} first"
-        )
-    return description

@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -233,9 +233,6 @@ class Config:
     output: Output = Output()
 
 
-Section = TypeVar("Section")  # one of the classes above
-
-
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --config, --set and --keys: a command calls `load_config(args.config, args.overrides)`."""
     parser.add_argument(
@@ -435,12 +432,8 @@ def _decided_by_data(
     return reasons
 
 
-def overruled(config: Config, run: dict[str, Any], sections: Sequence[str]) -> list[str]:
-    """A sentence for each key of these sections that was set to another value than the checkpoint was trained with.
-
-    `run` is the checkpoint's run.json.
-    """
-    trained = with_run(config, run)
+def overruled(config: Config, trained: Config, sections: Sequence[str]) -> list[str]:
+    """A sentence for each key of these sections that was set to another value than the model was trained with."""
     names = [
         f"{section}.{own.name}" for section in sections for own in fields(_get(config, section))
     ]
@@ -450,39 +443,6 @@ def overruled(config: Config, run: dict[str, Any], sections: Sequence[str]) -> l
         for key in names
         if _is_set(config, key) and _get(config, key) != _get(trained, key)
     ]
-
-
-def with_run(config: Config, run: dict[str, Any]) -> Config:
-    """`config` with what a checkpoint's run.json says that its model was trained with.
-
-    The length of the candidate lists stays: a bundle may re-rank more or fewer than the ranker was trained on.
-    """
-    changes: dict[str, Any] = {
-        "features": section_of_run(Features, run, "features"),
-        "seed": run["seed"],
-    }
-    if "retrieval" in run:
-        changes["retrieval"] = section_of_run(ResolvedRetrieval, run, "retrieval")
-    if "ranking" in run:
-        ranking = section_of_run(Ranking, run, "ranking")
-        changes["ranking"] = replace(ranking, candidates=config.ranking.candidates)
-    return replace(config, **changes)
-
-
-def section_of_run(section: type[Section], run: dict[str, Any], name: str) -> Section:
-    """The settings `name` of a trained model. Raises UserError if another version of rec wrote them, unreadable here.
-
-    `run` is a checkpoint's run.json, or a bundle's config.
-    """
-    try:
-        return section(**run[name])
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join([name, *map(str, problem["loc"])])
-        raise UserError(
-            f"the trained model's {key}: {problem['msg']}. It was trained by another version of rec: "
-            "train again"
-        ) from None
 
 
 def _get(config: Config, key: str) -> Any:

@@ -115,8 +115,8 @@ class Task:
         for batch in self.requests():
             answer = function(batch.user_id, batch.history, batch.history, batch.time)
             parts.append(answer["item_id"].numpy())
-        items = np.concatenate(parts).astype(bytes)[:, :K]
-        ids = np.char.decode(items, "utf-8").astype(object)
+        items: Any = np.concatenate(parts)[:, :K]
+        ids = np.char.decode(items.astype(bytes), "utf-8").astype(object)
         rows = self.corpus.items.encode(ids.ravel(), PAD).reshape(ids.shape)
         rows = np.where(rows == PAD, -1, rows - FIRST_ITEM)
         return np.pad(rows, [(0, 0), (0, K - rows.shape[1])], constant_values=-1)
@@ -145,7 +145,7 @@ def evaluate(
     dataset = open_dataset(config.dataset)
     task = Task(load_corpus(dataset, Features({}, {})), split)
     pair = pair or load_latest(config)
-    if pair.metadata["retrieval"]["dataset"] != dataset.id:
+    if pair.metadata.retrieval.dataset != dataset.id:
         raise UserError(
             f"{config.output.savedmodels}/retrieval was trained on another data set than {config.dataset}: "
             "train on it first, or name another output.savedmodels"

@@ -17,11 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version as library_version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,29 +30,23 @@ from tensorflow_serving.apis import model_pb2, predict_pb2, prediction_log_pb2
 
 import rec.ops.ratings  # noqa: F401  (registers the objective rating)
 from rec.bundles import files
+from rec.bundles.aliases import STAGES
+from rec.bundles.metadata import BundleMetadata, Json, Stage, check_pair, read_metadata, verify
 from rec.bundles.recommender import RecommenderModule, load_bundle
 from rec.bundles.signatures import Lookup, RankingModule, RetrievalModule
-from rec.config import (
-    Config,
-    Index,
-    add_config_arguments,
-    load_config,
-    overruled,
-    section_of_run,
-    to_dict,
-    with_run,
-    without_effect,
-)
+from rec.checkpoint import write_run
+from rec.config import Config, add_config_arguments, load_config, overruled, without_effect
 from rec.corpus import Corpus
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError, command_parser, run_command, warn
 from rec.ranking.count_features import CountFeatures
 from rec.ranking.train import TrainedRanking, load_ranking
-from rec.retrieval.index import build_index
+from rec.retrieval.index import ExactIndex, ScannIndex, build_index
 from rec.retrieval.train import TrainedRetrieval, load_retrieval
+from rec.sequences import Sequences
 from rec.tables import read_table
-from rec.training import TrainState
 
+Module = RetrievalModule | RankingModule | RecommenderModule
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
 TUNING_USERS = 2000  # users whose queries the index is tuned and measured on
 WARMUP_ITEMS = 3  # in a warm-up request's history
@@ -60,38 +54,46 @@ WARMUP_ITEMS = 3  # in a warm-up request's history
 
 def export_retrieval(trained: TrainedRetrieval, config: Config) -> Path:
     """Builds the index, writes the bundle and publishes it; returns its directory."""
-    model, corpus, wanted = trained.model, trained.corpus, config.index
+    window = trained.model.config.window
+    max_seen = config.index.max_seen
+    if max_seen < window:
+        warn(
+            f"index.max_seen: {max_seen} is also how much of a known user's stored history "
+            f"is read: less than retrieval.window {window}"
+        )
+    corpus = trained.corpus
     history = corpus.history("test")
-    users = np.flatnonzero(corpus.train.lengths).astype(np.int32)
+    index, report = _build_index(trained, history, config)
+    with tempfile.TemporaryDirectory() as assets:
+        lookup = Lookup(corpus, history, max_seen, Path(assets))
+        module = RetrievalModule(trained.model, index, lookup, config.index.k)
+        metadata = replace(_metadata("retrieval", trained, corpus, config), index=report)
+        return _save(module, metadata, _item_table(corpus), config)
+
+
+def _build_index(
+    trained: TrainedRetrieval, history: Sequences, config: Config
+) -> tuple[ExactIndex | ScannIndex, Json]:
+    """The index over the catalogue, tuned on queries of users in the training data, and what was measured."""
+    users = np.flatnonzero(trained.corpus.train.lengths).astype(np.int32)
     users = np.random.default_rng(config.seed).permutation(users)[:TUNING_USERS]
-    queries = model.query_compiled(users, history.last(users, model.config.window)).numpy()
-    candidates, kind, k, target = (
-        model.candidates().numpy(),
-        wanted.kind,
-        wanted.k,
-        wanted.recall_target,
-    )
+    histories = history.last(users, trained.model.config.window)
     index, report = build_index(
-        candidates, queries, kind=kind, recall_target=target, k=k, seed=config.seed
+        trained.model.candidates().numpy(),
+        trained.model.query_compiled(users, histories).numpy(),
+        kind=config.index.kind,
+        recall_target=config.index.recall_target,
+        k=config.index.k,
+        seed=config.seed,
     )
     if "fallback" in report:
-        print(f"index: exact instead of {kind}: {report['fallback']}", file=sys.stderr)
-    if wanted.max_seen < model.config.window:
-        warn(
-            f"index.max_seen: {wanted.max_seen} is also how much of a known user's stored history "
-            f"is read: less than retrieval.window {model.config.window}"
-        )
-    with tempfile.TemporaryDirectory() as assets:
-        module = RetrievalModule(
-            model, index, Lookup(corpus, history, wanted.max_seen, Path(assets)), k
-        )
-        about = _about(corpus, model, trained.state, trained.description)
-        config = with_run(config, trained.description)
-        return _save("retrieval", module, config, **about, index=report, built_from={})
+        reason = report["fallback"]
+        print(f"index: exact instead of {config.index.kind}: {reason}", file=sys.stderr)
+    return index, report
 
 
 def export_ranking(trained: TrainedRanking, config: Config, source: Path) -> Path:
-    """Writes the ranking bundle for `source`, the bundle of its retrieval model, whose towers it takes along.
+    """Writes the ranking bundle for `source`, the bundle of its retrieval model, and includes that model's towers.
 
     Returns the bundle's directory.
     """
@@ -99,86 +101,99 @@ def export_ranking(trained: TrainedRanking, config: Config, source: Path) -> Pat
     corpus = retrieval.corpus
     counts = CountFeatures(corpus.train, corpus.items.rows)
     with tempfile.TemporaryDirectory() as assets:
-        history = corpus.history("test")
-        lookup = Lookup(corpus, history, config.index.max_seen, Path(assets))
+        lookup = Lookup(corpus, corpus.history("test"), config.index.max_seen, Path(assets))
         module = RankingModule(trained.model, retrieval.model, counts, lookup)
-        about = _about(corpus, trained.model, trained.state, trained.description)
-        config = with_run(with_run(config, retrieval.description), trained.description)
-        built_from = _identities(files.read_metadata(source))
-        return _save("ranking", module, config, **about, built_from=built_from)
+        sources = {"retrieval": read_metadata(source).reference}
+        metadata = replace(_metadata("ranking", trained, corpus, config), built_from=sources)
+        return _save(module, metadata, _item_table(corpus), config)
 
 
 def export_recommender(retrieval: Path, ranking: Path, config: Config) -> Path:
     """Composes two published bundles into one and publishes it. Raises UserError if they are not a pair."""
-    first, second = files.verify(retrieval, "retrieval"), files.verify(ranking, "ranking")
-    files.check_pair(first, second, ranking)
+    first = verify(retrieval, "retrieval")
+    second = verify(ranking, "ranking")
+    check_pair(first, second, ranking)
     items = read_table(retrieval / "items.parquet")
-    count = second["config"]["ranking"]["candidates"]
     module = RecommenderModule(
-        load_bundle(retrieval), load_bundle(ranking), count, items["item_id"]
+        load_bundle(retrieval),
+        load_bundle(ranking),
+        second.config.ranking.candidates,
+        items["item_id"],
     )
-    metadata = {key: first[key] for key in ("index", "dataset", "vocabulary")}
-    metadata |= {key: second[key] for key in ("metrics", "run_id")}
-    metadata |= {"architecture": "recommender", "built_from": _identities(first, second)}
-    config = with_run(with_run(config, first["run"]), second["run"])
-    config = replace(
-        config,
-        index=section_of_run(Index, first["config"], "index"),
-        ranking=replace(config.ranking, candidates=count),
+    metadata = replace(
+        second,
+        stage="recommender",
+        architecture="recommender",
+        built_from={"retrieval": first.reference, "ranking": second.reference},
+        config=replace(second.config, index=first.config.index),
+        index=first.index,
+        run=None,
+        history=None,
     )
-    return _save("recommender", module, config, items, **metadata)
+    return _save(module, metadata, items, config)
 
 
-def _about(corpus: Corpus, model: Any, state: TrainState, run: dict[str, Any]) -> dict[str, Any]:
-    """What a bundle holds beside its model: the items to show, whose rows its weights are for, how it was trained."""
-    items = corpus.item_table.assign(popularity=corpus.popularity[corpus.items.first :])
-    data = {"items": items, "dataset": corpus.dataset_id, "vocabulary": corpus.items.digest()}
-    told = {"metrics": state.metrics, "run_id": state.run_id, "history": state.history}
-    return {**data, "architecture": model.config.arch, "run": run, **told}
+def _metadata(
+    stage: Stage, trained: TrainedRetrieval | TrainedRanking, corpus: Corpus, config: Config
+) -> BundleMetadata:
+    """What the bundles of both stages say about themselves."""
+    return BundleMetadata(
+        stage=stage,
+        run_id=trained.state.run_id,
+        architecture=trained.model.config.arch,
+        dataset=corpus.dataset_id,
+        metrics=trained.state.metrics,
+        built_from={},
+        vocabulary=corpus.items.digest(),
+        config=trained.description.config_over(config),
+        run=json.loads(write_run(trained.description)),
+        history=trained.state.history,
+    )
 
 
-def _identities(*sources: dict[str, Any]) -> dict[str, Any]:
-    """The bundles that a bundle is built from, by their metadata."""
-    return {source["stage"]: {key: source[key] for key in ("version", "id")} for source in sources}
+def _item_table(corpus: Corpus) -> pd.DataFrame:
+    """The rows of items.parquet."""
+    return corpus.item_table.assign(popularity=corpus.popularity[corpus.items.first :])
 
 
-def _save(stage: str, module: Any, config: Config, items: pd.DataFrame, **metadata: Any) -> Path:
-    """Writes a bundle and publishes it; returns its directory. `metadata` is what differs from stage to stage."""
-    stage_dir = Path(config.output.savedmodels) / stage
+def _save(module: Module, metadata: BundleMetadata, items: pd.DataFrame, config: Config) -> Path:
+    """Writes a bundle and publishes it; returns its directory."""
+    stage_dir = Path(config.output.savedmodels) / metadata.stage
     signatures = {name: getattr(module, name).get_concrete_function() for name in module.SIGNATURES}
     # Without ScaNN the empty list makes TensorFlow prove that the bundle needs no custom operation.
-    has_scann = metadata.get("index", {}).get("kind") == "scann"
+    has_scann = metadata.index is not None and metadata.index["kind"] == "scann"
     options = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"] if has_scann else [])
-    command, created = (
-        shlex.join(["python", *sys.orig_argv[1:]]),
-        datetime.now(UTC).isoformat(timespec="seconds"),
+    complete = replace(
+        metadata,
+        libraries={name: library_version(name) for name in LIBRARIES},
+        git_commit=_git_commit(),
+        command=shlex.join(["python", *sys.orig_argv[1:]]),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    metadata |= {
-        "config": to_dict(config),
-        "git_commit": _git_commit(),
-        "command": command,
-        "created": created,
-    }
-    metadata["libraries"] = {name: library_version(name) for name in LIBRARIES}
     with files.draft(stage_dir) as draft:
         tf.saved_model.save(module, str(draft), signatures=signatures, options=options)
         items.to_parquet(draft / "items.parquet", index=False)
-        (draft / "assets.extra").mkdir()
-        with tf.io.TFRecordWriter(
-            str(draft / "assets.extra" / "tf_serving_warmup_requests")
-        ) as writer:
-            for name, function in signatures.items():
-                spec = model_pb2.ModelSpec(name=stage, signature_name=name)
-                writer.write(
-                    _warmup(
-                        spec, function, items["item_id"][:WARMUP_ITEMS].tolist()
-                    ).SerializeToString()
-                )
-        return stage_dir / str(files.publish(draft, stage_dir, metadata))
+        examples = items["item_id"][:WARMUP_ITEMS].tolist()
+        _write_warmup(draft / "assets.extra", metadata.stage, signatures, examples)
+        return stage_dir / str(files.publish(draft, stage_dir, complete))
+
+
+def _write_warmup(
+    directory: Path,
+    stage: str,
+    signatures: Mapping[str, tf.types.experimental.ConcreteFunction],
+    items: list[str],
+) -> None:
+    """Writes a request to each signature, which TF Serving sends before it answers others."""
+    directory.mkdir()
+    with tf.io.TFRecordWriter(str(directory / "tf_serving_warmup_requests")) as writer:
+        for name, function in signatures.items():
+            spec = model_pb2.ModelSpec(name=stage, signature_name=name)
+            writer.write(_warmup(spec, function, items).SerializeToString())
 
 
 def _warmup(
-    spec: model_pb2.ModelSpec, function: Any, items: list[str]
+    spec: model_pb2.ModelSpec, function: tf.types.experimental.ConcreteFunction, items: list[str]
 ) -> prediction_log_pb2.PredictionLog:
     """A request to one signature: a batch of one user, who is anonymous."""
     examples = {
@@ -207,7 +222,7 @@ def _git_commit() -> str | None:
 
 def main() -> None:
     parser = command_parser("rec.export", __doc__)
-    parser.add_argument("--stage", required=True, choices=(*files.STAGES, "all"))
+    parser.add_argument("--stage", required=True, choices=(*STAGES, "all"))
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -222,50 +237,69 @@ def main() -> None:
         )
     config = load_config(args.config, args.overrides)
     if args.stage == "all":
-        print(json.dumps(export_all(config)))
-        return
-    print(json.dumps(export_stage(config, args.stage, args.checkpoint)))
+        exported = export_all(config)
+        print(json.dumps({stage: asdict(each) for stage, each in exported.items()}))
+    else:
+        print(json.dumps(asdict(export_stage(config, args.stage, args.checkpoint))))
 
 
-def export_stage(config: Config, stage: str, checkpoint: Path | None = None) -> dict[str, Any]:
-    """Exports a stage from its checkpoint, or composes the recommender from the latest pair; returns the JSON."""
+@dataclass(frozen=True)
+class Exported:
+    """One published bundle: the command's JSON."""
+
+    stage: str
+    bundle: str
+    version: int
+    seconds: float
+
+
+def export_stage(config: Config, stage: str, checkpoint: Path | None = None) -> Exported:
+    """Exports a stage from its checkpoint, or composes the recommender from the latest pair."""
     start = time.perf_counter()
     if stage == "recommender":
         ranking = files.resolve(Path(config.output.savedmodels) / "ranking")
         bundle = export_recommender(files.retrieval_of(ranking), ranking, config)
-        return _answer(bundle, start)
+        return _exported(bundle, start)
+    retrieval = _load_retrieval(config, checkpoint if stage == "retrieval" else None)
     if stage == "retrieval":
-        bundle = export_retrieval(_load_retrieval(config, checkpoint), config)
+        bundle = export_retrieval(retrieval, config)
         _warn_of_older_pair(config, bundle)
-        return _answer(bundle, start)
-    retrieval = _load_retrieval(config)
+        return _exported(bundle, start)
     trained = _load_ranking(config, retrieval, checkpoint)
-    source = bundle_of(config, retrieval.description)
-    return _answer(export_ranking(trained, config, source), start)
+    bundle = export_ranking(trained, config, bundle_of(config, retrieval))
+    return _exported(bundle, start)
 
 
-def export_all(config: Config) -> dict[str, dict[str, Any]]:
-    """Exports both stages from their checkpoints, and their composition; returns the command's JSON.
+def export_all(config: Config) -> dict[str, Exported]:
+    """Exports both stages from their checkpoints, and their composition.
 
     Raises UserError before anything is published if a checkpoint is missing, or if the two are no pair.
     """
     start = time.perf_counter()
-    retrieval = _load_retrieval(config)
-    ranking = _load_ranking(config, retrieval)
-    first = export_retrieval(retrieval, config)
-    answer = {"retrieval": _answer(first, start)}
+    trained_retrieval = _load_retrieval(config)
+    trained_ranking = _load_ranking(config, trained_retrieval)
+    retrieval = export_retrieval(trained_retrieval, config)
+    exported = {"retrieval": _exported(retrieval, start)}
     start = time.perf_counter()
-    second = export_ranking(ranking, config, first)
-    answer["ranking"] = _answer(second, start)
+    ranking = export_ranking(trained_ranking, config, retrieval)
+    exported["ranking"] = _exported(ranking, start)
     start = time.perf_counter()
-    answer["recommender"] = _answer(export_recommender(first, second, config), start)
-    return answer
+    recommender = export_recommender(retrieval, ranking, config)
+    exported["recommender"] = _exported(recommender, start)
+    return exported
+
+
+def _exported(bundle: Path, start: float) -> Exported:
+    """For a bundle whose export began at `start`."""
+    seconds = round(time.perf_counter() - start, 1)
+    return Exported(bundle.parent.name, str(bundle), int(bundle.name), seconds)
 
 
 def _load_retrieval(config: Config, checkpoint: Path | None = None) -> TrainedRetrieval:
     directory = checkpoint or Path(config.output.checkpoints) / "retrieval"
     retrieval = load_retrieval(directory, open_dataset(config.dataset))
-    warn(*overruled(config, retrieval.description, ("retrieval", "features")))
+    trained_config = retrieval.description.config_over(config)
+    warn(*overruled(config, trained_config, ("retrieval", "features")))
     warn(*without_effect(config, retrieval.corpus.facts, ("index",)))
     return retrieval
 
@@ -274,9 +308,9 @@ def _load_ranking(
     config: Config, retrieval: TrainedRetrieval, checkpoint: Path | None = None
 ) -> TrainedRanking:
     directory = checkpoint or Path(config.output.checkpoints) / "ranking"
-    trained = load_ranking(directory, retrieval)
-    warn(*overruled(config, trained.description, ("ranking",)))
-    return trained
+    ranking = load_ranking(directory, retrieval)
+    warn(*overruled(config, ranking.description.config_over(config), ("ranking",)))
+    return ranking
 
 
 def _warn_of_older_pair(config: Config, bundle: Path) -> None:
@@ -289,21 +323,11 @@ def _warn_of_older_pair(config: Config, bundle: Path) -> None:
         )
 
 
-def _answer(bundle: Path, start: float) -> dict[str, Any]:
-    """The command's JSON for a bundle whose export began at `start`."""
-    return {
-        "stage": bundle.parent.name,
-        "bundle": str(bundle),
-        "version": int(bundle.name),
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-
-
-def bundle_of(config: Config, run: dict[str, Any]) -> Path:
-    """The newest retrieval bundle that was exported from this training run. Raises UserError if there is none."""
+def bundle_of(config: Config, trained: TrainedRetrieval) -> Path:
+    """The newest retrieval bundle of this training run. Raises UserError if there is none."""
     stage_dir = Path(config.output.savedmodels) / "retrieval"
     for version in reversed(files.versions(stage_dir)):
-        if files.read_metadata(stage_dir / str(version)).get("run") == run:
+        if read_metadata(stage_dir / str(version)).run_id == trained.state.run_id:
             return stage_dir / str(version)
     hint = "run python -m rec.export --stage retrieval first"
     raise UserError(f"{stage_dir} holds no bundle of the trained retrieval model: {hint}")

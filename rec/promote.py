@@ -1,6 +1,6 @@
-"""Gives an alias, such as `production`, to versions that deserve it; takes it back; tells who did.
+"""Assigns an alias such as `production` to a version, rolls it back, and shows the history.
 
-    python -m rec.promote --stage recommender --metric val/ndcg@10     the best pair, if the gate lets it
+    python -m rec.promote --stage recommender --metric val/ndcg@10     the best pair, if the gate allows it
     python -m rec.promote --stage recommender --version 3              this one
     python -m rec.promote --stage retrieval --version 2 --alias canary
     python -m rec.promote --rollback                                   the versions before
@@ -8,14 +8,14 @@
     python -m rec.promote --stage recommender --version production --card
     python -m rec.promote --artifact-name ENTITY/PROJECT/recommender_bundle --run-id 4f7c21aa       the same at W&B
 
-- A recommender is promoted with the two versions that it was built from. One stage alone only where the pair that this
-  leaves was trained together.
+- A recommender is promoted with the two versions that it was built from. One stage alone is promoted only if the
+  resulting pair was trained together.
 - The gate before `production`: the candidate and what is in production answer for the same users of the test data. The
-  candidate is refused where the paired 95 % interval says that it is worse, where its index misses its recall target
-  there, or where its pair does not match. --force promotes it all the same, and the history says so.
+  candidate is refused if the paired 95 % interval says that it is worse, if its index misses its recall target there,
+  or if its pair does not match. --force promotes it all the same, and the history says so.
 
 The last line of stdout is JSON: {"alias", "from", "to", "action", "gate": {"passed", "reasons", ...}}; `from` and `to`
-are versions by stage. What is refused exits with 1.
+are versions by stage. The exit code is 1 if the gate refuses.
 """
 
 import argparse
@@ -23,27 +23,27 @@ import json
 import sys
 from pathlib import Path
 
-from rec.bundles.files import STAGES, Entry, Versions
-from rec.config import add_config_arguments, load_config
+from rec.bundles.aliases import STAGES, Move, Versions
+from rec.config import Config, add_config_arguments, load_config
 from rec.errors import UserError, command_parser, run_command
 from rec.ops.promotion import GUARDED, choose, promote, roll_back
 from rec.ops.registry import LocalStore, Store, WandbStore
 
 
-def show_history(entries: list[Entry]) -> None:
-    """Prints a line a move on stderr, and what the gate had against it."""
-
-    def named(versions: Versions) -> str:
-        return " ".join(f"{stage} {number}" for stage, number in versions.items()) or "nothing"
-
-    for entry in entries:
+def show_history(moves: list[Move]) -> None:
+    """Prints one line per move on stderr, and the reasons of the gate."""
+    for move in moves:
         print(
-            f"{entry['time'][:19]}  {entry['who']}  {entry['alias']} {entry['action']}: {named(entry['from'])} -> "
-            f"{named(entry['to'])} ({entry['why']})",
-            *(f"    {reason}" for reason in entry["gate"]["reasons"]),
+            f"{move.time[:19]}  {move.who}  {move.alias} {move.action}: "
+            f"{_names(move.previous)} -> {_names(move.to)} ({move.why})",
+            *(f"    {reason}" for reason in move.gate.reasons),
             sep="\n",
             file=sys.stderr,
         )
+
+
+def _names(versions: Versions) -> str:
+    return " ".join(f"{stage} {number}" for stage, number in versions.items()) or "nothing"
 
 
 def parse() -> argparse.Namespace:
@@ -73,42 +73,53 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse()
-    config = load_config(args.config, args.overrides)
-    stage = args.stage
-    store: Store = LocalStore(Path(config.output.savedmodels))
-    if args.artifact_name:
-        project, _, name = args.artifact_name.rpartition("/")
-        stage, store = name.removesuffix("_bundle"), WandbStore(project)
-        if stage not in STAGES:
-            raise UserError(
-                f"--artifact-name {name}: it is {', '.join(f'{each}_bundle' for each in STAGES)}"
-            )
-    if args.history:
-        entries = store.history()
-        show_history(entries)
-        print(json.dumps({"history": entries}))
-        return
-    if args.rollback:
-        entry = roll_back(store, args.reason or "rolled back", args.alias)
-    elif stage is None:
+def open_store(args: argparse.Namespace, config: Config) -> tuple[Store, str | None]:
+    """The bundles' place and the stage that the command line names."""
+    if not args.artifact_name:
+        return LocalStore(Path(config.output.savedmodels)), args.stage
+    project, _, name = args.artifact_name.rpartition("/")
+    stage = name.removesuffix("_bundle")
+    if stage not in STAGES:
+        names = ", ".join(f"{each}_bundle" for each in STAGES)
+        raise UserError(f"--artifact-name {name}: it is {names}")
+    return WandbStore(project), stage
+
+
+def choose_version(
+    args: argparse.Namespace, store: Store, stage: str | None
+) -> tuple[str, int, str]:
+    """The stage, the version and the reason. Raises UserError if the command line names no stage or version."""
+    if stage is None:
         raise UserError(
             "what to promote? Name --stage retrieval, ranking or recommender, or --artifact-name"
         )
+    version, why = choose(store, stage, args.version, args.run_id, args.metric)
+    return stage, version, f"{why}; {args.reason}" if args.reason else why
+
+
+def main() -> None:
+    args = parse()
+    config = load_config(args.config, args.overrides)
+    store, stage = open_store(args, config)
+    if args.history:
+        moves = store.history()
+        show_history(moves)
+        print(json.dumps({"history": [move.to_json() for move in moves]}))
+        return
+    if args.rollback:
+        move = roll_back(store, args.reason or "rolled back", args.alias)
     else:
-        version, why = choose(store, stage, args.version, args.run_id, args.metric)
+        stage, version, why = choose_version(args, store, stage)
         if args.card:
             from rec.ops.card import write_card
 
             print(json.dumps({"card": str(write_card(store, config, stage, version))}))
             return
-        why = f"{why}; {args.reason}" if args.reason else why
-        entry = promote(store, config, stage, version, why, args.alias, args.force)
-    show_history([entry])
-    print(json.dumps(entry), flush=True)
-    if entry["action"] == "refused":
-        reasons = "; ".join(entry["gate"]["reasons"])
+        move = promote(store, config, stage, version, why, args.alias, args.force)
+    show_history([move])
+    print(json.dumps(move.to_json()), flush=True)
+    if move.action == "refused":
+        reasons = "; ".join(move.gate.reasons)
         raise UserError(f"the gate refuses it (--force promotes it all the same): {reasons}")
 
 

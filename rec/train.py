@@ -24,15 +24,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from rec.config import (
-    Config,
-    add_config_arguments,
-    load_config,
-    overruled,
-    to_dict,
-    with_run,
-    without_effect,
-)
+from rec.checkpoint import RetrievalRun, read_run
+from rec.config import Config, add_config_arguments, load_config, overruled, without_effect
 from rec.corpus import load_corpus
 from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError, command_parser, run_command, warn
@@ -49,7 +42,7 @@ from rec.recommend import show_examples
 from rec.retrieval.encoders import ENCODERS
 from rec.retrieval.model import RetrievalModel
 from rec.retrieval.train import TrainedRetrieval, load_retrieval, train_retrieval
-from rec.training import Distribution, OneProcess, TrainState, read_description
+from rec.training import Distribution, OneProcess, TrainState
 
 Answer = dict[str, Any]  # the command's JSON
 
@@ -81,11 +74,13 @@ def run_ranking(
     dataset = open_dataset(config.dataset)
     if retrieval is None:
         retrieval = load_retrieval(retrieval_checkpoint(config), dataset)
-        warn(*overruled(config, retrieval.description, ("retrieval", "features")))
+        warn(
+            *overruled(config, retrieval.description.config_over(config), ("retrieval", "features"))
+        )
     check_dataset(config, retrieval, dataset)
-    check_ranking(with_run(config, retrieval.description), dataset, init_from)
+    check_ranking(retrieval.description.config_over(config), dataset, init_from)
     warn(*without_effect(config, retrieval.corpus.facts, ("ranking",)))
-    source = bundle_of(config, retrieval.description)  # refuses before training if there is none
+    source = bundle_of(config, retrieval)  # refuses before training if there is none
     train = train_ratings if config.ranking.objective == "rating" else train_ranking
     with track(config, "ranking") as tracker:
         trained = train(
@@ -141,7 +136,7 @@ def retrieval_checkpoint(config: Config) -> Path:
 
 def check_dataset(config: Config, retrieval: TrainedRetrieval, dataset: Dataset) -> None:
     """Raises UserError if the retrieval model was trained on other data."""
-    if retrieval.description["dataset"] != dataset.id:
+    if retrieval.description.dataset != dataset.id:
         raise UserError(
             f"{retrieval_checkpoint(config)} was trained on another data set than {config.dataset}: "
             "run python -m rec.train --stage retrieval first"
@@ -160,19 +155,15 @@ def check_ranking(config: Config, dataset: Dataset, init_from: Path | None) -> N
         )
     if init_from is None:
         return
-    found = read_description(init_from)
-    if found is None or found["stage"] != "retrieval":
-        raise UserError(
-            f"--init-from-retrieval: {init_from} holds no finished retrieval checkpoint"
-        )
-    _check_same("dataset", init_from, found["dataset"], dataset.id)
-    _check_same("features", init_from, found["features"], to_dict(config)["features"])
+    start = read_run(RetrievalRun, init_from)
+    _check_same("dataset", init_from, start.dataset, dataset.id)
+    _check_same("features", init_from, start.features, config.features)
     dim = config.retrieval.embedding_dim
-    _check_same("retrieval.embedding_dim", init_from, found["retrieval"]["embedding_dim"], dim)
+    _check_same("retrieval.embedding_dim", init_from, start.retrieval.embedding_dim, dim)
 
 
-def _check_same(key: str, checkpoint: Path, found: object, wanted: object) -> None:
-    if found != wanted:
+def _check_same(key: str, checkpoint: Path, trained: object, wanted: object) -> None:
+    if trained != wanted:
         raise UserError(
             f"--init-from-retrieval: {checkpoint} was trained with another {key} than the model: "
             "name a checkpoint of the same data set, features and retrieval.embedding_dim"

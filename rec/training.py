@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -134,9 +134,9 @@ class TrainingRun:
 
     def __init__(
         self,
-        model: Any,
+        model: tf.keras.Model,
         directory: Path,
-        description: dict[str, Any],
+        description: str,
         files: dict[str, str],
         schedule: Schedule,
         *,
@@ -149,14 +149,14 @@ class TrainingRun:
         Args:
           model: a tfrs.Model, built; `fitted_variables`, if it has them, are saved with its weights.
           directory: where the finished checkpoint belongs.
-          description: what identifies the run; can be written as JSON.
+          description: what identifies the run, as JSON.
           files: texts to keep beside the weights, by name.
           examples: training interactions per epoch.
         """
         self._model = model
         self._directory = directory
         self._partial = Path(f"{directory}.partial")
-        self.description = description
+        self._description = description
         self._files = files
         self._schedule = schedule
         self._examples = examples
@@ -179,7 +179,7 @@ class TrainingRun:
         """Takes up an interrupted run with the same description. False if there is none."""
         if not (self._partial / "state.json").exists():
             return False
-        if read_description(self._partial) != self.description:
+        if read_description(self._partial) != self._description:
             return False
         self.state = _read_state(self._partial)
         self._checkpoint.read(self._weights_of(self.state.epoch)).assert_consumed()
@@ -193,8 +193,7 @@ class TrainingRun:
         if self._distribution.is_chief:
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir(parents=True)
-            description = json.dumps(self.description, indent=1)
-            for name, text in {**self._files, "run.json": description}.items():
+            for name, text in {**self._files, "run.json": self._description}.items():
                 (self._partial / name).write_text(text, encoding="utf-8", newline="\n")
             self._write_epoch()
         self._tracker.start(self.state.run_id, self._partial)
@@ -335,21 +334,21 @@ class TrainingRun:
 # Files
 
 
-def saved_variables(model: Any) -> list[tf.Variable]:
+def saved_variables(model: tf.keras.Model) -> list[tf.Variable]:
     """What a checkpoint holds of a model: what is trained, and what is fitted afterwards."""
     fitted = getattr(model, "fitted_variables", [])
     return unsharded([*model.trainable_variables, *fitted])
 
 
-def read_description(directory: Path) -> dict[str, Any] | None:
-    """What identifies the finished run in `directory`; None if there is none."""
+def read_description(directory: Path) -> str | None:
+    """What identifies the finished run in `directory`, as JSON; None if there is none."""
     path = directory / "run.json"
     return read_whole(
-        directory, lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        directory, lambda: path.read_text(encoding="utf-8") if path.exists() else None
     )
 
 
-def restore(model: Any, directory: Path) -> TrainState:
+def restore(model: tf.keras.Model, directory: Path) -> TrainState:
     """Loads a finished run's weights into `model`. Raises UserError if another version of rec wrote them."""
     if not (directory / "weights.index").exists():
         raise UserError(f"{directory} is from an older version of rec: train it again")

@@ -5,13 +5,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rec.bundles.files import checksum, read_metadata
+from rec.bundles.metadata import read_metadata, write_metadata
 from rec.files import digest
 from tests.wandb_server import WandbServer
 
@@ -58,11 +58,10 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def rewrite(bundle: Path, **changes: Any) -> None:
-    """Changes what a bundle says of itself and of its files, which it holds with the right sums."""
-    metadata = {**read_metadata(bundle), **changes}
-    metadata["files"] = {name: digest(bundle / name) for name in metadata["files"]}
-    metadata["checksum"] = checksum(metadata)
-    (bundle / "metadata.json").write_text(json.dumps(metadata))
+    """Changes what a bundle says about itself. The sums of its files are right."""
+    metadata = read_metadata(bundle)
+    sums = {name: digest(bundle / name) for name in metadata.files}
+    write_metadata(bundle, replace(metadata, files=sums, **changes))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,9 @@ import pandas as pd
 import pytest
 import tensorflow as tf
 
-from rec.bundles.files import STAGES, read_metadata, versions
+from rec.bundles.aliases import STAGES
+from rec.bundles.files import versions
+from rec.bundles.metadata import read_metadata
 from rec.bundles.recommender import load_bundle
 from rec.config import load_config
 from rec.data_prep.dataset import open_dataset
@@ -101,10 +103,10 @@ def test_another_architecture_that_starts_from_retrieval(copy: tuple[str, ...], 
     report = answer("rec.train", "--stage", "ranking", "--model-arch", "dlrm", *start, *copy)
     assert report["version"] == 2
     metadata = read_metadata(Path(report["bundle"]))
-    assert metadata["architecture"] == "dlrm"
-    assert metadata["run"]["init_from"] == str(start[1])
+    assert metadata.architecture == "dlrm"
+    assert metadata.run is not None and metadata.run["init_from"] == str(start[1])
     composed = answer("rec.export", "--stage", "recommender", *copy)
-    assert read_metadata(Path(composed["bundle"]))["built_from"]["ranking"]["version"] == 2
+    assert read_metadata(Path(composed["bundle"])).built_from["ranking"].version == 2
 
 
 def test_ratings_are_predicted_on_their_own_scale(copy: tuple[str, ...], trained: Trained):
@@ -172,7 +174,7 @@ def test_a_retrieval_bundle_alone_is_said_to_reach_no_server(copy: tuple[str, ..
     ]
     assert "no server follows" in warnings[2] and "--stage all" in warnings[2]
     bundle = Path(json.loads(done.stdout.splitlines()[-1])["bundle"])
-    assert read_metadata(bundle)["config"]["retrieval"]["epochs"] == 2
+    assert read_metadata(bundle).config.retrieval.epochs == 2
 
 
 def test_mistakes_are_one_sentence(trained: Trained, tmp_path: Path, copy: tuple[str, ...]):

@@ -11,9 +11,10 @@ import tensorflow as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rec.bundles.metadata import PairMetadata
 from rec.bundles.recommender import Recommender, RecommenderModule
 from rec.bundles.signatures import Lookup, RankingModule, RetrievalModule
-from rec.config import Ranking, Retrieval, with_data_defaults
+from rec.config import Config, Index, Ranking, Retrieval, with_data_defaults
 from rec.ranking.count_features import CountFeatures
 from rec.ranking.model import RankingModel
 from rec.retrieval.encoders import ENCODERS
@@ -62,10 +63,10 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         candidates=K,
         items=ids,
     )
-    metadata: dict[str, dict[str, Any]] = {
-        "retrieval": {"version": 1, "config": {"index": {"k": K}}},
-        "ranking": {"version": 1},
-    }
+    served = Config(dataset="data", index=Index(k=K))
+    metadata = PairMetadata(
+        small.bundle_metadata("retrieval", served), small.bundle_metadata("ranking", served)
+    )
     backend = Recommender(module, items.set_index("item_id"), ["u0"], metadata)
     return Engine(backend, Catalogue(backend.items))
 

@@ -16,17 +16,13 @@ from rec.config import (
     Config,
     DataFacts,
     Ranking,
-    ResolvedRetrieval,
     Retrieval,
     add_config_arguments,
     describe_keys,
     load_config,
-    overruled,
-    section_of_run,
     to_dict,
     with_data_defaults,
     with_ranking_defaults,
-    with_run,
     without_effect,
 )
 from rec.errors import UserError
@@ -556,39 +552,3 @@ def test_the_keys_that_only_some_read_exist_and_so_do_their_readers() -> None:
         for value in values:
             load_config(CONFIGS[0], [f"{decider}={value}"])
             assert decider == "index.kind" or value in registered[decider]
-
-
-def test_a_checkpoints_settings_count_and_others_are_said() -> None:
-    trained = with_data_defaults(
-        Retrieval(arch="gru4rec", epochs=3), ordered=True, interactions=100
-    )
-    run = {
-        "seed": 7,
-        "features": {"users": {}, "items": "auto"},
-        "retrieval": to_dict(Config(dataset="d", retrieval=trained))["retrieval"],
-    }
-    asked = Config(dataset="d", retrieval=Retrieval(epochs=9, window=50))
-    assert overruled(asked, run, ("retrieval", "features")) == [
-        "retrieval.epochs: 9 has no effect: the checkpoint was trained with 3"
-    ]
-    used = with_run(asked, run)
-    assert (used.retrieval, used.seed, used.features.users) == (trained, 7, {})
-
-
-def test_a_bundle_may_rank_another_number_of_candidates_than_its_ranker_was_trained_on() -> None:
-    ranking = Ranking(hidden=(8, 4), candidates=100)
-    run = {
-        "seed": 42,
-        "features": {"users": "auto", "items": "auto"},
-        "ranking": to_dict(Config(dataset="d", ranking=ranking))["ranking"],
-    }
-    asked = Config(dataset="d", ranking=Ranking(candidates=30))
-    assert overruled(asked, run, ("ranking",)) == []
-    assert with_run(asked, run).ranking == replace(ranking, candidates=30)
-
-
-def test_settings_of_another_version_are_refused() -> None:
-    with pytest.raises(UserError, match=r"model's retrieval\.hops: .* another version .* again"):
-        section_of_run(ResolvedRetrieval, {"retrieval": {"hops": 3}}, "retrieval")
-    first_version = {name: value for name, value in asdict(Ranking()).items() if name != "window"}
-    assert section_of_run(Ranking, {"ranking": first_version}, "ranking") == Ranking()

@@ -75,7 +75,7 @@ def train(
     run = TrainingRun(
         model,
         directory,
-        {"name": "test", **description},
+        json.dumps({"name": "test", **description}),
         {"note.txt": "kept\n"},
         Schedule(epochs=epochs, learning_rate=0.1, seed=0, patience=2),
         examples=64,
@@ -165,8 +165,8 @@ def test_a_training_that_lost_its_directory_ends_and_replaces_nothing(tmp_path: 
 
     with pytest.raises(UserError, match="another training has taken .*a.partial over"):
         train(tmp_path / "a", Linear(), begin_another, run="first")
-    assert read_description(tmp_path / "a") == {"name": "test", "run": "finished"}
-    assert read_description(tmp_path / "a.partial") == {"name": "test", "run": "second"}
+    assert read_description(tmp_path / "a") == json.dumps({"name": "test", "run": "finished"})
+    assert read_description(tmp_path / "a.partial") == json.dumps({"name": "test", "run": "second"})
 
 
 def test_another_configuration_starts_anew(tmp_path: Path):
@@ -197,7 +197,7 @@ def test_the_best_epoch_is_kept_and_training_stops_early(tmp_path: Path):
     assert restore(other, tmp_path / "a") == fitted
     assert (other.w.numpy() == weights[1]).all()
     assert (tmp_path / "a" / "note.txt").read_text() == "kept\n"
-    assert read_description(tmp_path / "a") == {"name": "test"}
+    assert read_description(tmp_path / "a") == json.dumps({"name": "test"})
 
 
 def test_a_loss_that_is_not_a_number_is_said(tmp_path: Path):

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rec.bundles.files import read_metadata, versions
+from rec.bundles.files import versions
+from rec.bundles.metadata import read_metadata
 from rec.data_prep.dataset import open_dataset
 from tests.conftest import ROOT, environment, run
 
@@ -69,9 +70,9 @@ def test_two_trainings_do_not_mix_in_one_directory(tmp_path: Path) -> None:
     assert versions(tmp_path / "savedmodels" / "retrieval") == [1]
     bundle = read_metadata(tmp_path / "savedmodels" / "retrieval" / "1")
     checkpoint = read_json(tmp_path / "checkpoints" / "retrieval" / "run.json")
-    assert bundle["run"] == checkpoint and checkpoint["retrieval"]["embedding_dim"] == 8
-    assert bundle["config"]["retrieval"]["embedding_dim"] == 8
-    assert bundle["dataset"] == open_dataset(tmp_path / "data").id
+    assert bundle.run == checkpoint and checkpoint["retrieval"]["embedding_dim"] == 8
+    assert bundle.config.retrieval.embedding_dim == 8
+    assert bundle.dataset == open_dataset(tmp_path / "data").id
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["retrieval"]
 
@@ -82,6 +83,7 @@ from pathlib import Path
 import tensorflow as tf
 from rec.errors import run_command
 from rec.bundles.files import draft, publish
+from tests.small import bundle_metadata
 
 
 def export():
@@ -90,7 +92,7 @@ def export():
     stage_dir = Path(sys.argv[1])
     with draft(stage_dir) as directory:
         tf.saved_model.save(module, str(directory))
-        print(publish(directory, stage_dir, {}))
+        print(publish(directory, stage_dir, bundle_metadata("ranking")))
 
 
 limit = int(sys.argv[2])  # to the bytes of a file, which TensorFlow meets as it meets a full disk

@@ -18,7 +18,8 @@ import pandas as pd
 import tensorflow as tf
 
 from rec import LOWEST
-from rec.bundles.files import check_pair, read_catalogue, verify
+from rec.bundles.files import read_catalogue, read_pair
+from rec.bundles.metadata import PairMetadata, verify
 from rec.errors import UserError
 
 Tensors = dict[str, tf.Tensor]  # what a function gives, by name
@@ -150,7 +151,7 @@ class Recommender:
     module: RecommenderModule
     items: pd.DataFrame  # items.parquet, indexed by item_id, the most popular first
     users: list[str]  # some of the users that it knows
-    metadata: dict[str, dict[str, Any]]  # by stage
+    metadata: PairMetadata
 
     @classmethod
     def load(
@@ -162,31 +163,23 @@ class Recommender:
           UserError: a directory is not a bundle of that stage, is damaged, or the ranking bundle belongs to another
             retrieval version and `allow_mismatch` is not set.
         """
-        retrieval = Path(retrieval)
-        metadata = {"retrieval": verify(retrieval, "retrieval")}
+        metadata = read_pair(Path(retrieval), ranking and Path(ranking), allow_mismatch)
+        verify(Path(retrieval))
+        retrieval_module = load_bundle(Path(retrieval), "answer")
+        ranking_module = None
         if ranking is not None:
-            metadata["ranking"] = verify(Path(ranking), "ranking")
-            if not allow_mismatch:
-                check_pair(metadata["retrieval"], metadata["ranking"], ranking)
-        first, second = load_bundle(retrieval, "answer"), ranking and load_bundle(ranking, "rank")
-        count = (
-            metadata["ranking"]["config"]["ranking"]["candidates"] if ranking is not None else None
+            verify(Path(ranking))
+            ranking_module = load_bundle(Path(ranking), "rank")
+        items, users = read_catalogue(Path(retrieval))
+        module = RecommenderModule(
+            retrieval_module, ranking_module, metadata.candidates, items.index
         )
-        items, users = read_catalogue(retrieval)
-        return cls(RecommenderModule(first, second, count, items.index), items, users, metadata)
+        return cls(module, items, users, metadata)
 
     @cached_property
     def _answer(self) -> Any:
         """Calling the traced graph itself saves tf.function's search for it."""
         return self.module.answer.get_concrete_function()
-
-    @property
-    def predicts_ratings(self) -> bool:
-        """Whether the ranking bundle's scores are ratings."""
-        return (
-            "ranking" in self.metadata
-            and self.metadata["ranking"]["config"]["ranking"]["objective"] == "rating"
-        )
 
     def answer(
         self,

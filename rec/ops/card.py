@@ -1,23 +1,26 @@
 """A version's card: a page of Markdown, with plots, that says what it is, how good, for whom, and how it was made.
 
 Mitchell et al., "Model Cards for Model Reporting", FAT* 2019. `python -m rec.promote --card` writes it to
-SAVEDMODELS/cards/STAGE-VERSION/: its numbers are measured anew, from the bundles.
+SAVEDMODELS/cards/STAGE-VERSION/. It measures the bundles again for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
-from rec.bundles.files import Metadata, draft
+from rec.bundles.files import draft
+from rec.bundles.metadata import BundleMetadata, BundleSummary, PairMetadata
 from rec.bundles.recommender import Recommender
 from rec.config import Config
+from rec.data_prep.dataset import Dataset
 from rec.evaluation import SHOWN, Report, evaluate
 from rec.files import replace_directory, sole_writer
 from rec.ops.comparison import data_of
-from rec.ops.registry import Store, built_from, bundles
+from rec.ops.registry import Store, built_from, directories
+
+CURVES = ("loss", "val/ndcg@10", "val/recall@100", "val/rmse")  # of training, if there are such
 
 
 def write_card(store: Store, config: Config, stage: str, version: int) -> Path:
@@ -26,90 +29,97 @@ def write_card(store: Store, config: Config, stage: str, version: int) -> Path:
     A ranking version is measured with the retrieval version that it was trained for.
 
     Raises:
-      UserError: a bundle is damaged, or its data are not at hand.
+      UserError: a bundle is damaged, or its data set is missing.
     """
-    pair = Recommender.load(*bundles(store, built_from(store, stage, version) | {stage: version}))
+    versions = built_from(store, stage, version) | {stage: version}
+    pair = Recommender.load(*directories(store, versions))
     dataset = data_of(pair, config)
     report = evaluate(replace(config, dataset=str(dataset.path)), "test", pair=pair)
     cards = Path(config.output.savedmodels) / "cards"
     place = cards / f"{stage}-{version}"
     with draft(cards) as beside:
-        _plot(report, pair.metadata, beside)
-        page = _page(store.metadata(stage)[version], pair.metadata, dataset.manifest, report)
+        _plot_quality(report, beside / "quality.png")
+        for bundle in pair.metadata.bundles:
+            _plot_training(bundle, beside / f"{bundle.stage}.png")
+        page = _page(store.bundles(stage)[version], pair.metadata, dataset, report)
         (beside / "card.md").write_text(page)
         with sole_writer(place, wait=True):
             replace_directory(beside, place)
     return place / "card.md"
 
 
-def _plot(report: Report, parts: dict[str, Metadata], place: Path) -> None:
-    """Draws what was measured, quality.png, and how training went, STAGE.png."""
+def _plot_quality(report: Report, path: Path) -> None:
+    """Draws the NDCG@10 of each system with its interval."""
     systems = report["systems"]
-    values = [of["ndcg@10"] for of in systems.values()]
-    errors = [
-        [abs(of["ndcg@10"] - of["ndcg@10_ci"][side]) for of in systems.values()] for side in (0, 1)
-    ]
+    values = [metrics["ndcg@10"] for metrics in systems.values()]
+    intervals = [metrics["ndcg@10_ci"] for metrics in systems.values()]
+    below = [value - low for value, (low, _) in zip(values, intervals, strict=True)]
+    above = [high - value for value, (_, high) in zip(values, intervals, strict=True)]
     figure = Figure((6, 0.6 * len(systems) + 1), dpi=120, layout="tight")
     axes = figure.subplots()
-    axes.barh(list(systems), values, xerr=errors, capsize=3)
+    axes.barh(list(systems), values, xerr=[below, above], capsize=3)
     axes.invert_yaxis()
     axes.set_xlabel(f"NDCG@10 of {report['users']:,} users, 95 % intervals")
-    figure.savefig(place / "quality.png")
-    for stage, part in parts.items():
-        epochs = part["history"]
-        shown = [
-            name
-            for name in ("loss", "val/ndcg@10", "val/recall@100", "val/rmse")
-            if name in epochs[-1]
-        ]
-        figure = Figure((3 * len(shown), 2.5), dpi=120, layout="tight")
-        for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-            points = [(epoch, of[name]) for epoch, of in enumerate(epochs) if name in of]
-            axes.plot(*zip(*points, strict=True))
-            axes.set(title=name, xlabel="epoch")
-        figure.savefig(place / f"{stage}.png")
+    figure.savefig(path)
 
 
-def _page(
-    metadata: Metadata, parts: dict[str, Metadata], manifest: dict[str, Any], report: Report
-) -> str:
-    stage, version, system = metadata["stage"], metadata["version"], list(report["systems"])[-1]
-    counts = ", ".join(f"{count:,} {name}" for name, count in manifest["counts"].items())
-    made = "\n".join(
-        f"- {stage} {part['version']}: {part['architecture']}, run {part['run_id']}, {part['created']}, commit "
-        f"{(part['git_commit'] or 'unknown')[:10]}\n\n      {part['command']}\n"
-        for stage, part in parts.items()
-    )
-    slices = {
-        f"{name}, {of['users']:,} users": of["systems"][system]
-        for name, of in report["segments"].items()
+def _plot_training(bundle: BundleMetadata, path: Path) -> None:
+    """Draws how the loss and the validation metrics went, epoch by epoch."""
+    history = bundle.history or [{}]
+    names = [name for name in CURVES if name in history[-1]]
+    figure = Figure((3 * len(names), 2.5), dpi=120, layout="tight")
+    plots = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(plots, names, strict=True):
+        epochs = [epoch for epoch, metrics in enumerate(history) if name in metrics]
+        axes.plot(epochs, [history[epoch][name] for epoch in epochs])
+        axes.set(title=name, xlabel="epoch")
+    figure.savefig(path)
+
+
+def _page(bundle: BundleSummary, pair: PairMetadata, dataset: Dataset, report: Report) -> str:
+    counts = ", ".join(f"{count:,} {name}" for name, count in dataset.manifest["counts"].items())
+    system = list(report["systems"])[-1]
+    segments = {
+        f"{name}, {part['users']:,} users": part["systems"][system]
+        for name, part in report["segments"].items()
     }
-    images = "\n".join(f"![{name}]({name}.png)" for name in ("quality", *parts))
-    index = parts["retrieval"]["index"]
+    images = "\n".join(f"![{name}]({name}.png)" for name in ("quality", *pair.versions))
+    index = pair.retrieval.index or {}
     template = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
     return template.format(
-        title=f"{stage.capitalize()} {version}",
-        metadata=metadata,
-        manifest=manifest,
+        title=f"{bundle.stage.capitalize()} {bundle.version}",
+        bundle=bundle,
+        manifest=dataset.manifest,
         counts=counts,
         report=report,
         systems=_table(report["systems"], SHOWN),
         system=system,
-        slices=_table(slices, SHOWN[:3]),
+        segments=_table(segments, SHOWN[:3]),
         index="; ".join(f"{key} {value}" for key, value in index.items()),
-        made=made,
+        training="\n".join(map(_training, pair.bundles)),
         images=images,
     )
 
 
-def _table(rows: dict[str, dict[str, Any]], columns: Sequence[str]) -> str:
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    lines += [
-        f"| {name} | {' | '.join(_number(of, at) for at in columns)} |" for name, of in rows.items()
-    ]
+def _training(bundle: BundleMetadata) -> str:
+    commit = (bundle.git_commit or "unknown")[:10]
+    return (
+        f"- {bundle.stage} {bundle.version}: {bundle.architecture}, run {bundle.run_id}, {bundle.created}, "
+        f"commit {commit}\n\n      {bundle.command}\n"
+    )
+
+
+def _table(rows: Mapping[str, Report], metrics: Sequence[str]) -> str:
+    lines = [f"| | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
+    for name, values in rows.items():
+        cells = [_cell(values, metric) for metric in metrics]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _number(of: dict[str, Any], metric: str) -> str:
-    low, high = of.get(f"{metric}_ci", (None, None))
-    return f"{of[metric]:.4f}" + (f" ({low:.4f} to {high:.4f})" if low is not None else "")
+def _cell(values: Report, metric: str) -> str:
+    text = f"{values[metric]:.4f}"
+    if f"{metric}_ci" not in values:
+        return text
+    low, high = values[f"{metric}_ci"]
+    return f"{text} ({low:.4f} to {high:.4f})"

@@ -31,11 +31,11 @@ def compare(config: Config, candidate: files.Pair, current: files.Pair | None = 
     task = Task(load_corpus(dataset, Features({}, {})), "test")
     report: Report = {"data": str(dataset.path), "users": len(task.users)}
     report |= metrics.summarise({"index_recall": index_recall(task, pair)}, config.seed)
-    report["index_recall_target"] = pair.metadata["retrieval"]["config"]["index"]["recall_target"]
+    report["index_recall_target"] = pair.metadata.retrieval.config.index.recall_target
     pairs = {"candidate": pair}
     if current is not None:
         pairs["production"] = Recommender.load(*current)
-    by_ratings = all(each.predicts_ratings for each in pairs.values())
+    by_ratings = all(each.metadata.predicts_ratings for each in pairs.values())
     measure = squared_errors if by_ratings else ndcg
     values = {name: measure(task, each) for name, each in pairs.items()}
     report["metric"] = "squared error" if by_ratings else "ndcg@10"
@@ -53,8 +53,8 @@ def data_of(pair: Recommender, config: Config) -> Dataset:
     Raises:
       UserError: it is at neither place.
     """
-    trained_on = pair.metadata["retrieval"]["dataset"]
-    places = (config.dataset, pair.metadata["retrieval"]["config"]["dataset"])
+    trained_on = pair.metadata.retrieval.dataset
+    places = (config.dataset, pair.metadata.retrieval.config.dataset)
     for place in places:
         if (Path(place) / "dataset.json").exists():
             dataset = open_dataset(place)

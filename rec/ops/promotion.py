@@ -1,4 +1,4 @@
-"""Which versions have an alias such as `production`: chosen, checked by the gate, moved, rolled back.
+"""Which versions have an alias such as `production`: chooses them, checks them at the gate, moves the alias and back.
 
 The gate before `production`: the candidate and what is in production answer for the same users of the test data. The
 candidate is refused if the paired 95 % interval says that it is worse, if its index misses its recall target there, or
@@ -7,83 +7,121 @@ if its pair does not match.
 
 import getpass
 import socket
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
 
-from rec.bundles.files import Entry, Versions, pick
+from rec.bundles.aliases import Move, Verdict, Versions
+from rec.bundles.files import pick
+from rec.bundles.metadata import BundleSummary
 from rec.config import Config
 from rec.errors import UserError
-from rec.ops.registry import Store, bundles, check_alias, together
+from rec.ops.registry import Store, check_alias, directories, together
 
 GUARDED = "production"  # the alias before which the gate stands
-PASSED: dict[str, Any] = {"passed": True, "reasons": []}  # where nothing had to be measured
+PASSED = Verdict(True, [])  # nothing had to be measured
+LOWER_IS_BETTER = ("rmse", "loss")  # ends of the names of metrics
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Which version?
 
 
 def choose(
     store: Store, stage: str, version: str | None, run_id: str | None, metric: str | None
 ) -> tuple[int, str]:
-    """The version that is meant, and why it.
+    """The version that a number or alias, a training run or a metric selects, and the reason in words.
 
     Raises:
       UserError: there is none, or none with that metric.
     """
-    found = store.metadata(stage)
+    bundles = store.bundles(stage)
     where = f"the registry's {stage}"
-    if version is not None or not found:
-        return pick(
-            list(found), store.aliases(stage), version or "latest", where
-        ), f"version {version}"
+    if version is not None or not bundles:
+        number = pick(list(bundles), store.aliases(stage), version or "latest", where)
+        return number, f"version {version}"
     if run_id is not None:
-        of_run = [number for number, metadata in found.items() if metadata.get("run_id") == run_id]
-        if not of_run:
-            known = ", ".join(sorted({str(metadata.get("run_id")) for metadata in found.values()}))
-            raise UserError(f"{where} has no version of run {run_id!r}; it has those of {known}")
-        return of_run[-1], f"run {run_id}"
+        return _version_of_run(bundles, run_id, where), f"run {run_id}"
     assert metric is not None
-    dataset = found[max(found)]["dataset"]  # metrics of another data set cannot be compared
-    alike = {number: of["metrics"] for number, of in found.items() if of["dataset"] == dataset}
-    values = {number: metrics[metric] for number, metrics in alike.items() if metric in metrics}
+    return _best_version(bundles, metric, where)
+
+
+def _version_of_run(bundles: Mapping[int, BundleSummary], run_id: str, where: str) -> int:
+    numbers = [number for number, bundle in bundles.items() if bundle.run_id == run_id]
+    if not numbers:
+        known = ", ".join(sorted({bundle.run_id for bundle in bundles.values()}))
+        raise UserError(f"{where} has no version of run {run_id!r}; it has those of {known}")
+    return max(numbers)
+
+
+def _best_version(bundles: Mapping[int, BundleSummary], metric: str, where: str) -> tuple[int, str]:
+    """The best version among those of the latest version's data set. Metrics of other data cannot be compared."""
+    latest = bundles[max(bundles)]
+    values = {
+        number: bundle.metrics[metric]
+        for number, bundle in bundles.items()
+        if bundle.dataset == latest.dataset and metric in bundle.metrics
+    }
     if not values:
+        known = ", ".join(latest.metrics)
         raise UserError(
-            f"{where} has no version with the metric {metric!r}; the latest has "
-            + ", ".join(found[max(found)]["metrics"])
+            f"{where} has no version with the metric {metric!r}; the latest has {known}"
         )
-    best = (min if metric.endswith(("rmse", "loss")) else max)(
-        values, key=lambda number: values[number]
-    )
+    sign = -1 if metric.endswith(LOWER_IS_BETTER) else 1
+    best = max(values, key=lambda number: sign * values[number])
     return best, f"{metric} {values[best]:.4f}, the best of {len(values)} versions"
 
 
-def gate(store: Store, config: Config, to: Versions, current: Versions) -> dict[str, Any]:
-    """Whether `to` may take the place of `current`: {"passed", "reasons", and what was measured}."""
-    if (ranking := to.get("ranking")) is not None:
-        expected = store.metadata("ranking")[ranking]["built_from"]["retrieval"]
-        if store.metadata("retrieval").get(to.get("retrieval", 0), {}).get("id") != expected["id"]:
-            odd = f"ranking {ranking} was trained for retrieval {expected['version']}, which would not be beside it"
-            return {
-                "passed": False,
-                "reasons": [f"{odd}: promote --stage recommender, which moves both"],
-            }
+# ------------------------------------------------------------------------------------------------------------
+# The gate
+
+
+def gate(store: Store, config: Config, to: Versions, current: Versions) -> Verdict:
+    """Whether the versions `to` may replace `current`."""
+    mismatch = _mismatch(store, to)
+    if mismatch is not None:
+        return Verdict(False, [mismatch])
     from rec.ops.comparison import compare  # TensorFlow: not before it is needed
 
     try:
-        measured = compare(
-            config, *(bundles(store, versions) for versions in (to, current) if versions)
-        )
+        candidate = directories(store, to)
+        production = directories(store, current) if current else None
+        comparison = compare(config, candidate, production)
     except UserError as error:
-        return {"passed": False, "reasons": [f"it cannot be measured: {error}"]}
+        return Verdict(False, [f"it cannot be measured: {error}"])
     reasons = []
-    if measured.get("worse"):
-        (low, high), difference = measured["ci"], measured["difference"]
+    if comparison.get("worse"):
+        low, high = comparison["ci"]
         reasons.append(
-            f"its {measured['metric']} on the test data is {measured['candidate']:.4f}, that in production "
-            f"{measured['production']:.4f}: a difference of {difference:+.4f}, 95 % {low:+.4f} to {high:+.4f}"
+            f"its {comparison['metric']} on the test data is {comparison['candidate']:.4f}, that in production "
+            f"{comparison['production']:.4f}: a difference of {comparison['difference']:+.4f}, "
+            f"95 % {low:+.4f} to {high:+.4f}"
         )
-    (low, high), target = measured["index_recall_ci"], measured["index_recall_target"]
+    low, high = comparison["index_recall_ci"]
+    target = comparison["index_recall_target"]
     if high < target:
-        found = f"{measured['index_recall']:.1%} of what exact search finds, 95 % {low:.1%} to {high:.1%}"
-        reasons.append(f"its index finds {found}; its target is {target:.1%}")
-    return {"passed": not reasons, "reasons": reasons, **measured}
+        reasons.append(
+            f"its index finds {comparison['index_recall']:.1%} of what exact search finds, "
+            f"95 % {low:.1%} to {high:.1%}; its target is {target:.1%}"
+        )
+    return Verdict(not reasons, reasons, comparison)
+
+
+def _mismatch(store: Store, to: Versions) -> str | None:
+    """Why a ranking version does not match its retrieval version; None if it does."""
+    if "ranking" not in to:
+        return None
+    source = store.bundles("ranking")[to["ranking"]].built_from["retrieval"]
+    retrieval = store.bundles("retrieval").get(to.get("retrieval", 0))
+    if retrieval is not None and retrieval.id == source.id:
+        return None
+    return (
+        f"ranking {to['ranking']} was trained for retrieval {source.version}, which would not be beside it: "
+        "promote --stage recommender, which moves both"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Moves
 
 
 def promote(
@@ -94,62 +132,77 @@ def promote(
     why: str,
     alias: str = GUARDED,
     force: bool = False,
-) -> Entry:
-    """Moves the alias, where the gate lets it; returns the entry of the history, and the command's JSON.
+) -> Move:
+    """Moves the alias if the gate allows it, or by `force`; returns what the history says about it.
 
     Raises:
-      UserError: the alias has a name that is not allowed, a bundle is damaged, or the candidate cannot be measured.
+      UserError: the alias has a name that is not allowed, or a bundle is damaged.
     """
     check_alias(alias)
     with store.writing():
-        current = store.named(alias)
+        current = store.versions_of(alias)
         to = together(store, stage, version, current)
         if to == current:
-            return _entry("unchanged", alias, current, to, why, PASSED)
-        for name, number in to.items():
-            store.directory(name, number)
+            return _move("unchanged", alias, current, to, why)
+        _verify(store, to)
         verdict = gate(store, config, to, current) if alias == GUARDED else PASSED
-        action = "promoted" if verdict["passed"] else "forced" if force else "refused"
-        entry = _entry(action, alias, current, to, why, verdict)
-        store.move(alias, current if action == "refused" else to, entry)
-    return entry
+        if verdict.passed:
+            action = "promoted"
+        elif force:
+            action = "forced"
+        else:
+            action = "refused"
+        move = _move(action, alias, current, to, why, verdict)
+        store.move(move, current if action == "refused" else to)
+    return move
 
 
-def roll_back(store: Store, why: str, alias: str = GUARDED) -> Entry:
-    """Gives the alias back to the versions that had it before the last move that stands; returns the entry.
+def roll_back(store: Store, why: str, alias: str = GUARDED) -> Move:
+    """Gives the alias back to the versions before its last move that was not rolled back.
 
     Raises:
-      UserError: the alias has a name that is not allowed, there is nothing before, or it is damaged.
+      UserError: the alias has a name that is not allowed, no versions came before, or one of them is damaged.
     """
     check_alias(alias)
     with store.writing():
-        stack: list[Versions] = []  # of what each move that stands has replaced
-        for entry in store.history():
-            if entry["alias"] == alias and entry["action"] == "rolled back":
-                stack.pop()
-            elif entry["alias"] == alias and entry["action"] != "refused":
-                stack.append(entry["from"])
-        if not stack or not stack[-1]:
+        to = _previous(store, alias)
+        if not to:
             raise UserError(f"{alias}: there are no versions before these to go back to")
-        for name, number in stack[-1].items():
-            store.directory(name, number)
-        entry = _entry("rolled back", alias, store.named(alias), stack[-1], why, PASSED)
-        store.move(alias, stack[-1], entry)
-    return entry
+        _verify(store, to)
+        move = _move("rolled back", alias, store.versions_of(alias), to, why)
+        store.move(move, to)
+    return move
 
 
-def _entry(
-    action: str, alias: str, current: Versions, to: Versions, why: str, verdict: dict[str, Any]
-) -> Entry:
-    who = f"{getpass.getuser()}@{socket.gethostname()}"
-    time = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return {
-        "alias": alias,
-        "from": current,
-        "to": to,
-        "action": action,
-        "gate": verdict,
-        "why": why,
-        "who": who,
-        "time": time,
-    }
+def _previous(store: Store, alias: str) -> Versions:
+    """The versions that the last move has replaced, of those that were not rolled back; {} if there are none."""
+    replaced: list[Versions] = []
+    for move in store.history():
+        if move.alias != alias or move.action == "refused":
+            continue
+        if move.action == "rolled back":
+            replaced.pop()
+        else:
+            replaced.append(move.previous)
+    return replaced[-1] if replaced else {}
+
+
+def _verify(store: Store, versions: Versions) -> None:
+    """Raises UserError if a version's files are missing or have changed."""
+    for stage, version in versions.items():
+        store.directory(stage, version)
+
+
+def _move(
+    action: str, alias: str, current: Versions, to: Versions, why: str, gate: Verdict = PASSED
+) -> Move:
+    return Move(
+        alias=alias,
+        previous=current,
+        to=to,
+        action=action,
+        gate=gate,
+        why=why,
+        who=f"{getpass.getuser()}@{socket.gethostname()}",
+        time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+    )

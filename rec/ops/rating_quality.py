@@ -13,7 +13,7 @@ from rec.ops.rating_baselines import rating_baselines
 
 def rating_errors(task: Task, pair: Recommender) -> Report:
     """{"ratings": {name: {"rmse": x}}} for the ranker and each baseline; {} for a ranker of another objective."""
-    if not pair.predicts_ratings:
+    if not pair.metadata.predicts_ratings:
         return {}
     corpus = task.corpus
     held = task.held

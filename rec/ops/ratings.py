@@ -5,6 +5,8 @@
 - A bundle of this model has the signatures of a ranking bundle. Its scores are ratings.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import tensorflow as tf
 
@@ -110,12 +112,12 @@ def train_ratings(
 ) -> TrainedRanking:
     """Trains on every training rating, and stops by the RMSE on validation ratings. As `train_ranking`."""
     distribution = distribution or OneProcess()
-    config, model = untrained_ranking(config, retrieval, distribution)
+    settings, model = untrained_ranking(config, retrieval, distribution)
+    config = replace(config, ranking=settings)
     if init_from is not None:
         model.start_from(init_from)
     corpus = retrieval.corpus
     train = corpus.train
-    settings = config.ranking
     # A test of a given split, or of data without order, comes after all training interactions of the user.
     all_known = corpus.split_strategy == "given" or not corpus.ordered
     known = train if all_known else None
@@ -135,6 +137,7 @@ def train_ratings(
         RankingData(
             examples=len(train.items),
             epochs=settings.epochs,
+            learning_rate=settings.learning_rate,
             batches=lambda rng: rating_batches(
                 train, known, model.window, settings.batch_size, rng
             ),

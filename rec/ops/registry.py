@@ -1,74 +1,75 @@
-"""What bundles are called: aliases such as `production`, in a directory or at W&B.
+"""Where bundles and their aliases are: a directory, or W&B.
 
     SAVEDMODELS/STAGE/aliases.json   {alias: version}; `latest` is always the highest number
     SAVEDMODELS/history.jsonl        who moved which alias, when, from what to what and why
     SAVEDMODELS/models.config        what TF Serving should load: `stable` is production, `canary` the alias canary
 
-All three are links into SAVEDMODELS/.promotions/current, itself a link, to a directory with a copy of each. A move of
-aliases writes such a directory, then renames the one link: it happens to all stages at once, or not at all. A plain
-file (written by hand, or by a copy that followed the links) is read instead, and the next move takes it over.
+All three are links into SAVEDMODELS/.promotions/current. That is itself a link, to a directory with a copy of each. A
+move of an alias writes such a directory, then renames the one link: it happens to all stages at once, or not at all. A
+plain file (written by hand, or by a copy that followed the links) is read instead, and the next move takes it over.
 
-`LocalStore` and `WandbStore` answer the same questions of either place; ops/promotion.py asks them. At W&B a stage's
-bundles are the versions of the artifact STAGE_bundle, and an alias of several stages cannot move in one step.
+`LocalStore` is a directory and `WandbStore` is W&B; ops/promotion.py works with both. At W&B a stage's bundles are the
+versions of the artifact STAGE_bundle, and an alias of several stages cannot move in one step.
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from rec.bundles.files import (
+from rec.bundles.aliases import (
     STAGES,
     STATES,
-    Entry,
-    Metadata,
-    Pair,
+    Aliases,
+    Move,
     Versions,
-    alias_file,
-    draft,
+    find_state_file,
     parse_history,
-    pick,
+    parse_move,
+    read_alias,
     read_all_aliases,
-    read_metadata,
     state_numbers,
-    verify,
-    versions,
-    versions_named,
 )
+from rec.bundles.files import Pair, draft, pick, versions
+from rec.bundles.metadata import BundleSummary, read_metadata, read_summary, verify
 from rec.errors import UserError
 from rec.files import replace_directory, sole_writer
 
+if TYPE_CHECKING:
+    from wandb import Artifact
+
 IN_TF_SERVING = "/models"  # where its images find SAVEDMODELS
-KEPT_STATES = 20  # of the aliases: somebody may just be reading an older one
+MAX_STATES = 20  # of the aliases: another process may be reading an older one
 ALIAS = r"(?!latest$|v\d+$|id-)[A-Za-z][A-Za-z0-9._-]*"  # W&B reads v3 as a version; id-... tags a bundle there
-PROJECT = "rec"  # of W&B, where WANDB_PROJECT names no other
+PROJECT = "rec"  # the W&B project if WANDB_PROJECT names no other
 CACHE = Path("~/.cache/rec/bundles")  # downloaded artifacts, by digest
 
 
 class LocalStore:
-    """A directory SAVEDMODELS. What is described here is what `WandbStore` does too."""
+    """A directory SAVEDMODELS. `WandbStore` has the same methods."""
 
     def __init__(self, savedmodels: Path) -> None:
-        self._root, self._states = savedmodels, savedmodels / STATES
+        self._root = savedmodels
+        self._states = savedmodels / STATES
 
-    def metadata(self, stage: str) -> dict[int, Metadata]:
-        """What the versions of a stage say of themselves, by version, ascending."""
+    def bundles(self, stage: str) -> Mapping[int, BundleSummary]:
+        """The bundles of a stage by version, ascending."""
         stage_dir = self._root / stage
         return {
             version: read_metadata(stage_dir / str(version), stage)
             for version in versions(stage_dir)
         }
 
-    def aliases(self, stage: str) -> dict[str, int]:
+    def aliases(self, stage: str) -> Aliases:
         return read_all_aliases(self._root)[stage]
 
-    def named(self, alias: str) -> Versions:
-        """The versions that the alias names."""
-        return versions_named(self._root, alias)
+    def versions_of(self, alias: str) -> Versions:
+        """The versions that have the alias."""
+        return read_alias(self._root, alias)
 
     def directory(self, stage: str, version: int) -> Path:
         """A version's files, verified. Raises UserError if one is missing or has changed."""
@@ -79,61 +80,73 @@ class LocalStore:
         return path
 
     def writing(self) -> AbstractContextManager[None]:
-        """Waits for another process that promotes; a killed one holds nobody off."""
+        """Waits for another process that promotes. A killed process does not block others."""
         return sole_writer(self._states, wait=True)
 
-    def move(self, alias: str, to: Versions, entry: Entry) -> None:
-        """Gives the alias to just these versions, takes it from all others, and adds the entry to the history."""
-        aliases, history = read_all_aliases(self._root), self.history()
-        links = {
-            self._root / stage / "aliases.json": f"../{STATES}/current/{stage}.json"
-            for stage in STAGES
-        }
-        links |= {
-            self._root / name: f"{STATES}/current/{name}"
-            for name in ("history.jsonl", "models.config")
-        }
-        missing = {
-            path: link
-            for path, link in links.items()
+    def move(self, move: Move, to: Versions) -> None:
+        """Gives the alias to exactly the versions `to`, and adds the move to the history."""
+        aliases = read_all_aliases(self._root)
+        history = "".join(f"{line}\n" for line in self._history_lines())
+        missing = self._missing_links()
+        if (
+            missing
+        ):  # a link always leads to a state, and the first state has what the plain files say
+            self._write_state(aliases, history)
+        for path, target in missing.items():
+            _link(path, target)
+        for stage, targets in aliases.items():
+            targets.pop(move.alias, None)
+            if stage in to:
+                targets[move.alias] = to[stage]
+        self._write_state(aliases, f"{history}{json.dumps(move.to_json())}\n")
+
+    def _missing_links(self) -> dict[Path, str]:
+        """The links into the current state that are to be made, and their targets."""
+        links = {}
+        for stage in STAGES:
+            links[self._root / stage / "aliases.json"] = f"../{STATES}/current/{stage}.json"
+        for name in ("history.jsonl", "models.config"):
+            links[self._root / name] = f"{STATES}/current/{name}"
+        return {
+            path: target
+            for path, target in links.items()
             if path.parent.is_dir() and not path.is_symlink()
         }
-        if missing:  # a link always leads to a state, which has taken over what a plain file says
-            self._become(aliases, history)
-        for path, link in missing.items():
-            _link(path, link)
-        for stage, named in aliases.items():
-            named.pop(alias, None)
-            if stage in to:
-                named[alias] = to[stage]
-        self._become(aliases, [*history, entry])
 
-    def history(self) -> list[Entry]:
-        """All entries, the oldest first."""
-        path = alias_file(self._root / "history.jsonl", self._root, "history.jsonl")
+    def history(self) -> list[Move]:
+        """All moves, the oldest first."""
+        path = self._history_file()
         return [] if path is None else parse_history(path)
 
-    def _become(self, aliases: dict[str, dict[str, int]], history: list[dict[str, Any]]) -> None:
-        """Writes a state beside the current one, then takes its place in one step."""
-        current, new = self._states / "current", self._states / "new"
-        shutil.rmtree(new, ignore_errors=True)  # what a killed process left
+    def _history_lines(self) -> list[str]:
+        self.history()  # raises UserError if it is damaged
+        path = self._history_file()
+        return [] if path is None else path.read_text().splitlines()
+
+    def _history_file(self) -> Path | None:
+        return find_state_file(self._root / "history.jsonl", self._root, "history.jsonl")
+
+    def _write_state(self, aliases: dict[str, Aliases], history: str) -> None:
+        """Writes a state beside the current one, then makes it the current one in one step."""
+        current = self._states / "current"
+        new = self._states / "new"
+        shutil.rmtree(new, ignore_errors=True)  # of a killed process
         new.mkdir(parents=True)
-        for stage, named in aliases.items():
-            (new / f"{stage}.json").write_text(json.dumps(named, indent=1) + "\n")
-        (new / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
+        for stage, targets in aliases.items():
+            (new / f"{stage}.json").write_text(json.dumps(targets, indent=1) + "\n")
+        (new / "history.jsonl").write_text(history)
         (new / "models.config").write_text(_models_config(aliases))
         numbers = state_numbers(self._root)
         number = 1 + max(numbers, default=0)
         if not numbers and not current.exists():
-            _link(
-                current, str(number)
-            )  # before the first state: states without the link are an error
+            # The link comes before the first state: states without the link are an error.
+            _link(current, str(number))
         new.rename(self._states / str(number))
         if current.is_dir() and not current.is_symlink():  # made by a copy that followed the link
             current.rename(self._states / f"copied-{number}")
         _link(current, str(number))
         for old in numbers:
-            if old <= number - KEPT_STATES:
+            if old <= number - MAX_STATES:
                 shutil.rmtree(self._states / str(old), ignore_errors=True)
 
 
@@ -147,33 +160,38 @@ def check_alias(alias: str) -> None:
 
 
 def _link(path: Path, target: str) -> None:
-    """Makes `path` a symbolic link, in the place of what it was."""
+    """Makes `path` a symbolic link, and replaces what was there."""
     beside = path.with_name(f"{path.name}.new")
     beside.unlink(missing_ok=True)
     beside.symlink_to(target)
     os.replace(beside, path)
 
 
-def _models_config(aliases: dict[str, dict[str, int]]) -> str:
-    """TF Serving's ModelServerConfig as text: of each stage the versions with a label, and their labels."""
-    blocks = []
-    for stage, named in aliases.items():
-        stable = named.get("production", named.get("canary"))
-        if stable is None:
-            continue
-        labels = {"stable": stable, "canary": named.get("canary", stable)}
-        chosen = " ".join(f"versions: {version}" for version in sorted(set(labels.values())))
-        told = "\n".join(
-            f'    version_labels {{ key: "{label}" value: {n} }}' for label, n in labels.items()
-        )
-        blocks.append(
-            f'  config {{\n    name: "{stage}"\n    base_path: "{IN_TF_SERVING}/{stage}"\n'
-            f'    model_platform: "tensorflow"\n    model_version_policy {{ specific {{ {chosen} }} }}\n{told}\n  }}\n'
-        )
-    return f"model_config_list {{\n{''.join(blocks)}}}\n"
+def _models_config(aliases: dict[str, Aliases]) -> str:
+    """TF Serving's ModelServerConfig as text: the labelled versions of each stage, and their labels."""
+    models = [_model_config(stage, targets) for stage, targets in aliases.items()]
+    return f"model_config_list {{\n{''.join(models)}}}\n"
 
 
-def _is_whole(bundle: Path, stage: str) -> bool:
+def _model_config(stage: str, aliases: Aliases) -> str:
+    stable = aliases.get("production", aliases.get("canary"))
+    if stable is None:
+        return ""
+    labels = {"stable": stable, "canary": aliases.get("canary", stable)}
+    numbers = " ".join(f"versions: {version}" for version in sorted(set(labels.values())))
+    lines = [
+        "  config {",
+        f'    name: "{stage}"',
+        f'    base_path: "{IN_TF_SERVING}/{stage}"',
+        '    model_platform: "tensorflow"',
+        f"    model_version_policy {{ specific {{ {numbers} }} }}",
+    ]
+    for label, version in labels.items():
+        lines.append(f'    version_labels {{ key: "{label}" value: {version} }}')
+    return "\n".join([*lines, "  }\n"])
+
+
+def _is_complete(bundle: Path, stage: str) -> bool:
     try:
         verify(bundle, stage)
     except UserError:
@@ -187,7 +205,7 @@ class WandbStore:
     def __init__(self, project: str = "") -> None:
         """`project`: ENTITY/PROJECT, or PROJECT of the default entity; by default WANDB_PROJECT or `rec`."""
         self._project = project or os.environ.get("WANDB_PROJECT", PROJECT)
-        with self._asking(self._project):
+        with _wandb_errors(self._project):
             import wandb
 
             settings = wandb.Settings()
@@ -200,66 +218,68 @@ class WandbStore:
                 )
             self._api = wandb.Api(timeout=30)
 
-    def metadata(self, stage: str) -> dict[int, Metadata]:
+    def bundles(self, stage: str) -> Mapping[int, BundleSummary]:
         return {
-            version: dict(artifact.metadata) for version, artifact in self._artifacts(stage).items()
+            version: read_summary(artifact.metadata, f"W&B's {stage}_bundle:v{version}")
+            for version, artifact in self._artifacts(stage).items()
         }
 
-    def aliases(self, stage: str) -> dict[str, int]:
+    def aliases(self, stage: str) -> Aliases:
         return {
             alias: version
-            for version, found in self._artifacts(stage).items()
-            for alias in found.aliases
+            for version, artifact in self._artifacts(stage).items()
+            for alias in artifact.aliases
         }
 
-    def named(self, alias: str) -> Versions:
-        return {stage: named[alias] for stage in STAGES if alias in (named := self.aliases(stage))}
+    def versions_of(self, alias: str) -> Versions:
+        aliases = {stage: self.aliases(stage) for stage in STAGES}
+        return {stage: targets[alias] for stage, targets in aliases.items() if alias in targets}
 
     def directory(self, stage: str, version: int) -> Path:
         artifact = self._artifacts(stage)[version]
         place = CACHE.expanduser() / artifact.digest
-        if _is_whole(place, stage):
+        if _is_complete(place, stage):
             return place
         with sole_writer(place, wait=True):
-            if _is_whole(place, stage):  # another process has just brought it
+            if _is_complete(place, stage):  # another process has downloaded it in the meantime
                 return place
-            with draft(place.parent) as beside, self._asking(artifact.name):
+            with draft(place.parent) as beside, _wandb_errors(artifact.name):
                 artifact.download(root=str(beside), skip_cache=True)
                 verify(beside, stage)
                 replace_directory(beside, place)
         return place
 
-    writing = nullcontext  # nothing holds off other writers here
+    writing = nullcontext  # W&B has no lock against other writers
 
-    def move(self, alias: str, to: Versions, entry: Entry) -> None:
+    def move(self, move: Move, to: Versions) -> None:
         artifacts = {stage: self._artifacts(stage) for stage in STAGES}
-        with self._asking(self._project):
-            stage, version = max(entry["to"].items(), key=lambda each: STAGES.index(each[0]))
-            told = artifacts[stage][version]
-            told.metadata["promotions"] = [*told.metadata.get("promotions", []), entry]
-            told.save()
-            for stage, found in artifacts.items():
-                for version, artifact in found.items():
-                    is_named, has_alias = to.get(stage) == version, alias in artifact.aliases
-                    if is_named != has_alias:
-                        (artifact.aliases.append if is_named else artifact.aliases.remove)(alias)
-                        artifact.save()
+        with _wandb_errors(self._project):
+            last_stage = max(move.to, key=STAGES.index)
+            noted = artifacts[last_stage][move.to[last_stage]]
+            noted.metadata["promotions"] = [*noted.metadata.get("promotions", []), move.to_json()]
+            noted.save()
+            for stage, by_version in artifacts.items():
+                for version, artifact in by_version.items():
+                    _set_alias(artifact, move.alias, to.get(stage) == version)
 
-    def history(self) -> list[Entry]:
-        told = [
-            each.get("promotions", []) for stage in STAGES for each in self.metadata(stage).values()
+    def history(self) -> list[Move]:
+        """The moves are in the metadata of the artifacts."""
+        moves = [
+            parse_move(json.dumps(content))
+            for stage in STAGES
+            for artifact in self._artifacts(stage).values()
+            for content in artifact.metadata.get("promotions", [])
         ]
-        return sorted(sum(told, []), key=lambda entry: entry["time"])
+        return sorted(moves, key=lambda move: move.time)
 
-    def _artifacts(self, stage: str) -> dict[int, Any]:
-        """By version, ascending; none where the project has no such artifact."""
-
-        with self._asking(self._project):
+    def _artifacts(self, stage: str) -> dict[int, "Artifact"]:
+        """By version, ascending; none if the project has no such artifact."""
+        with _wandb_errors(self._project):
             try:
-                found = list(self._api.artifacts("model", f"{self._project}/{stage}_bundle"))
+                artifacts = list(self._api.artifacts("model", f"{self._project}/{stage}_bundle"))
             except ValueError:
-                found = []
-            return {int(each.version.removeprefix("v")): each for each in reversed(found)}
+                artifacts = []
+            return {int(each.version.removeprefix("v")): each for each in reversed(artifacts)}
 
     @classmethod
     def find(cls, reference: str, stage: str) -> tuple["WandbStore", int]:
@@ -273,22 +293,32 @@ class WandbStore:
         if name != f"{stage}_bundle":
             raise UserError(f"{reference} is not [ENTITY/PROJECT/]{stage}_bundle:VERSION_OR_ALIAS")
         store = cls(project)
-        found, aliases = store._artifacts(stage), store.aliases(stage)
-        return store, pick(
-            list(found), aliases, version.removeprefix("v") or "latest", f"W&B's {path}"
-        )
+        published = list(store._artifacts(stage))
+        name = version.removeprefix("v") or "latest"
+        return store, pick(published, store.aliases(stage), name, f"W&B's {path}")
 
-    @contextmanager
-    def _asking(self, what: str) -> Iterator[None]:
-        """Tells what W&B says as one sentence."""
-        try:
-            yield
-        except UserError:
-            raise
-        except (
-            Exception
-        ) as error:  # its client raises its own errors, those of requests, and ValueError
-            raise UserError(f"W&B, {what}: {' '.join(str(error).split())}") from error
+
+def _set_alias(artifact: "Artifact", alias: str, is_wanted: bool) -> None:
+    if is_wanted == (alias in artifact.aliases):
+        return
+    if is_wanted:
+        artifact.aliases.append(alias)
+    else:
+        artifact.aliases.remove(alias)
+    artifact.save()
+
+
+@contextmanager
+def _wandb_errors(what: str) -> Iterator[None]:
+    """Turns the errors of W&B into one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        Exception
+    ) as error:  # the client raises its own errors, those of requests, and ValueError
+        raise UserError(f"W&B, {what}: {' '.join(str(error).split())}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -298,32 +328,27 @@ Store = LocalStore | WandbStore
 
 
 def built_from(store: Store, stage: str, version: int) -> Versions:
-    """The versions that a version was built from, by W&B's numbers there. Raises UserError if one is gone."""
-    found = {}
-    for part, wanted in store.metadata(stage)[version]["built_from"].items():
-        same = [
-            number
-            for number, metadata in store.metadata(part).items()
-            if metadata["id"] == wanted["id"]
-        ]
+    """The versions that a version was built from, as the store counts. Raises UserError if one is gone."""
+    sources = {}
+    for part, source in store.bundles(stage)[version].built_from.items():
+        same = [number for number, each in store.bundles(part).items() if each.id == source.id]
         if not same:
             raise UserError(
-                f"{stage} {version} was built from {part} {wanted['version']}, which is gone"
+                f"{stage} {version} was built from {part} {source.version}, which is gone"
             )
-        found[part] = wanted["version"] if wanted["version"] in same else max(same)
-    return found
+        sources[part] = source.version if source.version in same else max(same)
+    return sources
 
 
 def together(store: Store, stage: str, version: int, current: Versions) -> Versions:
-    """The versions that have the alias once `version` of `stage` has it, which `current` have now."""
+    """The versions that will have an alias once `version` of `stage` has it. Now `current` have it."""
     if stage == "recommender":
         return built_from(store, stage, version) | {stage: version}
-    return {name: number for name, number in current.items() if name != "recommender"} | {
-        stage: version
-    }
+    others = {name: number for name, number in current.items() if name != "recommender"}
+    return others | {stage: version}
 
 
-def bundles(store: Store, of: Versions) -> Pair:
+def directories(store: Store, chosen: Versions) -> Pair:
     """The directories of a retrieval and a ranking version, verified."""
-    ranking = store.directory("ranking", of["ranking"]) if "ranking" in of else None
-    return store.directory("retrieval", of["retrieval"]), ranking
+    ranking = store.directory("ranking", chosen["ranking"]) if "ranking" in chosen else None
+    return store.directory("retrieval", chosen["retrieval"]), ranking

@@ -17,7 +17,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from rec.bundles.files import read_metadata
+from rec.bundles.metadata import metadata_to_json, read_metadata
 from rec.config import Config, to_dict
 from rec.ops.registry import PROJECT
 
@@ -87,7 +87,7 @@ class Tracker:
         with self._forgiving():
             if self._run and not self._run.offline:
                 metadata = read_metadata(bundle)
-                self._run.use_artifact(f"{metadata['stage']}_bundle:id-{metadata['id']}")
+                self._run.use_artifact(f"{metadata.stage}_bundle:id-{metadata.id}")
 
     def log_bundle(self, bundle: Path) -> None:
         """Logs a published bundle as the artifact STAGE_bundle, with its metrics, data set and versions."""
@@ -96,14 +96,11 @@ class Tracker:
                 import wandb
 
                 metadata = read_metadata(bundle)
-                kept = {key: metadata[key] for key in KEPT if key in metadata}
-                artifact = wandb.Artifact(
-                    f"{metadata['stage']}_bundle", type="model", metadata=kept
-                )
+                content = metadata_to_json(metadata)
+                kept = {key: content[key] for key in KEPT if key in content}
+                artifact = wandb.Artifact(f"{metadata.stage}_bundle", type="model", metadata=kept)
                 artifact.add_dir(str(bundle))
-                logged = self._run.log_artifact(
-                    artifact, aliases=["latest", f"id-{metadata['id']}"]
-                )
+                logged = self._run.log_artifact(artifact, aliases=["latest", f"id-{metadata.id}"])
                 if not self._run.offline:
                     logged.wait(timeout=PATIENCE)  # nothing else tells of an upload that failed
 

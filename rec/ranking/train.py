@@ -14,14 +14,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from rec import metrics
-from rec.checkpoint import describe, read_run
-from rec.config import Config, Ranking, section_of_run, with_ranking_defaults
+from rec.checkpoint import RankingRun, read_run, write_run
+from rec.config import Config, Ranking, ResolvedRanking, with_ranking_defaults
 from rec.corpus import Corpus
 from rec.errors import UserError, warn
 from rec.files import read_whole
@@ -67,7 +66,7 @@ class TrainedRanking:
     model: RankingModel
     retrieval: TrainedRetrieval
     state: TrainState
-    description: dict[str, Any]
+    description: RankingRun
 
 
 @dataclass(frozen=True)
@@ -96,11 +95,11 @@ def train_ranking(
         labels. `init_name` says in the run's description which one it is.
     """
     distribution = distribution or OneProcess()
-    config, model = untrained_ranking(config, retrieval, distribution)
+    settings, model = untrained_ranking(config, retrieval, distribution)
+    config = replace(config, ranking=settings)
     mined = mine_training_lists(config, retrieval, distribution)
     model.start_from(init_from or mined.miner)
     validation = RankingValidation(config, retrieval, mined)
-    settings = config.ranking
     return fit_ranking(
         model,
         config,
@@ -108,6 +107,7 @@ def train_ranking(
         RankingData(
             examples=mined.train.items.size,
             epochs=settings.epochs if len(mined.train) else 0,
+            learning_rate=settings.learning_rate,
             batches=lambda rng: list_batches(mined.train, mined.counts, settings.batch_size, rng),
             measure=lambda: validation.measure(model),
             monitor=GAIN,
@@ -124,6 +124,7 @@ class RankingData:
 
     examples: int  # per epoch
     epochs: int
+    learning_rate: float
     batches: Callable[[np.random.Generator], tf.data.Dataset]  # one epoch's
     measure: Callable[[], Metrics]
     monitor: str  # the metric of `measure` that chooses the epoch
@@ -131,13 +132,13 @@ class RankingData:
 
 def untrained_ranking(
     config: Config, retrieval: TrainedRetrieval, distribution: Distribution
-) -> tuple[Config, RankingModel]:
-    """The config without `auto` in its section `ranking`, and the model that it describes, from the config's seed."""
+) -> tuple[ResolvedRanking, RankingModel]:
+    """The settings without `auto`, and a model with them, initialised from the config's seed."""
     settings = with_ranking_defaults(config.ranking, retrieval.model.config.window)
     tf.keras.utils.set_random_seed(config.seed)
     with distribution.strategy.scope():
         model = build_ranking_model(settings, retrieval)
-    return replace(config, ranking=settings), model
+    return settings, model
 
 
 def fit_ranking(
@@ -153,22 +154,23 @@ def fit_ranking(
     """Trains a ranker into CHECKPOINTS/ranking, and keeps its best epoch."""
     schedule = Schedule(
         epochs=data.epochs,
-        learning_rate=config.ranking.learning_rate,
+        learning_rate=data.learning_rate,
         seed=config.seed,
         monitor=data.monitor,
         patience=config.ranking.patience,
     )
-    description = describe(
-        config,
-        retrieval.corpus,
-        "ranking",
+    description = RankingRun(
+        dataset=retrieval.corpus.dataset_id,
+        seed=config.seed,
+        features=config.features,
+        ranking=config.ranking,
         retrieval_run=retrieval.description,
         init_from=init_name,
     )
     run = TrainingRun(
         model,
         Path(config.output.checkpoints) / "ranking",
-        description,
+        write_run(description),
         {},
         schedule,
         examples=data.examples,
@@ -182,9 +184,9 @@ def fit_ranking(
         loss = run.train(data.batches(rng))
         run.save(loss | data.measure())
     if not distribution.is_chief:  # it alone finishes the run
-        return TrainedRanking(model, retrieval, run.state, run.description)
+        return TrainedRanking(model, retrieval, run.state, description)
     run.restore_best()
-    return TrainedRanking(model, retrieval, run.finish({}), run.description)
+    return TrainedRanking(model, retrieval, run.finish({}), description)
 
 
 # ranking.objective -> the class of its model
@@ -308,8 +310,8 @@ def load_ranking(directory: Path, retrieval: TrainedRetrieval) -> TrainedRanking
 
 
 def _load_ranking(directory: Path, retrieval: TrainedRetrieval) -> TrainedRanking:
-    description = read_run(directory, "ranking")
-    if description["retrieval_run"] != retrieval.description:
+    description = read_run(RankingRun, directory)
+    if description.retrieval_run != retrieval.description:
         raise UserError(f"{directory} was trained for another retrieval model: train ranking again")
-    model = build_ranking_model(section_of_run(Ranking, description, "ranking"), retrieval)
+    model = build_ranking_model(description.ranking, retrieval)
     return TrainedRanking(model, retrieval, restore(model, directory), description)

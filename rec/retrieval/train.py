@@ -8,13 +8,12 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import tensorflow as tf
 
 from rec.batches import window_batches
-from rec.checkpoint import corpus_files, describe, load_trained_corpus, read_run
-from rec.config import Config, ResolvedRetrieval, section_of_run, with_data_defaults
+from rec.checkpoint import RetrievalRun, corpus_files, load_trained_corpus, read_run, write_run
+from rec.config import Config, with_data_defaults
 from rec.corpus import Corpus
 from rec.data_prep.dataset import Dataset
 from rec.files import read_whole
@@ -43,7 +42,7 @@ class TrainedRetrieval:
     model: RetrievalModel
     corpus: Corpus
     state: TrainState
-    description: dict[str, Any]
+    description: RetrievalRun
 
 
 def train_retrieval(
@@ -103,8 +102,13 @@ def _train(
 ) -> TrainedRetrieval:
     settings = with_data_defaults(config.retrieval, corpus.ordered, len(corpus.train.items))
     config = replace(config, retrieval=settings)
-    description = describe(
-        config, corpus, "retrieval", interactions=len(train.items), stop_after=stop_after
+    description = RetrievalRun(
+        dataset=corpus.dataset_id,
+        seed=config.seed,
+        features=config.features,
+        retrieval=settings,
+        interactions=len(train.items),
+        stop_after=stop_after,
     )
 
     # --------------------------------------------------------------------------------------------------------
@@ -113,7 +117,7 @@ def _train(
     tf.keras.utils.set_random_seed(config.seed)
     with distribution.strategy.scope():
         model = RetrievalModel(settings, corpus, train)
-    if validation is None and read_description(directory) == description:
+    if validation is None and read_description(directory) == write_run(description):
         return TrainedRetrieval(model, corpus, restore(model, directory), description)
     if model.query_tower.reads_sets:
         model.start_from_singular_vectors(train)
@@ -136,7 +140,7 @@ def _train(
     run = TrainingRun(
         model,
         directory,
-        description,
+        write_run(description),
         corpus_files(corpus),
         schedule,
         examples=len(train.items),
@@ -172,8 +176,7 @@ def load_retrieval(
 
 
 def _load_retrieval(directory: Path, dataset: Dataset, corpus: Corpus | None) -> TrainedRetrieval:
-    description = read_run(directory, "retrieval")
+    description = read_run(RetrievalRun, directory)
     corpus = corpus or load_trained_corpus(directory, dataset)
-    settings = section_of_run(ResolvedRetrieval, description, "retrieval")
-    model = RetrievalModel(settings, corpus)
+    model = RetrievalModel(description.retrieval, corpus)
     return TrainedRetrieval(model, corpus, restore(model, directory), description)

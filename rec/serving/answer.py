@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from rec import LOWEST
+from rec.bundles.metadata import PairMetadata
 from rec.errors import UserError
 from rec.serving.schemas import Item, RecommendRequest
 
@@ -40,7 +41,7 @@ class Backend(Protocol):
 
     items: pd.DataFrame
     users: list[str]
-    metadata: dict[str, dict[str, Any]]
+    metadata: PairMetadata
 
     def answer(
         self, user_ids: Sequence[str], histories: Sequence[Any], excluded: Sequence[list[str]]
@@ -295,11 +296,11 @@ class Engine:
     @property
     def versions(self) -> dict[str, int]:
         """Of each stage."""
-        return {stage: metadata["version"] for stage, metadata in self.backend.metadata.items()}
+        return self.backend.metadata.versions
 
     @property
     def max_k(self) -> int:
-        return int(self.backend.metadata["retrieval"]["config"]["index"]["k"])
+        return self.backend.metadata.retrieval.config.index.k
 
     def check(
         self, k: int, wanted: Mapping[str, Iterable[str | int | float | bool]] | None = None
@@ -445,7 +446,7 @@ class Engine:
                 item = catalogue.item(latest[best])
                 nearest = {name: item[name] for name in ("item_id", "title") if name in item}
                 nearest["similarity"] = float(near[at, best])
-            ranked = place.score if "ranking" in self.backend.metadata and not cold else None
+            ranked = place.score if self.backend.metadata.ranking is not None and not cold else None
             scores = {
                 "retrieval_score": score_or_none(place.retrieved),
                 "ranking_score": score_or_none(ranked),

@@ -22,6 +22,7 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 
 import rec
+from rec.bundles.metadata import metadata_to_json
 from rec.errors import UserError
 from rec.serving import schemas
 from rec.serving.answer import as_json
@@ -166,14 +167,13 @@ async def history(user_id: InPath, service: Serving) -> Response:
 async def models(service: Serving) -> Response:
     """What answers: each stage's bundle, the largest k, the columns for filters, and what could not be loaded."""
     engine = service.ready
-    stages = engine.backend.metadata.items()
-    found = {
-        stage: {key: metadata[key] for key in SHOWN if key in metadata}
-        for stage, metadata in stages
-    }
+    shown = {}
+    for bundle in engine.backend.metadata.bundles:
+        content = metadata_to_json(bundle)
+        shown[bundle.stage] = {key: content[key] for key in SHOWN if key in content}
     catalogue = {"items": len(engine.catalogue.ids), "columns": engine.catalogue.columns}
     answer = {
-        "models": as_json(found),
+        "models": as_json(shown),
         "catalogue": catalogue,
         "max_k": engine.max_k,
         "failed": service.failed,

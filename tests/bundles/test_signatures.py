@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import pytest
 import tensorflow as tf
 from tensorflow_serving.apis import prediction_log_pb2
 
-from rec.bundles.files import read_metadata, verify
-from rec.bundles.recommender import Recommender, check_pair, load_bundle, pad_lists
+from rec.bundles.metadata import Reference, check_pair, read_metadata, verify
+from rec.bundles.recommender import Recommender, load_bundle, pad_lists
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError
 from rec.files import digest
@@ -338,26 +339,24 @@ def test_metadata_says_what_a_bundle_is(trained: Trained):
         read_metadata(bundle_of(trained, stage))
         for stage in ("retrieval", "ranking", "recommender")
     )
-    assert (retrieval["stage"], retrieval["version"], retrieval["architecture"]) == (
-        "retrieval",
-        1,
-        "sasrec",
-    )
-    assert retrieval["dataset"] == ranking["dataset"] == recommender["dataset"] == dataset.id
-    assert retrieval["vocabulary"] == ranking["vocabulary"]
-    assert retrieval["index"]["kind"] == "scann" and retrieval["index"]["recall@50"] >= 0.95
-    assert (
-        retrieval["metrics"]["val/ndcg@10"] == trained.report["retrieval"]["metrics"]["val/ndcg@10"]
-    )
-    assert ranking["built_from"] == {"retrieval": {"version": 1, "id": retrieval["id"]}}
-    assert set(recommender["built_from"]) == {"retrieval", "ranking"}
+    assert (retrieval.stage, retrieval.version) == ("retrieval", 1)
+    assert retrieval.architecture == "sasrec"
+    assert retrieval.dataset == ranking.dataset == recommender.dataset == dataset.id
+    assert retrieval.vocabulary == ranking.vocabulary
+    assert retrieval.index is not None
+    assert retrieval.index["kind"] == "scann"
+    assert retrieval.index["recall@50"] >= 0.95  # type: ignore[operator]
+    assert retrieval.metrics["val/ndcg@10"] == trained.report["retrieval"]["metrics"]["val/ndcg@10"]
+    assert ranking.built_from == {"retrieval": Reference(1, retrieval.id)}
+    assert set(recommender.built_from) == {"retrieval", "ranking"}
+    assert recommender.config == replace(ranking.config, index=retrieval.config.index)
     for stage in ("retrieval", "ranking", "recommender"):
         directory = bundle_of(trained, stage)
         files = [
             path for path in directory.rglob("*") if path.is_file() and path.name != "metadata.json"
         ]
         expected = {str(path.relative_to(directory)): digest(path) for path in files}
-        assert verify(directory)["files"] == expected
+        assert verify(directory).files == expected
 
 
 def test_a_pair_that_does_not_match_is_refused(trained: Trained):
@@ -367,7 +366,7 @@ def test_a_pair_that_does_not_match_is_refused(trained: Trained):
     with pytest.raises(
         UserError, match="trained for retrieval version 1, not for version 2: .*--allow-mismatch"
     ):
-        check_pair({**retrieval, "version": 2}, ranking, "ranking/1")
+        check_pair(replace(retrieval, version=2), ranking, "ranking/1")
     with pytest.raises(UserError, match="is a ranking bundle, not a retrieval bundle"):
         Recommender.load(bundle_of(trained, "ranking"), bundle_of(trained, "ranking"))
     with pytest.raises(UserError, match="is not a bundle"):
@@ -387,7 +386,8 @@ def test_an_exact_bundle_needs_no_custom_operation_and_finds_the_same(
     assert done.returncode == 0, done.stderr
     directory = Path(json.loads(done.stdout.splitlines()[-1])["bundle"])
     assert directory == tmp_path / "retrieval" / "1"
-    assert read_metadata(directory)["index"]["kind"] == "exact"
+    index = read_metadata(directory).index
+    assert index is not None and index["kind"] == "exact"
     bundle = load_bundle(directory)
     compare(directory, bundle, REQUESTS["retrieval"], "--no-scann")
     users = [f"u{j}" for j in range(50)]

@@ -13,7 +13,8 @@ from google.protobuf import text_format
 from tensorflow_serving.config import model_server_config_pb2
 
 import rec.export
-from rec.bundles.files import find_pair, read_metadata
+from rec.bundles.files import find_pair
+from rec.bundles.metadata import read_metadata
 from rec.config import Config, load_config
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError
@@ -106,19 +107,19 @@ def test_the_story_of_a_promotion(trained: Trained, config: Config, store: Local
         ONE,
         "promoted",
     )
-    assert store.named("production") == ONE
+    assert store.versions_of("production") == ONE
     assert labels(config)["ranking"] == {"stable": 1, "canary": 1}
 
     code, answer, stderr = command(trained, config, "--stage", "recommender", "--version", 2)
     assert (code, answer["action"], answer["gate"]["passed"]) == (1, "refused", False)
     assert answer["gate"]["ci"][1] < 0 and "error: the gate refuses it" in stderr
-    assert store.named("production") == ONE
+    assert store.versions_of("production") == ONE
 
     code, answer, _ = command(
         trained, config, "--stage", "recommender", "--version", 2, "--force", "--reason", "a dare"
     )
     assert (code, answer["action"], answer["gate"]["passed"]) == (0, "forced", False)
-    assert store.named("production") == SPOILT and labels(config)["retrieval"] == {
+    assert store.versions_of("production") == SPOILT and labels(config)["retrieval"] == {
         "stable": 2,
         "canary": 2,
     }
@@ -128,10 +129,10 @@ def test_the_story_of_a_promotion(trained: Trained, config: Config, store: Local
 
     code, answer, _ = command(trained, config, "--rollback", "--alias", "production")
     assert (code, answer["from"], answer["to"]) == (0, SPOILT, ONE)
-    assert store.named("production") == ONE
+    assert store.versions_of("production") == ONE
 
     code, answer, stderr = command(trained, config, "--history")
-    told = [entry["action"] for entry in answer["history"]]
+    told = [entry.action for entry in answer["history"]]
     assert told == ["promoted", "refused", "forced", "rolled back"]
     assert (
         "version 2; a dare" in stderr
@@ -152,26 +153,26 @@ def test_a_name_that_is_no_alias_is_refused(
 
 def test_a_poor_index_is_refused(config: Config, store: LocalStore):
     entry = promote(store, config, "recommender", 3, "to try")
-    assert entry["action"] == "refused" and store.named("production") == {}
-    [reason] = entry["gate"]["reasons"]
+    assert entry.action == "refused" and store.versions_of("production") == {}
+    [reason] = entry.gate.reasons
     assert reason.startswith("its index finds ") and reason.endswith("its target is 95.0%")
 
 
 def test_one_stage_alone_may_not_leave_a_mismatched_pair(config: Config, store: LocalStore):
     assert (
-        promote(store, config, "ranking", 1, "too early")["action"] == "refused"
+        promote(store, config, "ranking", 1, "too early").action == "refused"
     )  # its retrieval is not there
-    assert promote(store, config, "retrieval", 1, "first")["action"] == "promoted"
-    assert promote(store, config, "ranking", 1, "then")["to"] == {"retrieval": 1, "ranking": 1}
+    assert promote(store, config, "retrieval", 1, "first").action == "promoted"
+    assert promote(store, config, "ranking", 1, "then").to == {"retrieval": 1, "ranking": 1}
     entry = promote(store, config, "retrieval", 2, "alone")
-    assert entry["action"] == "refused"
-    [reason] = entry["gate"]["reasons"]
+    assert entry.action == "refused"
+    [reason] = entry.gate.reasons
     assert reason.startswith(
         "ranking 1 was trained for retrieval 1, which would not be beside it: "
     )
-    assert store.named("production") == {"retrieval": 1, "ranking": 1}
-    assert promote(store, config, "retrieval", 2, "alone", force=True)["action"] == "forced"
-    assert store.named("production") == {"retrieval": 2, "ranking": 1}
+    assert store.versions_of("production") == {"retrieval": 1, "ranking": 1}
+    assert promote(store, config, "retrieval", 2, "alone", force=True).action == "forced"
+    assert store.versions_of("production") == {"retrieval": 2, "ranking": 1}
 
 
 def test_other_aliases_are_free_and_one_is_the_canary(config: Config, store: LocalStore):
@@ -180,20 +181,20 @@ def test_other_aliases_are_free_and_one_is_the_canary(config: Config, store: Loc
     assert store.aliases("retrieval") == {"production": 1, "canary": 2}
     assert labels(config)["retrieval"] == {"stable": 1, "canary": 2}
     assert labels(config)["ranking"] == {"stable": 1, "canary": 1}
-    assert promote(store, config, "recommender", 1, "again")["action"] == "unchanged"
+    assert promote(store, config, "recommender", 1, "again").action == "unchanged"
     assert len(store.history()) == 2
 
 
 def test_rolling_back_goes_further_back_each_time(config: Config, store: LocalStore):
     for version in (1, 2, 3):
         promote(store, config, "recommender", version, "to try", force=True)
-    assert roll_back(store, "no good")["to"] == SPOILT
-    assert roll_back(store, "nor this")["to"] == ONE
+    assert roll_back(store, "no good").to == SPOILT
+    assert roll_back(store, "nor this").to == ONE
     with pytest.raises(
         UserError, match="production: there are no versions before these to go back to"
     ):
         roll_back(store, "nor this")
-    assert store.named("production") == ONE
+    assert store.versions_of("production") == ONE
 
 
 @pytest.mark.parametrize("name", ["saved_model.pb", "items.parquet", "metadata.json"])
@@ -206,7 +207,7 @@ def test_a_flipped_byte_is_found(name: str, config: Config, store: LocalStore):
         UserError, match=f"ranking/2/{name} has changed since the export|is not a|cannot be read"
     ):
         promote(store, config, "recommender", 2, "damaged", force=True)
-    assert store.named("production") == {} and store.history() == []
+    assert store.versions_of("production") == {} and store.history() == []
 
 
 def test_a_missing_file_or_version_is_told(config: Config, store: LocalStore):
@@ -232,12 +233,12 @@ def test_what_is_damaged_in_production_can_only_be_replaced_by_force(
 ):
     promote(store, config, "recommender", 1, "good")
     (Path(config.output.savedmodels) / "ranking" / "1" / "saved_model.pb").write_bytes(b"")
-    [reason] = promote(store, config, "recommender", 2, "instead")["gate"]["reasons"]
+    [reason] = promote(store, config, "recommender", 2, "instead").gate.reasons
     assert (
         reason.startswith("it cannot be measured: ")
         and "ranking/1/saved_model.pb has changed" in reason
     )
-    assert promote(store, config, "recommender", 2, "instead", force=True)["to"] == SPOILT
+    assert promote(store, config, "recommender", 2, "instead", force=True).to == SPOILT
 
 
 def test_a_version_is_chosen_by_its_metric_or_its_run(config: Config, store: LocalStore):
@@ -265,18 +266,20 @@ def test_a_version_is_chosen_by_its_metric_or_its_run(config: Config, store: Loc
 def test_the_data_of_the_candidate_must_be_at_hand(config: Config, store: LocalStore):
     elsewhere = replace(config, dataset="elsewhere")
     bundle = Path(config.output.savedmodels) / "retrieval" / "1"
-    rewrite(bundle, config={**read_metadata(bundle)["config"], "dataset": "gone"})
+    rewrite(bundle, config=replace(read_metadata(bundle).config, dataset="gone"))
     entry = promote(store, elsewhere, "recommender", 1, "good")
-    assert entry["action"] == "refused"
-    [reason] = entry["gate"]["reasons"]
+    assert entry.action == "refused"
+    [reason] = entry.gate.reasons
     assert (
         "data set of the candidate is neither elsewhere nor gone: name it by --set dataset=DIR"
         in reason
     )
-    assert promote(store, config, "recommender", 1, "good")["action"] == "promoted"
+    assert promote(store, config, "recommender", 1, "good").action == "promoted"
     # What is in production knows where its data are, wherever the command looks.
-    assert promote(store, elsewhere, "recommender", 2, "other")["gate"]["reasons"][0].startswith(
-        "its ndcg@10 on "
+    assert (
+        promote(store, elsewhere, "recommender", 2, "other")
+        .gate.reasons[0]
+        .startswith("its ndcg@10 on ")
     )
 
 

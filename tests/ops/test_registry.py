@@ -7,25 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from rec.bundles.files import draft, publish, read_metadata, resolve, versions
+from rec.bundles.aliases import Move, Verdict, Versions
+from rec.bundles.files import draft, publish, resolve, versions
+from rec.bundles.metadata import read_metadata
 from rec.errors import UserError
 from rec.ops.registry import LocalStore, check_alias
 from tests.conftest import environment
+from tests.small import bundle_metadata
 
 
 def add(stage_dir: Path, content: str = "model") -> int:
     with draft(stage_dir) as directory:
         (directory / "saved_model.pb").write_text(content)
-        return publish(directory, stage_dir, {"metrics": {}})
+        return publish(directory, stage_dir, bundle_metadata())
 
 
 def test_versions_count_up_and_say_what_they_hold(tmp_path: Path):
     stage_dir = tmp_path / "retrieval"
     assert [add(stage_dir), add(stage_dir, "other")] == [1, 2]
     first, second = (read_metadata(stage_dir / str(v)) for v in (1, 2))
-    assert (first["stage"], first["version"]) == ("retrieval", 1)
-    assert list(first["files"]) == ["saved_model.pb"]
-    assert first["id"] != second["id"]
+    assert (first.stage, first.version) == ("retrieval", 1)
+    assert list(first.files) == ["saved_model.pb"]
+    assert first.id != second.id
 
 
 def test_a_version_that_failed_leaves_nothing(tmp_path: Path):
@@ -73,9 +76,9 @@ def test_two_writers_get_two_numbers(tmp_path: Path):
     with draft(tmp_path) as one, draft(tmp_path) as other:
         for directory in (one, other):
             (directory / "saved_model.pb").touch()
-        assert publish(one, tmp_path, {}) == 1
+        assert publish(one, tmp_path, bundle_metadata()) == 1
         (tmp_path / "2").mkdir()  # half copied by hand
-        assert publish(other, tmp_path, {}) == 3
+        assert publish(other, tmp_path, bundle_metadata()) == 3
 
 
 def test_many_processes_publish_at_once(tmp_path: Path):
@@ -154,7 +157,12 @@ def test_references(tmp_path: Path):
 def move(store: LocalStore, version: int, alias: str = "production") -> None:
     to = {stage: version for stage in ("retrieval", "ranking")}
     with store.writing():
-        store.move(alias, to, {"alias": alias, "to": to})
+        store.move(a_move(to, alias), to)
+
+
+def a_move(to: Versions, alias: str = "production", why: str = "") -> Move:
+    verdict = Verdict(True, [], {"users": 3})
+    return Move(alias, {}, to, "promoted", verdict, why, who="me", time="2026-01-01")
 
 
 @pytest.fixture
@@ -169,12 +177,13 @@ def test_an_alias_moves_in_all_stages_and_leaves_those_that_are_not_named(
     store: LocalStore, tmp_path: Path
 ):
     with store.writing():
-        store.move("production", {"retrieval": 1, "recommender": 1}, {"n": 1})
+        to = {"retrieval": 1, "recommender": 1}
+        store.move(a_move(to, why="first"), to)
     move(store, 2)
-    assert store.named("production") == {"retrieval": 2, "ranking": 2}
+    assert store.versions_of("production") == {"retrieval": 2, "ranking": 2}
     assert json.loads((tmp_path / "retrieval" / "aliases.json").read_text()) == {"production": 2}
     assert json.loads((tmp_path / "recommender" / "aliases.json").read_text()) == {}
-    assert [entry.get("n") for entry in store.history()] == [1, None]
+    assert [each.why for each in store.history()] == ["first", ""]
     assert resolve(tmp_path / "ranking", "production").name == "2"
     assert "recommender" not in (tmp_path / "models.config").read_text()
 
@@ -254,9 +263,9 @@ def is_as_it_was(root: Path) -> bool:
     store = LocalStore(root)
     both = {"retrieval": 2, "ranking": 2}
     return (
-        store.named("production") == both
-        and store.named("mine") == {"ranking": 1}
-        and [entry["to"]["ranking"] for entry in store.history()] == [1, 2]
+        store.versions_of("production") == both
+        and store.versions_of("mine") == {"ranking": 1}
+        and [each.to["ranking"] for each in store.history()] == [1, 2]
         and resolve(root / "ranking", "production").name == "2"
     )
 
@@ -267,9 +276,9 @@ def goes_on(root: Path) -> bool:
     store = LocalStore(root)
     paths = [root / "retrieval/aliases.json", root / "history.jsonl", root / ".promotions/current"]
     return (
-        store.named("production") == {"retrieval": 1, "ranking": 1}
-        and store.named("mine") == {"ranking": 1}
-        and [entry["to"]["ranking"] for entry in store.history()] == [1, 2, 1]
+        store.versions_of("production") == {"retrieval": 1, "ranking": 1}
+        and store.versions_of("mine") == {"ranking": 1}
+        and [each.to["ranking"] for each in store.history()] == [1, 2, 1]
         and all(path.is_symlink() for path in paths)
     )
 
@@ -307,7 +316,7 @@ def test_a_copy_without_links_says_what_to_do(moved: Path):
 
 def test_a_copy_without_hidden_files_says_what_to_do(moved: Path):
     shutil.rmtree(moved / ".promotions")
-    for read in (LocalStore(moved).history, lambda: LocalStore(moved).named("production")):
+    for read in (LocalStore(moved).history, lambda: LocalStore(moved).versions_of("production")):
         with pytest.raises(UserError, match="is a link into .*promotions, which is missing: copy"):
             read()
 
@@ -339,6 +348,7 @@ def python(script: str, *arguments: object, **kwargs: object) -> subprocess.Comp
 MOVES = """
 import os, shutil, signal, sys
 from pathlib import Path
+from rec.bundles.aliases import Move, Verdict
 from rec.ops.registry import LocalStore
 
 WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.symlink", "os.rmdir"}
@@ -356,7 +366,7 @@ def watch(event, arguments):  # kills this process before it touches the file sy
 def move(version):
     to = {"retrieval": version, "ranking": version}
     with store.writing():
-        store.move("production", to, {"to": to})
+        store.move(Move("production", {}, to, "promoted", Verdict(True, []), "", "me", "now"), to)
 """
 KILLS = """
 root, is_first = Path(sys.argv[1]), sys.argv[2] == "first"
@@ -374,14 +384,14 @@ for number in range(1000):
         move(version)
         os._exit(0)
     killed = os.waitpid(child, 0)[1] != 0
-    named, told = store.named("production"), len(store.history())
+    named, told = store.versions_of("production"), len(store.history())
     assert named in ({}, {"retrieval": 1, "ranking": 1}, {"retrieval": 2, "ranking": 2}), (number, named)
-    assert not named or store.history()[-1]["to"] == named, number
+    assert not named or store.history()[-1].to == named, number
     assert not is_first or store.aliases("retrieval")["mine"] == 1, number
     if not killed:
         break
     move(3 - version)
-    assert store.named("production") == {"retrieval": 3 - version, "ranking": 3 - version}, number
+    assert store.versions_of("production") == {"retrieval": 3 - version, "ranking": 3 - version}, number
     assert told <= len(store.history()) - 1
 print(number)
 """
@@ -404,11 +414,11 @@ def test_two_who_promote_at_once_take_turns(store: LocalStore, tmp_path: Path):
     command = [sys.executable, "-c", MOVES + MANY, str(tmp_path)]
     running = [subprocess.Popen([*command, str(version)], env=environment()) for version in (1, 2)]
     while any(each.poll() is None for each in running):
-        named = store.named("production")  # a reader meets no mixed pair
+        named = store.versions_of("production")  # a reader meets no mixed pair
         assert len(set(named.values())) <= 1 and len(named) in (0, 2)
     assert [each.returncode for each in running] == [0, 0]
     assert len(store.history()) == 80
-    assert store.history()[-1]["to"] == store.named("production")
+    assert store.history()[-1].to == store.versions_of("production")
 
 
 def test_a_full_disk_changes_nothing(store: LocalStore, tmp_path: Path):
@@ -419,6 +429,9 @@ def test_a_full_disk_changes_nothing(store: LocalStore, tmp_path: Path):
 
     done = python(MOVES + "move(2)", tmp_path, preexec_fn=fill)
     assert done.returncode == 1 and "File too large" in done.stderr
-    assert store.named("production") == {"retrieval": 1, "ranking": 1} and len(store.history()) == 1
+    assert (
+        store.versions_of("production") == {"retrieval": 1, "ranking": 1}
+        and len(store.history()) == 1
+    )
     move(store, 2)
-    assert store.named("production") == {"retrieval": 2, "ranking": 2}
+    assert store.versions_of("production") == {"retrieval": 2, "ranking": 2}

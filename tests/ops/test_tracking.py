@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import tensorflow as tf
 
 from rec import serve
-from rec.bundles.files import draft, publish, read_metadata
+from rec.bundles.files import draft, publish
+from rec.bundles.metadata import Reference, Stage, read_metadata
 from rec.config import Config
 from rec.errors import UserError
 from rec.ops import promotion
@@ -17,27 +19,22 @@ from rec.ops.registry import WandbStore
 from rec.ops.serving.start import find_pair
 from rec.ops.tracking import track
 from tests.conftest import Trained, run
+from tests.small import bundle_metadata
 from tests.wandb_server import WandbServer
 
 
 def bundle(
-    savedmodels: Path, stage: str, built_from: dict[str, Any] | None = None, **metadata: Any
+    savedmodels: Path, stage: Stage, built_from: dict[str, Reference] | None = None, **changes: Any
 ) -> Path:
     """A published bundle that holds no model."""
     with draft(savedmodels / stage) as directory:
-        (directory / "saved_model.pb").write_text(f"{metadata}")
-        told = {
-            "metrics": {},
-            "dataset": "d",
-            "run_id": "x",
-            "built_from": built_from or {},
-            **metadata,
-        }
-        return savedmodels / stage / str(publish(directory, savedmodels / stage, told))
+        (directory / "saved_model.pb").write_text(f"{changes}")
+        metadata = replace(bundle_metadata(stage), built_from=built_from or {}, **changes)
+        return savedmodels / stage / str(publish(directory, savedmodels / stage, metadata))
 
 
-def identity(path: Path) -> dict[str, Any]:
-    return {key: read_metadata(path)[key] for key in ("version", "id")}
+def identity(path: Path) -> Reference:
+    return read_metadata(path).reference
 
 
 def follow(config: Config, directory: Path, published: Path) -> None:
@@ -77,7 +74,7 @@ def test_a_run_is_logged_with_its_bundle(server: WandbServer, wandb: Any, tmp_pa
     assert [row.get("train/loss") for row in told.history] == [0.5, None]
     assert told.history[1]["val/ndcg@10"] == 0.2 and told.logged == ["ranking_bundle:v0"]
     [version] = server.collection("ranking_bundle")
-    assert version.aliases == {"latest", f"id-{identity(published)['id']}"}
+    assert version.aliases == {"latest", f"id-{identity(published).id}"}
     assert (version.metadata["stage"], version.metadata["architecture"]) == ("ranking", "mlp")
     assert scalars(tmp_path / "checkpoint")["val/ndcg@10"] == [(12, pytest.approx(0.2))]
 
@@ -159,12 +156,12 @@ def test_aliases_move_together_are_told_and_taken_back(
     one, two = (
         {stage: version for stage in ("retrieval", "ranking", "recommender")} for version in (0, 1)
     )
-    assert [entry["to"] for entry in store.history()] == [one, two]
+    assert [move.to for move in store.history()] == [one, two]
     assert all("candidate" in server.find(f"{stage}_bundle:v1").aliases for stage in two)  # type: ignore[union-attr]
-    assert promotion.roll_back(store, "no good", "candidate")["to"] == one
+    assert promotion.roll_back(store, "no good", "candidate").to == one
     assert all("candidate" in server.find(f"{stage}_bundle:v0").aliases for stage in one)  # type: ignore[union-attr]
     assert not any("candidate" in server.find(f"{stage}_bundle:v1").aliases for stage in one)  # type: ignore[union-attr]
-    assert [entry["action"] for entry in WandbStore("team/rec").history()] == [
+    assert [move.action for move in WandbStore("team/rec").history()] == [
         "promoted",
         "promoted",
         "rolled back",

@@ -23,7 +23,8 @@ import numpy as np
 import pandas as pd
 
 from rec import LOWEST
-from rec.bundles.files import check_pair, read_catalogue, read_metadata
+from rec.bundles.files import read_catalogue, read_pair
+from rec.bundles.metadata import PairMetadata
 from rec.serving.schemas import UnavailableError
 
 PAUSE = 10.0  # seconds for which a replica that failed is only asked after the others
@@ -38,7 +39,7 @@ class TfServing:
     client: httpx.Client
     items: pd.DataFrame
     users: list[str]
-    metadata: dict[str, dict[str, Any]]
+    metadata: PairMetadata
     _failed: dict[str, float] = field(default_factory=dict)  # when a replica failed last
 
     def answer(
@@ -56,8 +57,8 @@ class TfServing:
         retrieved = np.array(answer["score"], np.float32)
         cold = np.array(answer["cold"])
         scores = retrieved
-        if "ranking" in self.metadata:
-            n = self.metadata["ranking"]["config"]["ranking"]["candidates"]
+        n = self.metadata.candidates
+        if n is not None:
             candidates = [row[:n] for row in answer["item_id"]]
             ranked = self._call("ranking", "answer", {**inputs, "item_id": candidates})
             scores = np.full_like(scores, LOWEST)  # what is not ranked follows in retrieval's order
@@ -93,7 +94,7 @@ class TfServing:
 
     def _call(self, stage: str, signature: str, inputs: dict[str, list[Any]]) -> Any:
         """A signature's outputs by name; its only output, without a name."""
-        path = f"/v1/models/{stage}/versions/{self.metadata[stage]['version']}:predict"
+        path = f"/v1/models/{stage}/versions/{self.metadata.versions[stage]}:predict"
         body = {"signature_name": signature, "inputs": inputs}
         for replica in self._in_turn():
             try:
@@ -133,29 +134,27 @@ def connect(
       UnavailableError: no replica has their versions, or not yet.
     """
     replicas = [url.strip().rstrip("/") for each in urls for url in each.split(",") if url.strip()]
-    metadata = {"retrieval": read_metadata(retrieval, "retrieval")}
-    if ranking is not None:
-        metadata["ranking"] = read_metadata(ranking, "ranking")
-        if not allow_mismatch:
-            check_pair(metadata["retrieval"], metadata["ranking"], ranking)
+    metadata = read_pair(retrieval, ranking, allow_mismatch)
     client = httpx.Client(timeout=timeout)
     reasons = []
     for replica in replicas:
-        reason = _missing(client, replica, metadata)
+        reason = _missing(client, replica, metadata.versions)
         if reason is None:
             return TfServing(replicas, client, *read_catalogue(retrieval), metadata)
         reasons.append(f"{replica}: {reason}")
-    names = " and ".join(f"{stage} version {each['version']}" for stage, each in metadata.items())
+    names = " and ".join(
+        f"{stage} version {version}" for stage, version in metadata.versions.items()
+    )
     raise UnavailableError(
         f"--tf-serving: no replica has {names} loaded ({'; '.join(reasons) or 'there is no URL'})"
     )
 
 
-def _missing(client: httpx.Client, replica: str, metadata: dict[str, dict[str, Any]]) -> str | None:
+def _missing(client: httpx.Client, replica: str, versions: dict[str, int]) -> str | None:
     """Why a replica cannot answer for these versions, or None."""
     try:
-        for stage, each in metadata.items():
-            answer = client.get(f"{replica}/v1/models/{stage}/versions/{each['version']}")
+        for stage, version in versions.items():
+            answer = client.get(f"{replica}/v1/models/{stage}/versions/{version}")
             if '"AVAILABLE"' not in answer.text:
                 return _shorten(answer)
     except FAILURES as error:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rec.bundles.files import Pair, find_pair, verify
+from rec.bundles.files import Pair, find_pair
+from rec.bundles.metadata import verify
 from rec.errors import UserError
 from rec.ops.serving.metrics import exposition
 from rec.ops.serving.reload import LONGEST_DELAY, Follower, look

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from rec import LOWEST
+from rec.bundles.metadata import PairMetadata
 from rec.bundles.recommender import Recommender
 from rec.errors import UserError
 from rec.ops.serving.tf_serving import TfServing, connect
@@ -165,10 +167,7 @@ def test_the_stand_in_tells_a_models_status_and_refuses_with_an_error(replica: s
 def test_a_fleet_answers_as_the_process_itself(fleet: TfServing, local: Recommender) -> None:
     assert equal(fleet.answer(*BATCH), local.answer(*BATCH))
     assert fleet.answer(*BATCH)["cold"].tolist() == [False, True, False, False, True, False]
-    assert {stage: metadata["version"] for stage, metadata in fleet.metadata.items()} == {
-        "retrieval": 1,
-        "ranking": 1,
-    }
+    assert fleet.metadata.versions == {"retrieval": 1, "ranking": 1}
     assert (
         fleet.users == local.users
         and fleet.items.equals(local.items)
@@ -247,7 +246,8 @@ def test_one_sentence_says_that_none_answers(
     fleet.replicas[:], fleet.client.timeout = [silent], 0.2
     with pytest.raises(UnavailableError, match=f"{silent}: timed out$"):
         fleet.similar(["i1"])
-    fleet.replicas[:], fleet.metadata["retrieval"]["version"] = [replica], 9
+    fleet.replicas[:] = [replica]
+    fleet.metadata = PairMetadata(replace(fleet.metadata.retrieval, version=9))
     with pytest.raises(
         UnavailableError, match="404 .*Servable not found for request: Specific\\(retrieval, 9\\)"
     ):
