@@ -150,19 +150,17 @@ def evaluate(
             f"{config.output.savedmodels}/retrieval was trained on another data set than {config.dataset}: "
             "train on it first, or name another output.savedmodels"
         )
-    ranked = _tuned_baselines(task) if with_baselines else _popularity(task)
-    names = list(ranked)
-    ranked["retrieval"] = task.ranked(pair.module.retrieval.retrieve_exactly)
-    ranked["retrieval_ann"] = task.ranked(pair.module.retrieval.retrieve)
-    if pair.module.ranking is not None:
-        ranked["recommender"] = task.ranked(pair.module.recommend_from)
+    by_baselines = _tuned_baselines(task) if with_baselines else _popularity(task)
+    ranked = by_baselines | _ranked_by(pair, task)
     values = {name: metrics.per_user(rows, task.relevant) for name, rows in ranked.items()}
-    best = max(names, key=lambda name: values[name]["ndcg@10"].mean())
-    systems = {name: _summary(task, rows, values[name], config) for name, rows in ranked.items()}
-    for name, summary in systems.items():
-        summary["ndcg@10_vs_best_baseline"] = metrics.paired_bootstrap(
+    best = max(by_baselines, key=lambda name: values[name]["ndcg@10"].mean())
+    systems = {}
+    for name, rows in ranked.items():
+        systems[name] = _summary(task, rows, values[name], config.seed)
+        systems[name]["ndcg@10_vs_best_baseline"] = metrics.paired_bootstrap(
             values[name]["ndcg@10"], values[best]["ndcg@10"], config.seed
         )
+    segments = task.segments().items()
     report = {
         "dataset": str(config.dataset),
         "split": split,
@@ -170,16 +168,25 @@ def evaluate(
         "out_of_users": task.out_of,
         "best_baseline": best,
         "systems": systems,
-        "segments": {
-            name: _segment(values, mask, config.seed) for name, mask in task.segments().items()
-        },
+        "segments": {name: _segment(values, mask, config.seed) for name, mask in segments},
     }
     return report | more(task, pair)
 
 
-def _summary(task: Task, rows: np.ndarray, values: Values, config: Config) -> Report:
+def _ranked_by(pair: Recommender, task: Task) -> dict[str, np.ndarray]:
+    """[U, K] ranked rows of each stage, and of retrieval with and without its index."""
+    ranked = {
+        "retrieval": task.ranked(pair.module.retrieval.retrieve_exactly),
+        "retrieval_ann": task.ranked(pair.module.retrieval.retrieve),
+    }
+    if pair.module.ranking is not None:
+        ranked["recommender"] = task.ranked(pair.module.recommend_from)
+    return ranked
+
+
+def _summary(task: Task, rows: np.ndarray, values: Values, seed: int) -> Report:
     """What the report says about one system."""
-    summary = metrics.summarise(values, config.seed)
+    summary = metrics.summarise(values, seed)
     for k in metrics.KS:
         summary[f"coverage@{k}"] = metrics.coverage(rows, k, task.relevant.shape[1])
     top = rows[:, :10]

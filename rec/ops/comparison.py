@@ -26,22 +26,26 @@ def compare(config: Config, candidate: files.Pair, current: files.Pair | None = 
     Raises:
       UserError: the data set that the candidate was trained on is not at hand, or a bundle is damaged.
     """
-    pair = Recommender.load(*candidate)
+    pairs = {"candidate": Recommender.load(*candidate)}
+    if current is not None:
+        pairs["production"] = Recommender.load(*current)
+    pair = pairs["candidate"]
     dataset = data_of(pair, config)
     task = Task(load_corpus(dataset, Features({}, {})), "test")
     report: Report = {"data": str(dataset.path), "users": len(task.users)}
     report |= metrics.summarise({"index_recall": index_recall(task, pair)}, config.seed)
     report["index_recall_target"] = pair.metadata.retrieval.config.index.recall_target
-    pairs = {"candidate": pair}
-    if current is not None:
-        pairs["production"] = Recommender.load(*current)
-    by_ratings = all(each.metadata.predicts_ratings for each in pairs.values())
+    return report | _quality(task, pairs, config.seed)
+
+
+def _quality(task: Task, pairs: dict[str, Recommender], seed: int) -> Report:
+    by_ratings = all(pair.metadata.predicts_ratings for pair in pairs.values())
     measure = squared_errors if by_ratings else ndcg
-    values = {name: measure(task, each) for name, each in pairs.items()}
-    report["metric"] = "squared error" if by_ratings else "ndcg@10"
+    values = {name: measure(task, pair) for name, pair in pairs.items()}
+    report: Report = {"metric": "squared error" if by_ratings else "ndcg@10"}
     report |= {name: float(each.mean()) for name, each in values.items()}
-    if current is not None:
-        report |= metrics.paired_bootstrap(values["candidate"], values["production"], config.seed)
+    if "production" in values:
+        report |= metrics.paired_bootstrap(values["candidate"], values["production"], seed)
         low, high = report["ci"]
         report["worse"] = low > 0 if by_ratings else high < 0
     return report
