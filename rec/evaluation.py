@@ -111,14 +111,14 @@ class Task:
 
     def ranked(self, function: Callable[..., dict[str, tf.Tensor]]) -> np.ndarray:
         """[U, K] catalogue rows that a bundle's function recommends, -1 behind."""
-        parts = []
+        parts: list[Any] = []
         for batch in self.requests():
             answer = function(batch.user_id, batch.history, batch.history, batch.time)
             parts.append(answer["item_id"].numpy())
-        items: Any = np.concatenate(parts)[:, :K]
-        ids = np.char.decode(items.astype(bytes), "utf-8").astype(object)
-        rows = self.corpus.items.encode(ids.ravel(), PAD).reshape(ids.shape)
-        rows = np.where(rows == PAD, -1, rows - FIRST_ITEM)
+        items: Any = np.concatenate(parts)
+        ids = np.char.decode(items[:, :K].astype(bytes), "utf-8").astype(object)
+        rows = self.corpus.items.encode(ids.ravel(), PAD)
+        rows = np.where(rows == PAD, -1, rows - FIRST_ITEM).reshape(ids.shape)
         return np.pad(rows, [(0, 0), (0, K - rows.shape[1])], constant_values=-1)
 
 
