@@ -119,7 +119,7 @@ class Task:
         ids = np.char.decode(items[:, :K].astype(bytes), "utf-8").astype(object)
         rows = self.corpus.items.encode(ids.ravel(), PAD)
         rows = np.where(rows == PAD, -1, rows - FIRST_ITEM).reshape(ids.shape)
-        return np.pad(rows, [(0, 0), (0, K - rows.shape[1])], constant_values=-1)
+        return np.pad(rows, [(0, 0), (0, K - ids.shape[1])], constant_values=-1)
 
 
 def no_more(task: Task, pair: Recommender) -> Report:
