@@ -21,7 +21,7 @@ from rec.bundles import files
 from rec.bundles.recommender import Recommender
 from rec.config import Config, Features
 from rec.corpus import Corpus, load_corpus
-from rec.data_prep.dataset import open_dataset
+from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError, note
 from rec.features import FIRST_ITEM, PAD
 
@@ -145,32 +145,34 @@ def evaluate(
     dataset = open_dataset(config.dataset)
     task = Task(load_corpus(dataset, Features({}, {})), split)
     pair = pair or load_latest(config)
-    if pair.metadata.retrieval.dataset != dataset.id:
-        raise UserError(
-            f"{config.output.savedmodels}/retrieval was trained on another data set than {config.dataset}: "
-            "train on it first, or name another output.savedmodels"
-        )
+    _check_dataset(pair, dataset, config)
     by_baselines = _tuned_baselines(task) if with_baselines else _popularity(task)
     ranked = by_baselines | _ranked_by(pair, task)
     values = {name: metrics.per_user(rows, task.relevant) for name, rows in ranked.items()}
     best = max(by_baselines, key=lambda name: values[name]["ndcg@10"].mean())
-    systems = {}
-    for name, rows in ranked.items():
-        systems[name] = _summary(task, rows, values[name], config.seed)
-        systems[name]["ndcg@10_vs_best_baseline"] = metrics.paired_bootstrap(
-            values[name]["ndcg@10"], values[best]["ndcg@10"], config.seed
-        )
-    segments = task.segments().items()
     report = {
         "dataset": str(config.dataset),
         "split": split,
         "users": len(task.users),
         "out_of_users": task.out_of,
         "best_baseline": best,
-        "systems": systems,
-        "segments": {name: _segment(values, mask, config.seed) for name, mask in segments},
+        "systems": {
+            name: _summary(task, rows, values[name], values[best], config.seed)
+            for name, rows in ranked.items()
+        },
+        "segments": {
+            name: _segment(values, mask, config.seed) for name, mask in task.segments().items()
+        },
     }
     return report | more(task, pair)
+
+
+def _check_dataset(pair: Recommender, dataset: Dataset, config: Config) -> None:
+    if pair.metadata.retrieval.dataset != dataset.id:
+        raise UserError(
+            f"{config.output.savedmodels}/retrieval was trained on another data set than {config.dataset}: "
+            "train on it first, or name another output.savedmodels"
+        )
 
 
 def _ranked_by(pair: Recommender, task: Task) -> dict[str, np.ndarray]:
@@ -184,14 +186,17 @@ def _ranked_by(pair: Recommender, task: Task) -> dict[str, np.ndarray]:
     return ranked
 
 
-def _summary(task: Task, rows: np.ndarray, values: Values, seed: int) -> Report:
-    """What the report says about one system."""
+def _summary(task: Task, rows: np.ndarray, values: Values, baseline: Values, seed: int) -> Report:
+    """What the report says about one system, next to the best baseline."""
     summary = metrics.summarise(values, seed)
     for k in metrics.KS:
         summary[f"coverage@{k}"] = metrics.coverage(rows, k, task.relevant.shape[1])
     top = rows[:, :10]
     popularity = task.corpus.popularity[FIRST_ITEM:][top[top >= 0]]
     summary["popularity@10"] = float(popularity.mean()) if len(popularity) else 0.0
+    summary["ndcg@10_vs_best_baseline"] = metrics.paired_bootstrap(
+        values["ndcg@10"], baseline["ndcg@10"], seed
+    )
     return summary
 
 

@@ -23,7 +23,7 @@ from rec.ranking.train import MODELS, RankingData, TrainedRanking, fit_ranking, 
 from rec.retrieval.model import RetrievalModel
 from rec.retrieval.train import TrainedRetrieval
 from rec.sequences import Sequences
-from rec.training import Distribution, Metrics, OneProcess, Tracker
+from rec.training import Distribution, Metrics, OneProcess, Schedule, Tracker
 
 
 class RatingModel(RankingModel):
@@ -118,36 +118,44 @@ def train_ratings(
         model.start_from(init_from)
     corpus = retrieval.corpus
     train = corpus.train
-    # A test of a given split, or of data without order, comes after all training interactions of the user.
-    all_known = corpus.split_strategy == "given" or not corpus.ordered
-    known = train if all_known else None
+    known = train if tests_follow_training(corpus) else None
     val = rated_lists(corpus.val, np.arange(len(corpus.val.items)), train, model.window)
     note(
         f"ranking.objective rating: {settings.batch_size:,} ratings per step, learning rate "
         f"{settings.learning_rate:g}, histories of {settings.window} items"
     )
 
-    def measure() -> Metrics:
-        return {"val/rmse": metrics.rmse(score_lists(model, val, no_counts), val.labels)}
-
+    schedule = Schedule(
+        epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        seed=config.seed,
+        monitor="val/rmse",
+        patience=settings.patience,
+    )
+    size = settings.batch_size
     return fit_ranking(
         model,
         config,
         retrieval,
         RankingData(
+            schedule,
             examples=len(train.items),
-            epochs=settings.epochs,
-            learning_rate=settings.learning_rate,
-            batches=lambda rng: rating_batches(
-                train, known, model.window, settings.batch_size, rng
-            ),
-            measure=measure,
-            monitor="val/rmse",
+            batches=lambda rng: rating_batches(train, known, model.window, size, rng),
+            measure=lambda: rating_error(model, val),
         ),
         init_name=init_name,
         distribution=distribution,
         tracker=tracker,
     )
+
+
+def tests_follow_training(corpus: Corpus) -> bool:
+    """Whether, in a user's history, the test comes after all training interactions."""
+    return corpus.split_strategy == "given" or not corpus.ordered
+
+
+def rating_error(model: RankingModel, lists: CandidateLists) -> Metrics:
+    return {"val/rmse": metrics.rmse(score_lists(model, lists, no_counts), lists.labels)}
 
 
 def rated_lists(

@@ -100,17 +100,22 @@ def train_ranking(
     mined = mine_training_lists(config, retrieval, distribution)
     model.start_from(init_from or mined.miner)
     validation = RankingValidation(config, retrieval, mined)
+    schedule = Schedule(
+        epochs=settings.epochs if len(mined.train) else 0,
+        learning_rate=settings.learning_rate,
+        seed=config.seed,
+        monitor=GAIN,
+        patience=settings.patience,
+    )
     return fit_ranking(
         model,
         config,
         retrieval,
         RankingData(
+            schedule,
             examples=mined.train.items.size,
-            epochs=settings.epochs if len(mined.train) else 0,
-            learning_rate=settings.learning_rate,
             batches=lambda rng: list_batches(mined.train, mined.counts, settings.batch_size, rng),
             measure=lambda: validation.measure(model),
-            monitor=GAIN,
         ),
         init_name=init_name,
         distribution=distribution,
@@ -122,12 +127,10 @@ def train_ranking(
 class RankingData:
     """What a ranker learns from, and what its epochs are judged by."""
 
+    schedule: Schedule
     examples: int  # per epoch
-    epochs: int
-    learning_rate: float
     batches: Callable[[np.random.Generator], tf.data.Dataset]  # one epoch's
     measure: Callable[[], Metrics]
-    monitor: str  # the metric of `measure` that chooses the epoch
 
 
 def untrained_ranking(
@@ -152,13 +155,6 @@ def fit_ranking(
     tracker: Tracker | None,
 ) -> TrainedRanking:
     """Trains a ranker into CHECKPOINTS/ranking, and keeps its best epoch."""
-    schedule = Schedule(
-        epochs=data.epochs,
-        learning_rate=data.learning_rate,
-        seed=config.seed,
-        monitor=data.monitor,
-        patience=config.ranking.patience,
-    )
     description = RankingRun(
         dataset=retrieval.corpus.dataset_id,
         seed=config.seed,
@@ -172,7 +168,7 @@ def fit_ranking(
         Path(config.output.checkpoints) / "ranking",
         write_run(description),
         {},
-        schedule,
+        data.schedule,
         examples=data.examples,
         distribution=distribution,
         tracker=tracker or NoTracker(),

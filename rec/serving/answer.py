@@ -319,14 +319,25 @@ class Engine:
           between: called before each step that takes long, for what else the thread has to do.
         """
         start = time.perf_counter()
-        users, histories = (
+        found = self.backend.answer(
             [request.user_id or "" for request in requests],
             [request.history for request in requests],
+            [request.exclude for request in requests],
         )
-        found = self.backend.answer(users, histories, [request.exclude for request in requests])
         called = time.perf_counter()
         self.observer.stage("model", called - start)
         self.observer.cold_starts(int(found["cold"].sum()))
+        answers = self._choose(requests, found, between)
+        self.observer.stage("answer", time.perf_counter() - called)
+        return answers
+
+    def _choose(
+        self,
+        requests: Sequence[RecommendRequest],
+        found: Arrays,
+        between: Callable[[], None] | None,
+    ) -> list[Json]:
+        """The answers, from what the models have found."""
         width = max(self.max_k if request.filter else request.k for request in requests)
         candidates = [
             self._passing(request, places)
@@ -345,7 +356,6 @@ class Engine:
             if len(places) < request.k:
                 places = self._fill_up(request, places, history)
             answers.append(self._describe(request, places, history, cold))
-        self.observer.stage("answer", time.perf_counter() - called)
         return answers
 
     def _describe(

@@ -48,11 +48,7 @@ class TfServing:
         histories: Sequence[list[str] | None],
         excluded: Sequence[list[str]],
     ) -> dict[str, np.ndarray]:
-        inputs: dict[str, list[Any]] = {
-            "user_id": list(user_ids),
-            "is_given": [history is not None for history in histories],
-            "history": _padded([history or [] for history in histories]),
-        }
+        inputs = _inputs(user_ids, histories)
         answer = self._call("retrieval", "answer", {**inputs, "exclude": _padded(excluded)})
         retrieved = np.array(answer["score"], np.float32)
         cold = np.array(answer["cold"])
@@ -63,14 +59,7 @@ class TfServing:
             ranked = self._call("ranking", "answer", {**inputs, "item_id": candidates})
             scores = np.full_like(scores, LOWEST)  # what is not ranked follows in retrieval's order
             scores[:, :n] = np.where(cold[:, None], retrieved[:, :n], ranked)
-        order = np.argsort(-scores, axis=1, kind="stable")
-        return {
-            "rows": np.take_along_axis(np.array(answer["row"]), order, 1),
-            "scores": np.take_along_axis(scores, order, 1),
-            "retrieved": np.take_along_axis(retrieved, order, 1),
-            "ranks": order + 1,
-            "cold": cold,
-        }
+        return _best_first(np.array(answer["row"]), retrieved, scores) | {"cold": cold}
 
     def answer_within(self, user_id: str, history: list[str] | None, rows: np.ndarray) -> None:
         """It cannot be done here: a filter's rows belong to one request, and TF Serving batches every input."""
@@ -164,6 +153,27 @@ def _missing(client: httpx.Client, replica: str, versions: dict[str, int]) -> st
 
 def _shorten(answer: httpx.Response) -> str:
     return f"{answer.status_code} {' '.join(answer.text.split())[:200]}"
+
+
+def _inputs(user_ids: Sequence[str], histories: Sequence[list[str] | None]) -> dict[str, list[Any]]:
+    return {
+        "user_id": list(user_ids),
+        "is_given": [history is not None for history in histories],
+        "history": _padded([history or [] for history in histories]),
+    }
+
+
+def _best_first(
+    rows: np.ndarray, retrieved: np.ndarray, scores: np.ndarray
+) -> dict[str, np.ndarray]:
+    """[B, N] each: the candidates in the order of their scores. They come in retrieval's order."""
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return {
+        "rows": np.take_along_axis(rows, order, 1),
+        "scores": np.take_along_axis(scores, order, 1),
+        "retrieved": np.take_along_axis(retrieved, order, 1),
+        "ranks": order + 1,
+    }
 
 
 def _padded(lists: Sequence[list[str]]) -> list[list[str]]:
