@@ -122,6 +122,11 @@ class Task:
         return np.pad(rows, [(0, 0), (0, K - ids.shape[1])], constant_values=-1)
 
 
+def task_of(dataset: Dataset, split: str) -> Task:
+    """Raises UserError as Task does."""
+    return Task(load_corpus(dataset, Features({}, {})), split)
+
+
 def no_more(task: Task, pair: Recommender) -> Report:
     return {}
 
@@ -143,26 +148,25 @@ def evaluate(
       more: what else to measure; its entries are added to the report.
     """
     dataset = open_dataset(config.dataset)
-    task = Task(load_corpus(dataset, Features({}, {})), split)
+    task = task_of(dataset, split)
     pair = pair or load_latest(config)
     _check_dataset(pair, dataset, config)
     by_baselines = _tuned_baselines(task) if with_baselines else _popularity(task)
     ranked = by_baselines | _ranked_by(pair, task)
     values = {name: metrics.per_user(rows, task.relevant) for name, rows in ranked.items()}
     best = max(by_baselines, key=lambda name: values[name]["ndcg@10"].mean())
+    systems = {
+        name: _summary(task, rows, values[name], values[best], config.seed)
+        for name, rows in ranked.items()
+    }
     report = {
         "dataset": str(config.dataset),
         "split": split,
         "users": len(task.users),
         "out_of_users": task.out_of,
         "best_baseline": best,
-        "systems": {
-            name: _summary(task, rows, values[name], values[best], config.seed)
-            for name, rows in ranked.items()
-        },
-        "segments": {
-            name: _segment(values, mask, config.seed) for name, mask in task.segments().items()
-        },
+        "systems": systems,
+        "segments": _segments(task, values, config.seed),
     }
     return report | more(task, pair)
 
@@ -198,6 +202,10 @@ def _summary(task: Task, rows: np.ndarray, values: Values, baseline: Values, see
         values["ndcg@10"], baseline["ndcg@10"], seed
     )
     return summary
+
+
+def _segments(task: Task, values: dict[str, Values], seed: int) -> dict[str, Report]:
+    return {name: _segment(values, mask, seed) for name, mask in task.segments().items()}
 
 
 def _segment(values: dict[str, Values], mask: np.ndarray, seed: int) -> Report:

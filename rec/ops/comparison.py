@@ -7,11 +7,10 @@ import numpy as np
 from rec import metrics
 from rec.bundles import files
 from rec.bundles.recommender import Recommender
-from rec.config import Config, Features
-from rec.corpus import load_corpus
+from rec.config import Config
 from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError
-from rec.evaluation import Report, Task
+from rec.evaluation import Report, Task, task_of
 from rec.ops.rating_quality import squared_errors
 
 
@@ -31,7 +30,7 @@ def compare(config: Config, candidate: files.Pair, current: files.Pair | None = 
         pairs["production"] = Recommender.load(*current)
     pair = pairs["candidate"]
     dataset = data_of(pair, config)
-    task = Task(load_corpus(dataset, Features({}, {})), "test")
+    task = task_of(dataset, "test")
     report: Report = {"data": str(dataset.path), "users": len(task.users)}
     report |= metrics.summarise({"index_recall": index_recall(task, pair)}, config.seed)
     report["index_recall_target"] = pair.metadata.retrieval.config.index.recall_target
