@@ -7,9 +7,9 @@
     curl -s 'http://127.0.0.1:8000/v1/users/u7/recommendations?k=5'
     curl -s http://127.0.0.1:8000/v1/recommend -H 'Content-Type: application/json' -d '{"history": ["i1", "i2"]}'
 
-- Listens at once: /healthz says that the process is up, /readyz that the models are loaded and warm. With
+- It listens at once: /healthz says that the process is up, /readyz that the models are loaded and warm. With
   --workers, the other processes start once the first one is ready, and listen when they are warm.
-- A process that dies is replaced. SIGHUP replaces all, one after the other. SIGTERM finishes what is in flight.
+- A process that dies is replaced. SIGHUP replaces all, one after the other. SIGTERM lets requests finish.
 - Tokens: REC_API_TOKENS for the API, REC_ADMIN_TOKENS for POST /v1/models/reload (rec/ops/serving/gate.py). The server
   refuses to start if one of them is empty in the environment but has tokens in `.env`.
 - A reload finds the bundles anew: `latest`, an alias and a W&B alias may by then mean another version.
@@ -17,7 +17,7 @@
   /v1/models, /metrics and the log, and tried again.
 - The config is only read for where the bundles are, and not if one is named.
 
---retrieval-wandb and --ranking-wandb download artifacts with W&B's client, which was not tried against W&B itself.
+--retrieval-wandb and --ranking-wandb download artifacts with W&B's client. That was not tested with W&B itself.
 """
 
 import argparse
@@ -71,7 +71,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--cors-origin", action="append", default=[], help="a page's origin that may call the API"
     )
-    parser.add_argument("--no-access-log", action="store_true", help="no line a request on stdout")
+    parser.add_argument(
+        "--no-access-log", action="store_true", help="no line per request on stdout"
+    )
     parser.add_argument(
         "--allow-mismatch", action="store_true", help="serve a pair that was not trained together"
     )

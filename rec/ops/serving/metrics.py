@@ -1,7 +1,7 @@
 """The numbers at /metrics, for Prometheus.
 
 The processes of a server share their numbers through files in PROMETHEUS_MULTIPROC_DIR. Each process has a slot
-(REC_SLOT), which its successor takes over when it has ended: counters go on, and the number of files stays small.
+(REC_SLOT). When it ends, its successor gets the slot: counters continue, and the number of files stays small.
 """
 
 import os
@@ -38,12 +38,12 @@ BATCH_SIZE = Histogram(
     "rec_batch_size", "Requests that shared a call.", buckets=(1, 2, 4, 8, 16, 32, 64)
 )
 QUEUE = Gauge("rec_queue", "Requests waiting or being answered.", multiprocess_mode="livesum")
-HUNG_UP = Counter("rec_hung_up", "Requests dropped because their client had gone.")
+HUNG_UP = Counter("rec_hung_up", "Requests dropped because their client had hung up.")
 COLD = Counter("rec_cold_starts", "Answers of popular items, for users of whom nothing is known.")
 RELOADS = Counter("rec_reloads", "Attempts to take new bundles into service.", ["result"])
 VERSION = Gauge(
     "rec_model_version",
-    "The version that answers; 0: there is none.",
+    "The version that answers; 0 if there is none.",
     ["stage"],
     multiprocess_mode="livemin",
 )
@@ -79,7 +79,7 @@ class Prometheus(Observer):
 
 
 def exposition() -> bytes:
-    """All of it as text."""
+    """All numbers as text."""
     if DIRECTORY not in os.environ:
         return generate_latest()
     registry = CollectorRegistry()

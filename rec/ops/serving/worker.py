@@ -1,6 +1,6 @@
-"""One process of a server: loads its bundles, answers, and ends when it is told to or when its parent has died.
+"""One process of a server: loads its bundles, answers, and ends on SIGTERM or when its parent has died.
 
-It talks to the supervisor over a connection, in pairs of a kind and a value:
+It sends and receives pairs of a kind and a value, over its connection to the supervisor:
 
 - to the supervisor: ("ready", versions) once it listens with its models loaded, or ("refused", sentence); ("beat",
   None) every second from the event loop; ("reload", None) when a client asks for it.
@@ -33,13 +33,13 @@ from rec.ops.serving.reload import names
 from rec.serving.schemas import UnavailableError
 from rec.serving.service import Service
 
-GRACE = 10.0  # seconds for what is in flight, before a process is killed
-LINGER = 1.0  # seconds in which connections may end by themselves; each answer says that its connection closes
+GRACE = 10.0  # seconds to finish requests, before a process is killed
+LINGER = 1.0  # seconds for clients to close their connections: each answer tells them to
 BEAT = 1  # seconds between signs of life
 
 
 class Server(uvicorn.Server):
-    """uvicorn, but it says when it listens, and as it ends, clients that have just sent a request get their answer."""
+    """uvicorn that reports when it listens. When it ends, clients that have just sent a request get their answer."""
 
     def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
         super().__init__(config)
@@ -84,7 +84,7 @@ class Supervision:
         self.send("beat")
 
     def reload(self) -> dict[str, int]:
-        """Has the supervisor reload, and returns the new versions. Raises UserError if the old ones stay."""
+        """Asks the supervisor to reload; returns the new versions. Raises UserError if the old ones stay."""
         if not self._reloading.acquire(blocking=False):
             raise UserError("another reload is under way")
         try:
@@ -107,7 +107,7 @@ class Supervision:
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 50, 100)
-        self.has("models")
+        self.note("models")
 
     def _refusal(self, error: Exception) -> str:
         if isinstance(error, UserError):
@@ -117,8 +117,8 @@ class Supervision:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return f"{names(self._pair)} cannot be taken into service: {reason}"
 
-    def has(self, part: str) -> None:
-        """One of the two things that make a process ready; the second one is reported."""
+    def note(self, part: str) -> None:
+        """Notes one of the two things that make a process ready, and reports the second one."""
         with self._preparing:
             self._missing.discard(part)
             is_ready = not self._missing
@@ -126,7 +126,7 @@ class Supervision:
             self.send("ready", self._service.ready.versions)
 
     def listen(self) -> None:
-        """Until the parent dies. Then this process ends as if it had been told to."""
+        """Receives until the parent dies. Then this process ends as on SIGTERM."""
         try:
             while True:
                 kind, value = self._connection.recv()
@@ -178,5 +178,5 @@ def run(supervision: Supervision, app: ASGIApp, listener: socket.socket, at_once
         timeout_notify=BEAT,
         **http_settings(),
     )
-    Server(config, lambda: supervision.has("listening")).run(sockets=[listener])
+    Server(config, lambda: supervision.note("listening")).run(sockets=[listener])
     os._exit(0)  # a thread may still be loading, which must not keep the process
