@@ -21,7 +21,7 @@ from rec.config import Config, Features, add_config_arguments, load_config
 from rec.corpus import load_corpus
 from rec.data_prep.dataset import open_dataset
 from rec.errors import run_command
-from rec.evaluate import Task, load_latest
+from rec.evaluation import Task, load_latest
 from rec.features import FIRST_ITEM
 from rec.retrieval.train import load_retrieval
 

@@ -33,7 +33,7 @@ from rec.config import Features
 from rec.corpus import Corpus, load_corpus
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError, run_command
-from rec.evaluate import Task
+from rec.evaluation import Task
 from rec.features import FIRST_ITEM
 
 METRIC = "val/ndcg@10"

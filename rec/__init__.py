@@ -20,3 +20,6 @@ if "tensorflow" in sys.modules and hasattr(sys.modules["tensorflow"].keras, "ver
     )
 
 __version__ = "0.2.0.dev0"
+
+# float32's lowest: the score of an empty place. Finite, because JSON has no infinity.
+LOWEST = -3.4028234663852886e38

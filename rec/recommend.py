@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from rec import LOWEST
 from rec.bundles import files
-from rec.bundles.pair import LOWEST
 from rec.bundles.recommender import Recommender
-from rec.config import add_config_arguments, load_config
+from rec.config import Config, add_config_arguments, load_config
+from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError, command_parser, run_command
 
 SHOWN_HISTORY = 3  # the latest items of a history that are shown
@@ -80,6 +81,16 @@ def show(recommender: Recommender, answer: Answer, history: list[str]) -> None:
     for item in answer.items:
         lines.append(item_line(item))
     print("\n".join(lines), file=sys.stderr)
+
+
+def show_examples(config: Config, users: int = 3, k: int = 5) -> None:
+    """Prints what the latest bundles recommend to the first users of the test data."""
+    recommender = Recommender.load(*files.find_pair(Path(config.output.savedmodels)))
+    k = min(k, recommender.metadata.retrieval.config.index.k)
+    test = open_dataset(config.dataset).interactions("test")
+    for user_id in test["user_id"].drop_duplicates().head(users):
+        answer = recommend(recommender, user_id, None, k)
+        show(recommender, answer, recommender.histories([user_id])[0])
 
 
 def item_line(item: RecommendedItem) -> str:

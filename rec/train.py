@@ -29,14 +29,16 @@ from rec.config import Config, add_config_arguments, load_config, overruled, wit
 from rec.corpus import load_corpus
 from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError, command_parser, run_command, warn
-from rec.evaluate import evaluate, show_recommendations, show_systems
+from rec.evaluation import evaluate, show_systems
 from rec.export import bundle_of, export_ranking, export_recommender, export_retrieval
 from rec.files import add_wait_argument, sole_writer
 from rec.ops.distributed import distribution_of, exit_unless_chief
+from rec.ops.rating_quality import rating_errors, show_ratings
 from rec.ops.ratings import train_ratings
 from rec.ops.tracking import track
 from rec.ranking.archs import ARCHS
 from rec.ranking.train import MODELS, load_ranking, train_ranking
+from rec.recommend import show_examples
 from rec.retrieval.encoders import ENCODERS
 from rec.retrieval.model import RetrievalModel
 from rec.retrieval.train import TrainedRetrieval, load_retrieval, train_retrieval
@@ -112,9 +114,10 @@ def run_all(config: Config, init_from: Path | None, distribution: Distribution) 
         tracker.use(retrieval_bundle)
         tracker.use(ranking_bundle)
         tracker.log_bundle(bundle)
-    report = evaluate(config, "test")
+    report = evaluate(config, "test", more=rating_errors)
     show_systems(report)
-    show_recommendations(config)
+    show_ratings(report)
+    show_examples(config)
     test_metrics = report["systems"]["recommender"]
     recommender = {
         "stage": "recommender",

@@ -21,7 +21,7 @@ from rec.baselines import (
     tune,
 )
 from rec.errors import UserError
-from rec.evaluate import Task, _baselines
+from rec.evaluation import Task, _tuned_baselines
 from tests.small import corpus
 
 
@@ -213,4 +213,4 @@ def test_recency_is_left_out_where_there_are_no_timestamps() -> None:
     users = [[3, 4, 5], [4, 5, 6], [5, 6, 3]]
     for ordered, extra in ((True, {"recent_popularity"}), (False, set())):
         data = corpus(users, val=[[6], [7], [8]], test=[[7], [8], [4]], ordered=ordered)
-        assert set(_baselines(Task(data, "test"), True)) == {"popularity", "ials", "ease"} | extra
+        assert set(_tuned_baselines(Task(data, "test"))) == {"popularity", "ials", "ease"} | extra

@@ -13,19 +13,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
-from fastapi.testclient import TestClient
 
-from rec.bundles import files
 from rec.bundles.aliases import STAGES
 from rec.bundles.files import versions
 from rec.bundles.metadata import read_metadata
-from rec.bundles.recommender import Recommender, load_bundle
+from rec.bundles.recommender import load_bundle
 from rec.config import load_config
 from rec.data_prep.dataset import open_dataset
-from rec.serving.app import create_app
-from rec.serving.gate import Tokens
-from rec.serving.service import Service
 from tests.conftest import ROOT, Trained, environment, run
+from tests.serving.test_app import client_of, service_of
 
 
 @pytest.fixture
@@ -145,20 +141,17 @@ def newer(trained: Trained, tmp_path: Path) -> Path:
     return tmp_path / "newer"
 
 
-def test_items_that_came_since_reach_a_running_server_by_one_command_without_training(
+def test_items_that_came_since_reach_a_server_by_one_command_without_training(
     copy: tuple[str, ...], newer: Path, tmp_path: Path
 ):
     savedmodels = tmp_path / "savedmodels"
-    service = Service(lambda: files.find_pair(savedmodels), lambda pair: Recommender.load(*pair))
-    service.load()
-    client = TestClient(create_app(service, Tokens(admin=("secret",))))
+    client = client_of(service_of(savedmodels))
     assert client.get("/v1/items", params={"q": "brand new"}).json()["items"] == []
 
     report = answer("rec.export", "--stage", "all", *copy, "--set", f"dataset={newer}")
     assert {stage: part["version"] for stage, part in report.items()} == dict.fromkeys(STAGES, 2)
-    reload = client.post("/v1/models/reload", headers={"Authorization": "Bearer secret"})
-    assert reload.json() == {"model": {"retrieval": 2, "ranking": 2}}
-
+    client = client_of(service_of(savedmodels))
+    assert client.get("/readyz").json()["model"] == {"retrieval": 2, "ranking": 2}
     found = client.get("/v1/items", params={"q": "brand new"}).json()["items"]
     assert [item["item_id"] for item in found] == ["brand-new"]
     wanted = {"user_id": "u7", "filter": {"title": ["Brand New Western"]}, "k": 1}

@@ -1,6 +1,5 @@
 """An answer depends on its request alone: the same order and the same scores whoever shares its batch."""
 
-import json
 from typing import Any
 
 import rec  # noqa: F401  isort: skip  # before tensorflow
@@ -112,9 +111,8 @@ REQUESTS = st.builds(
 def test_each_answer_equals_that_of_the_request_alone(
     engine: Engine, requests: list[RecommendRequest]
 ) -> None:
-    for request, together in zip(requests, engine.recommend(requests), strict=True):
-        answer = json.loads(together)
-        alone = json.loads(engine.recommend([request])[0])
+    for request, answer in zip(requests, engine.recommend(requests), strict=True):
+        alone = engine.recommend([request])[0]
         assert ids_of(answer) == ids_of(alone)
         assert scores_of(answer) == pytest.approx(scores_of(alone), rel=0, abs=1e-6)
 
@@ -137,8 +135,8 @@ def test_a_batch_of_any_size_has_the_answers_of_its_requests(engine: Engine, siz
         for row in range(size)
     ]
     together = engine.recommend(requests)
-    assert [ids_of(json.loads(each)) for each in together] == [
-        ids_of(json.loads(engine.recommend([request])[0])) for request in requests
+    assert [ids_of(each) for each in together] == [
+        ids_of(engine.recommend([request])[0]) for request in requests
     ]
 
 

@@ -4,15 +4,41 @@ import ast
 import io
 import re
 import sys
+import textwrap
 import tokenize
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CODE_LINES = 10_000  # of the core and of what surrounds it
-TOKENS_PER_LINE = 9.3
+# The goal of the core (all but rec/ops/) is 5,000 code lines and 45,000 tokens. Until it is reached, these are what has
+# been reached: they only go down.
+CORE_LINES = 8_000
+CORE_TOKENS = 72_900
+OPS_LINES = 4_000  # the goal
+TOKENS_PER_LINE = 9.2  # 9.0 is the goal
+LONGEST_FUNCTION = 250  # tokens
+LONG = "# Long:"  # begins the comment that says why a function is longer
+# Files in which functions are still longer. They only get fewer.
+LONG_FILES: tuple[str, ...] = (
+    "bundles/signatures.py",
+    "corpus.py",
+    "data_prep/dummy.py",
+    "data_prep/split.py",
+    "data_prep/tabular.py",
+    "data_prep/write.py",
+    "features.py",
+    "metrics.py",
+    "optimizer.py",
+    "ranking/candidates.py",
+    "ranking/model.py",
+    "retrieval/index.py",
+    "retrieval/train.py",
+    "retrieval/validation.py",
+    "train.py",
+)
 LAYOUT = {
     tokenize.COMMENT,
     tokenize.NL,
@@ -100,28 +126,90 @@ def test_density_is_counted() -> None:
     assert density(text) == Density(code_lines=4, tokens=11, long_lines=0)
 
 
+def size(paths: Iterable[Path]) -> Density:
+    return sum((density(path.read_text()) for path in paths), Density())
+
+
+def modules() -> list[Path]:
+    return sorted((ROOT / "rec").rglob("*.py"))
+
+
+def is_in_ops(path: Path) -> bool:
+    return path.is_relative_to(ROOT / "rec" / "ops")
+
+
+def is_command(path: Path) -> bool:
+    """A command has a `main`. It may choose between the parts of both wings."""
+    tree = ast.parse(path.read_text())
+    return any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
+
+
 def test_the_package_can_be_read() -> None:
-    texts = [path.read_text() for path in sorted((ROOT / "rec").rglob("*.py"))]
-    total = sum(map(density, texts), Density())
-    per_line, long = total.tokens / total.code_lines, total.long_lines / total.code_lines
-    print(f"rec/: {total}, {per_line:.2f} tokens per line, {long:.1%} of lines over 100 columns")
-    assert total.code_lines < CODE_LINES
-    assert per_line <= TOKENS_PER_LINE
-    assert long <= 0.05
-    assert not any("# fmt: skip" in text for text in texts)
+    core = size(path for path in modules() if not is_in_ops(path))
+    ops = size(path for path in modules() if is_in_ops(path))
+    for name, wing in (("core", core), ("rec/ops/", ops)):
+        per_line = wing.tokens / wing.code_lines
+        print(f"| {name} | {wing.code_lines:,} | {wing.tokens:,} | {per_line:.2f} |")
+        assert per_line <= TOKENS_PER_LINE
+        assert wing.long_lines / wing.code_lines <= 0.05
+    assert core.code_lines <= CORE_LINES
+    assert core.tokens <= CORE_TOKENS
+    assert ops.code_lines <= OPS_LINES
+    assert not any("# fmt: skip" in path.read_text() for path in modules())
 
 
-@pytest.mark.parametrize("folder", ["rec", "rec/ops"])
-def test_the_readme_says_how_large_the_code_is(folder: str) -> None:
+def imports(path: Path) -> set[Path]:
+    """The modules of rec/ that a module imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    files = {ROOT / f"{name.replace('.', '/')}.py" for name in names}
+    return files & set(modules())
+
+
+def test_the_core_does_not_import_what_surrounds_it() -> None:
+    core = {path for path in modules() if not is_in_ops(path) and not is_command(path)}
+    for path in core:
+        outside = imports(path) - core
+        assert not outside, f"{path}: of the core, only a file with a `main` imports {outside}"
+
+
+def long_functions(path: Path) -> Iterator[str]:
+    """The functions with more tokens than one should have, and without a comment that says why."""
+    text = path.read_text()
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            source = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+            tokens = density(textwrap.dedent(source)).tokens
+            above = lines[node.lineno - len(node.decorator_list) - 2].strip()
+            is_explained = above.startswith(LONG) or LONG in source
+            if tokens > LONGEST_FUNCTION and not is_explained:
+                yield f"{path.relative_to(ROOT)}: {node.name} has {tokens} tokens"
+
+
+def test_functions_are_short_or_say_why_not() -> None:
+    offenders = [line for path in modules() for line in long_functions(path)]
+    print(*offenders, sep="\n")
+    files = {line.partition(":")[0].removeprefix("rec/") for line in offenders}
+    assert files <= {*LONG_FILES}
+    assert files == {*LONG_FILES}, "take the files off the list that need no excuse any more"
+
+
+@pytest.mark.parametrize("name", ["the core", "`rec/ops/`"])
+def test_the_readme_says_how_large_the_code_is(name: str) -> None:
     row = re.search(
-        rf"^\| .*`{folder}/` \| ([\d,]+) \| ([\d.]+) \| ([\d,]+) \|$",
+        rf"^\| {name} \| ([\d,]+) \| ([\d.]+) \| ([\d,]+) \|$",
         (ROOT / "README.md").read_text(),
         re.M,
     )
     assert row
-    texts = [path.read_text() for path in (ROOT / folder).rglob("*.py")]
-    total = sum(map(density, texts), Density())
-    lines = sum(text.count("\n") for text in texts)
+    paths = [path for path in modules() if is_in_ops(path) == (name != "the core")]
+    total = size(paths)
+    lines = sum(path.read_text().count("\n") for path in paths)
     stated = [float(cell.replace(",", "")) for cell in row.groups()]
     actual = [total.code_lines, total.tokens / total.code_lines, lines]
     assert stated == pytest.approx(actual, rel=0.02), "README.md, The code"
@@ -178,35 +266,22 @@ def tree() -> list[str]:
     block = re.search(r"^```text\nrec/\n(.*?)^```", text, re.S | re.M)
     assert block
     order = []
-    folder = ""
+    folders: list[str] = []
     for line in block[1].splitlines():
-        match = re.fullmatch(r"  (  )?(\w+)(/|\.py) +\S.*", line)
+        match = re.fullmatch(r"((?:  )+)(\w+)(/|\.py) +\S.*", line)
         assert match, line
-        inside, name, kind = match.groups()
+        indent, name, kind = match.groups()
+        folders = folders[: len(indent) // 2 - 1]
         if kind == "/":
-            folder = f"{name}/"
+            folders.append(f"{name}/")
         else:
-            order.append(f"{folder if inside else ''}{name}.py")
+            order.append(f"{''.join(folders)}{name}.py")
     return order
 
 
 def test_the_map_lists_every_module_and_nothing_imports_what_stands_below_it() -> None:
-    order, package = tree(), ROOT / "rec"
-    modules = [path for path in package.rglob("*.py") if not path.name.startswith("__")]
-    assert sorted(order) == sorted(str(path.relative_to(package)) for path in modules)
-    for path in modules:
-        name = str(path.relative_to(package))
-        for node in ast.walk(ast.parse(path.read_text())):
-            if (
-                isinstance(node, ast.ImportFrom)
-                and node.module
-                and node.module.split(".")[0] == "rec"
-            ):
-                inside = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-                used = {
-                    f"{each.removeprefix('rec.').replace('.', '/')}.py" for each in inside
-                } & set(order)
-                above = order[: order.index(name)]
-                assert used <= set(above), (
-                    f"{name} imports {used - set(above)}, which stands below it"
-                )
+    order = [ROOT / "rec" / name for name in tree()]
+    assert sorted(order) == [path for path in modules() if not path.name.startswith("__")]
+    for at, path in enumerate(order):
+        below = imports(path) & set(order[at:])
+        assert not below, f"{path} imports {below}, which stands below it"

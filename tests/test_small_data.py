@@ -10,7 +10,7 @@ import pytest
 
 from rec.config import load_config
 from rec.data_prep.dataset import open_dataset
-from rec.evaluate import evaluate, load_latest, show_systems
+from rec.evaluation import evaluate, load_latest, show_systems
 from rec.train import run_ranking, run_retrieval
 from rec.training import OneProcess
 from tests.conftest import ROOT, environment

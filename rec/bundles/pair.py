@@ -11,9 +11,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import pandas as pd
 
+from rec import LOWEST
 from rec.bundles.metadata import PairMetadata
-
-LOWEST = float(np.finfo(np.float32).min)  # the score of an empty place
 
 
 class Candidates(NamedTuple):
@@ -68,9 +67,6 @@ class Backend(Protocol):
 
     def cosines(self, items: list[str], others: list[str]) -> np.ndarray:
         """[N, H]: the cosines of the items' vectors; LOWEST if an item is unknown."""
-
-    def close(self) -> None:
-        """Frees what the models hold."""
 
 
 class Arrays(NamedTuple):

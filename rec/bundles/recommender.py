@@ -22,6 +22,7 @@ from rec.bundles.pair import Arrays, Candidates, pad_left, rerank
 from rec.errors import UserError
 
 Tensors = dict[str, tf.Tensor]  # what a function gives, by name
+Found = tuple[Tensors, tf.Tensor | None]  # what retrieval has found, the ranker's scores of it
 IDS = tf.TensorSpec([None], tf.string)
 LISTS = tf.TensorSpec([None, None], tf.string)
 TIMES = tf.TensorSpec([None], tf.int64)
@@ -41,21 +42,31 @@ TENSORS = Arrays(tf, _sort, _take)
 
 
 class AnswersUsers(tf.Module):
-    """What retrieval and recommender bundles have in common; a subclass has `_asked`, for requests of both kinds."""
+    """What retrieval and recommender bundles have in common.
+
+    A subclass has `_find` and `_find_known`, which return what retrieval has found and the ranker's scores of it (None
+    without a ranker), and `_show`, which makes the signatures' outputs of both.
+    """
 
     SIGNATURES: tuple[str, ...] = ("serving_default", "from_history")
 
     @tf.function(input_signature=[IDS])
     def serving_default(self, user_id: tf.Tensor) -> Tensors:
         """A known user's recommendations, from the history that the bundle stores."""
-        return self._asked(
-            user_id, tf.fill([tf.size(user_id), 0], ""), tf.zeros_like(user_id, tf.bool)
-        )
+        return self._show(*self._find_known(user_id))
 
     @tf.function(input_signature=[IDS, LISTS])
     def from_history(self, user_id: tf.Tensor, history: tf.Tensor) -> Tensors:
         """Recommendations from the caller's history; what the bundle stores of a known user is still left out."""
-        return self._asked(user_id, history, tf.ones_like(user_id, tf.bool))
+        _, _, exclude = nothing_given(user_id)
+        is_given = tf.ones_like(user_id, tf.bool)
+        return self._show(*self._find(user_id, history, is_given, exclude))
+
+
+def nothing_given(user_id: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The other arguments of `answer` if there are none: history, is_given and exclude."""
+    empty = tf.fill([tf.size(user_id), 0], "")
+    return empty, tf.zeros_like(user_id, tf.bool), empty
 
 
 class RecommenderModule(AnswersUsers):
@@ -91,15 +102,19 @@ class RecommenderModule(AnswersUsers):
             if self.ranking is None
             else self.ranking.score_at(user_id, history, items, time)["score"]
         )
-        return self._named(found, at_time)
+        return self._show(found, at_time)
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, LISTS])
     def answer(
         self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, exclude: tf.Tensor
     ) -> Tensors:
         """What a server asks: retrieval, exclusions and ranking in one call (`Recommender.answer`)."""
-        found = self.retrieval.answer(user_id, history, is_given, exclude)
-        return self._ordered(found, self._scores(found, user_id, history, is_given))
+        return self._order(*self._find(user_id, history, is_given, exclude))
+
+    @tf.function(input_signature=[IDS])
+    def answer_known(self, user_id: tf.Tensor) -> Tensors:
+        """As `answer`, to users with their stored histories and without exclusions."""
+        return self._order(*self._find_known(user_id))
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, ROWS])
     def answer_within(
@@ -107,34 +122,42 @@ class RecommenderModule(AnswersUsers):
     ) -> Tensors:
         """Like `answer`, with the best of just the items at these places of items.parquet."""
         found = self.retrieval.answer_within(user_id, history, is_given, within)
-        return self._ordered(found, self._scores(found, user_id, history, is_given))
+        return self._order(found, self._rank(found, user_id, history, is_given))
 
-    def _asked(self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor) -> Tensors:
-        found = self.retrieval.answer(
-            user_id, history, is_given, tf.fill([tf.size(user_id), 0], "")
-        )
-        return self._named(found, self._scores(found, user_id, history, is_given))
+    def _find(
+        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, exclude: tf.Tensor
+    ) -> Found:
+        found = self.retrieval.answer(user_id, history, is_given, exclude)
+        return found, self._rank(found, user_id, history, is_given)
 
-    def _scores(
+    def _find_known(self, user_id: tf.Tensor) -> Found:
+        found = self.retrieval.answer_known(user_id)
+        if self.ranking is None:
+            return found, None
+        return found, self.ranking.rank_known(user_id, *self._offered(found))
+
+    def _rank(
         self, found: Tensors, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor
     ) -> tf.Tensor | None:
         """The ranker's scores of the first candidates, None without a ranker."""
         if self.ranking is None:
             return None
-        places, retrieved = (found[name][:, : self._candidates] for name in ("row", "score"))
-        return self.ranking.rank(
-            user_id, history, is_given, tf.gather(self._rows, places + 1), retrieved
-        )
+        return self.ranking.rank(user_id, history, is_given, *self._offered(found))
 
-    def _ordered(self, found: Tensors, ranked: tf.Tensor | None) -> Tensors:
+    def _offered(self, found: Tensors) -> tuple[tf.Tensor, tf.Tensor]:
+        """What the ranker gets: the first candidates' rows and retrieval scores."""
+        places = found["row"][:, : self._candidates]
+        return tf.gather(self._rows, places + 1), found["score"][:, : self._candidates]
+
+    def _order(self, found: Tensors, ranked: tf.Tensor | None) -> Tensors:
         """All that was retrieved, reordered by the ranker's scores (`Candidates` by name)."""
         if ranked is None:
             ranked = found["score"]
         return rerank(TENSORS, found, ranked, self._candidates)._asdict()
 
-    def _named(self, found: Tensors, ranked: tf.Tensor | None) -> Tensors:
+    def _show(self, found: Tensors, ranked: tf.Tensor | None) -> Tensors:
         """The candidates alone, as the signatures give them."""
-        ordered, n = self._ordered(found, ranked), self._candidates
+        ordered, n = self._order(found, ranked), self._candidates
         items = tf.gather(found["item_id"], ordered["ranks"][:, :n] - 1, batch_dims=1)
         return {"item_id": items, "score": ordered["scores"][:, :n]}
 
@@ -171,12 +194,45 @@ class Recommender:
         )
         return cls(module, items, users, metadata)
 
+    # Calling the traced graphs themselves saves tf.function's search for them.
+
     @cached_property
     def _answer(self) -> tf.types.experimental.ConcreteFunction:
-        """Calling the traced graph itself saves tf.function's search for it."""
         return self.module.answer.get_concrete_function()
 
+    @cached_property
+    def _answer_known(self) -> tf.types.experimental.ConcreteFunction:
+        return self.module.answer_known.get_concrete_function()
+
     def answer(
+        self,
+        user_ids: Sequence[str],
+        histories: Sequence[list[str] | None],
+        excluded: Sequence[list[str]],
+    ) -> Candidates:
+        is_searched = np.array(
+            [
+                history is not None or bool(exclude)
+                for history, exclude in zip(histories, excluded, strict=True)
+            ]
+        )
+        if not is_searched.any():
+            return self._look_up(user_ids)
+        if is_searched.all():
+            return self._search(user_ids, histories, excluded)
+        searched = np.flatnonzero(is_searched)
+        others = np.flatnonzero(~is_searched)
+        found = self._search(
+            [user_ids[at] for at in searched.tolist()],
+            [histories[at] for at in searched.tolist()],
+            [excluded[at] for at in searched.tolist()],
+        )
+        known = self._look_up([user_ids[at] for at in others.tolist()])
+        order = np.argsort(np.concatenate([searched, others]))
+        parts = zip(found, known, strict=True)
+        return Candidates(*(np.concatenate(part)[order] for part in parts))
+
+    def _search(
         self,
         user_ids: Sequence[str],
         histories: Sequence[list[str] | None],
@@ -186,6 +242,10 @@ class Recommender:
         lists = pad_lists([history or [] for history in histories])
         answer = self._answer(tf.constant(user_ids), lists, given, pad_lists(excluded))
         return _candidates(answer)
+
+    def _look_up(self, user_ids: Sequence[str]) -> Candidates:
+        """For users with their stored histories and without exclusions."""
+        return _candidates(self._answer_known(tf.constant(user_ids)))
 
     def answer_within(
         self, user_id: str, history: list[str] | None, rows: np.ndarray
@@ -209,12 +269,6 @@ class Recommender:
         return self.module.retrieval.cosines(
             tf.constant(items, tf.string), tf.constant(others, tf.string)
         ).numpy()
-
-    def close(self) -> None:
-        """Frees the memory of a ScaNN searcher, which a process otherwise keeps."""
-        release = getattr(self.module.retrieval.index, "release", None)
-        if release is not None:
-            release()
 
 
 def load_bundle(path: Path, needed: str = "serving_default") -> tf.Module:

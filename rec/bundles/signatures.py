@@ -1,8 +1,8 @@
 """What a bundle computes: tf.Modules whose functions become the signatures of the SavedModels.
 
 - Strings are looked up here and nowhere else: ids become rows at the entrance, rows become ids at the exit.
-- Known users' histories and features are inside, so a request needs no feature store. Their queries are too, computed
-  at export: only a history that comes with a request goes through the tower (with `query_time`, every request does).
+- Known users' histories and features are inside, so a request needs no feature store. What the index finds for them is
+  inside too: only a request with a history or exclusions is searched for (with `query_time`, every request is).
 - An answer depends on its request alone: nothing reads how long the batch's other histories and exclusions are, nor
   how many requests it holds. (`query_time` reads the clock.)
 - `RetrievalModule` and `RankingModule` wrap the trained models; recommender.py composes two loaded bundles through
@@ -15,15 +15,33 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from rec.bundles.recommender import FLAGS, IDS, LISTS, ROWS, TIMES, AnswersUsers, Tensors
+from rec import LOWEST
+from rec.bundles.recommender import (
+    FLAGS,
+    IDS,
+    LISTS,
+    ROWS,
+    TIMES,
+    AnswersUsers,
+    Tensors,
+    nothing_given,
+)
 from rec.corpus import Corpus
-from rec.features import FIRST_ITEM, FIRST_USER, PAD, UNKNOWN_USER, Encoder, Vocabulary
+from rec.features import (
+    FIRST_ITEM,
+    FIRST_USER,
+    PAD,
+    UNKNOWN_USER,
+    Encoder,
+    Vocabulary,
+    recent_items,
+)
 from rec.numerics import at_least
 from rec.ranking.count_features import CountFeatures
 from rec.ranking.model import RankingModel, score_candidates
 from rec.retrieval.index import ExactIndex, ScannIndex
 from rec.retrieval.model import RetrievalModel
-from rec.retrieval.scoring import LOWEST, best_unseen
+from rec.retrieval.scoring import best_unseen
 from rec.sequences import Sequences
 
 ROW_LISTS = tf.TensorSpec([None, None], tf.int32)
@@ -68,10 +86,19 @@ class Lookup(tf.Module):
         """int32 [...] -> string [...]; PAD is ""."""
         return tf.gather(self._item_ids, rows)
 
-    def stored(self, user: tf.Tensor) -> tf.Tensor:
-        """[B] user rows -> [B, S] item rows, oldest first, PAD behind; S is the longest of the batch."""
-        begin, end = tf.gather(self._offsets, user), tf.gather(self._offsets, user + 1)
-        at = begin[:, None] + tf.range(tf.reduce_max(end - begin, axis=0))
+    def stored(self, user: tf.Tensor, width: int | None = None) -> tf.Tensor:
+        """[B] user rows -> [B, S] item rows, oldest first, PAD behind: the last `width`, by default all.
+
+        S is `width`, or the longest history of the batch.
+        """
+        begin = tf.gather(self._offsets, user)
+        end = tf.gather(self._offsets, user + 1)
+        if width is None:
+            columns = tf.range(tf.reduce_max(end - begin, axis=0))
+        else:
+            begin = tf.maximum(begin, end - width)
+            columns = tf.range(width, dtype=begin.dtype)
+        at = begin[:, None] + columns
         inside = at < end[:, None]
         return tf.where(inside, tf.gather(self._history, tf.where(inside, at, 0)), PAD)
 
@@ -108,7 +135,14 @@ def _frozen(variables: list[tf.Variable], encoders: list[Encoder]) -> list[tf.Va
 class RetrievalModule(AnswersUsers):
     """user_id or history -> the k best items that the user has not seen."""
 
-    SIGNATURES = ("serving_default", "from_history", "similar_items", "answer", "history")
+    SIGNATURES = (
+        "serving_default",
+        "from_history",
+        "similar_items",
+        "answer",
+        "answer_known",
+        "history",
+    )
 
     def __init__(
         self, model: RetrievalModel, index: ExactIndex | ScannIndex, lookup: Lookup, k: int
@@ -118,27 +152,33 @@ class RetrievalModule(AnswersUsers):
         self.model = _Untracked(model)
         self.weights = _frozen(model.variables, model.encoders)
         self.popular = tf.Variable(model.most_popular(), trainable=False, name="popular")
-        self.known = (
-            None
-            if model.config.query_time
-            else tf.Variable(self._known(), trainable=False, name="known")
-        )
+        self.known: dict[str, tf.Variable] | None = None
+        if not model.config.query_time:
+            self.known = {
+                name: tf.Variable(values, trainable=False, name=f"known_{name}")
+                for name, values in self._search_for_all().items()
+            }
 
-    def _known(self) -> tf.Tensor:
-        """[user rows, d + 1]: the queries of all users with their stored histories, which a request then looks up."""
+    def _search_for_all(self) -> dict[str, np.ndarray]:
+        """What `answer` finds for all users with their stored histories: row, score [users, k] and cold [users]."""
         users = np.arange(self.lookup.users, dtype=np.int32)
-        parts = tqdm(
-            np.array_split(users, 1 + len(users) // USERS_AT_ONCE),
-            "all users",
-            unit="batch",
-            leave=False,
-        )
-        return tf.concat(
-            [self.model.get.query_compiled(part, self.lookup.stored(part)) for part in parts], 0
-        )
+        batches = np.array_split(users, 1 + len(users) // USERS_AT_ONCE)
+        search = tf.function(self._search_for_stored, [ROWS])
+        found = [search(batch) for batch in tqdm(batches, "all users", unit="batch", leave=False)]
+        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
-    def _asked(self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor) -> Tensors:
-        found = self.answer(user_id, history, is_given, tf.fill([tf.size(user_id), 0], ""))
+    def _search_for_stored(self, user: tf.Tensor) -> Tensors:
+        history = self.lookup.stored(user)
+        query = self.model.get.query(user, history)
+        return self._places(*self._best(query, user, history, history), user, history)
+
+    def _find(self, *request: tf.Tensor) -> tuple[Tensors, None]:
+        return self.answer(*request), None
+
+    def _find_known(self, user_id: tf.Tensor) -> tuple[Tensors, None]:
+        return self.answer_known(user_id), None
+
+    def _show(self, found: Tensors, _: None) -> Tensors:
         return {name: found[name] for name in ("item_id", "score")}
 
     @tf.function(input_signature=[IDS])
@@ -196,8 +236,17 @@ class RetrievalModule(AnswersUsers):
         user, rows = self.lookup.user_rows(user_id), self.lookup.item_rows(history)
         seen = tf.concat([rows, self.lookup.stored(user), self.lookup.item_rows(exclude)], 1)
         history = self.lookup.history(user, rows, is_given)
-        query = self._query(user, history, is_given)
+        query = self.model.get.query(at_least(2, user), at_least(2, history))[: tf.size(user)]
         return self._described(*self._best(query, user, history, seen), user, history)
+
+    @tf.function(input_signature=[IDS])
+    def answer_known(self, user_id: tf.Tensor) -> Tensors:
+        """As `answer` to users with their stored histories and without exclusions, looked up."""
+        if self.known is None:
+            return self.answer(user_id, *nothing_given(user_id))
+        user = self.lookup.user_rows(user_id)
+        found = {name: tf.gather(values, user) for name, values in self.known.items()}
+        return {"item_id": self.lookup.item_ids(found["row"] + FIRST_ITEM), **found}
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, ROWS])
     def answer_within(
@@ -215,10 +264,14 @@ class RetrievalModule(AnswersUsers):
     def _described(
         self, scores: tf.Tensor, rows: tf.Tensor, user: tf.Tensor, history: tf.Tensor
     ) -> Tensors:
-        places = tf.where(rows == PAD, -1, rows - FIRST_ITEM)
+        return {"item_id": self.lookup.item_ids(rows), **self._places(scores, rows, user, history)}
+
+    def _places(
+        self, scores: tf.Tensor, rows: tf.Tensor, user: tf.Tensor, history: tf.Tensor
+    ) -> Tensors:
         return {
-            **self._named(scores, rows),
-            "row": places,
+            "row": tf.where(rows == PAD, -1, rows - FIRST_ITEM),
+            "score": scores,
             "cold": self.model.get.is_cold(user, history),
         }
 
@@ -232,19 +285,6 @@ class RetrievalModule(AnswersUsers):
         return tf.where(
             (rows == PAD)[:, None] | (others == PAD), LOWEST, tf.matmul(a, b, transpose_b=True)
         )
-
-    def _query(self, user: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor) -> tf.Tensor:
-        """[B, d + 1]: computed where the history [B, H] is given, looked up where it is the stored one."""
-        if self.known is None:
-            return self.model.get.query(user, history)
-        known, asked = tf.gather(self.known, user), tf.where(is_given)
-
-        def told() -> tf.Tensor:
-            inputs = (at_least(2, tf.gather(each, asked[:, 0])) for each in (user, history))
-            query = self.model.get.query(*inputs)[: tf.shape(asked)[0]]
-            return tf.tensor_scatter_nd_update(known, asked, query)
-
-        return tf.cond(tf.reduce_any(is_given), told, lambda: known)
 
     def _best(
         self, query: tf.Tensor, user: tf.Tensor, history: tf.Tensor, seen: tf.Tensor
@@ -341,7 +381,15 @@ class RankingModule(tf.Module):
         """Like `answer`, of candidates by this bundle's rows [B, N], with the retrieval scores that they came with."""
         user = self.lookup.user_rows(user_id)
         history = self.lookup.history(user, self.lookup.item_rows(history), is_given)
-        return score_candidates(self.model.get, self.counts, user, history, rows, retrieved)
+        past = recent_items(history, self.model.get.window)
+        return score_candidates(self.model.get, self.counts, user, past, rows, retrieved)
+
+    @tf.function(input_signature=[IDS, ROW_LISTS, SCORES])
+    def rank_known(self, user_id: tf.Tensor, rows: tf.Tensor, retrieved: tf.Tensor) -> tf.Tensor:
+        """As `rank`, for users with their stored histories."""
+        user = self.lookup.user_rows(user_id)
+        past = self.lookup.stored(user, self.model.get.window)
+        return score_candidates(self.model.get, self.counts, user, past, rows, retrieved)
 
     @tf.function(input_signature=[IDS])
     def rows(self, item_id: tf.Tensor) -> tf.Tensor:
@@ -353,8 +401,9 @@ class RankingModule(tf.Module):
     ) -> Tensors:
         rows = self.lookup.item_rows(items)
         retrieved = self.retrieval.get.score(user, history, rows, time)
+        past = recent_items(history, self.model.get.window)
         return {
             "score": score_candidates(
-                self.model.get, self.counts, user, history, rows, retrieved, time
+                self.model.get, self.counts, user, past, rows, retrieved, time
             )
         }

@@ -20,6 +20,7 @@ from duckdb import DuckDBPyConnection as Connection
 
 from rec.data_prep.write import output_parser, prepare
 from rec.errors import UserError, note, run_command
+from rec.ops.spark import ENGINES
 
 START = 1_672_531_200  # 2023-01-01 in seconds since 1970
 DAY = 86_400
@@ -229,7 +230,7 @@ def main() -> None:
         source,
         args.split,
         args.seed,
-        engine=args.engine,
+        engine=ENGINES[args.engine],
         wait=args.wait,
     )
 

@@ -31,6 +31,7 @@ from rec.data_prep.tabular import load_features, load_interactions
 from rec.data_prep.write import output_parser, prepare
 from rec.errors import UserError, note, run_command
 from rec.files import digest, sole_writer
+from rec.ops.spark import ENGINES
 
 BASE_URL = "https://files.grouplens.org/datasets/movielens"
 FLAGS = [
@@ -261,7 +262,7 @@ def main() -> None:
         args.split,
         0,
         (args.min_rating, 1),
-        args.engine,
+        ENGINES[args.engine],
         wait=args.wait,
     )
 

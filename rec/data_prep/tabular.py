@@ -35,6 +35,7 @@ from rec.data_prep.rows import VALUES, in_a_sentence, read_rows
 from rec.data_prep.split import SPLITS, STRATEGIES
 from rec.data_prep.write import output_parser, prepare
 from rec.errors import UserError, note, run_command
+from rec.ops.spark import ENGINES
 
 NO_LISTS = ListColumns()
 
@@ -261,7 +262,7 @@ def main() -> None:
         strategy,
         seed,
         filters,
-        args.engine,
+        ENGINES[args.engine],
         wait=args.wait,
     )
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from rec.data_prep.checks import check_tables
 from rec.data_prep.dataset import FORMAT_VERSION, open_dataset
-from rec.data_prep.engine import ENGINES, Engine
+from rec.data_prep.engine import Engine
 from rec.data_prep.split import SPLITS, filter_interactions, split_interactions
 from rec.errors import UserError, command_parser, note
 from rec.files import add_wait_argument, digest, replace_directory, sole_writer
@@ -59,7 +59,7 @@ def output_parser(module: str, text: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--engine",
-        choices=ENGINES,
+        choices=("duckdb", "spark"),
         default="duckdb",
         help="filters, splits, sorts; default: duckdb",
     )
@@ -75,7 +75,7 @@ def prepare(
     strategy: str,
     seed: int,
     filters: Filters = (None, 1),
-    engine: str = "duckdb",
+    engine: type[Engine] = Engine,
     *,
     wait: bool = False,
 ) -> None:
@@ -83,9 +83,11 @@ def prepare(
 
     `load` gets a database of DuckDB's and a directory for temporary files. It creates table `interactions` (user_id,
     item_id, and timestamp in seconds, rating and split where the source has them; source_row), and `users` and `items`
-    (id, features) where the source has them. It returns what it dropped: reason -> rows. `engine`, duckdb or spark,
-    does the rest. Raises UserError for bad rows, an impossible split, an engine that does not start, an output
-    directory that holds something else, or, unless `wait` is true, one that another command is writing.
+    (id, features) where the source has them. It returns what it dropped: reason -> rows. `engine` does the rest.
+
+    Raises:
+      UserError: bad rows, an impossible split, an engine that does not start, an output directory that holds something
+        else, or, unless `wait` is true, one that another command is writing.
     """
     with staging(output_dir, wait=wait) as directory:
         try:
@@ -96,7 +98,7 @@ def prepare(
                 dropped = load(con, directory.parent)
                 check_tables(con)
                 decided = _comments(con)
-                db = ENGINES[engine](con, directory.parent)
+                db = engine(con, directory.parent)
                 note("filtering and splitting")
                 dropped |= filter_interactions(db, *filters)
                 split = split_interactions(db, strategy, seed)

@@ -15,8 +15,9 @@ from rec.bundles.metadata import BundleMetadata, PairMetadata
 from rec.bundles.recommender import Recommender
 from rec.config import Config
 from rec.data_prep.dataset import Dataset
-from rec.evaluate import SHOWN, Report, data_of, evaluate
+from rec.evaluation import SHOWN, Report, evaluate
 from rec.files import replace_directory, sole_writer
+from rec.ops.comparison import data_of
 from rec.ops.registry import Store, built_from, directories
 
 CURVES = ("loss", "val/ndcg@10", "val/recall@100", "val/rmse")  # of training, if there are such

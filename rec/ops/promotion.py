@@ -82,7 +82,7 @@ def gate(store: Store, config: Config, to: Versions, current: Versions) -> Verdi
     mismatch = _mismatch(store, to)
     if mismatch is not None:
         return Verdict(passed=False, reasons=[mismatch])
-    from rec.evaluate import compare  # TensorFlow: not before it is needed
+    from rec.ops.comparison import compare  # TensorFlow: not before it is needed
 
     try:
         candidate = directories(store, to)

@@ -5,37 +5,25 @@
 - A bundle of this model has the signatures of a ranking bundle. Its scores are ratings.
 """
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 
-from rec import metrics
-from rec.checkpoint import write_run
-from rec.config import Config, Ranking, with_ranking_defaults
+from rec import LOWEST, metrics
+from rec.config import Config, Ranking
 from rec.corpus import Corpus
-from rec.errors import UserError
+from rec.errors import UserError, note
 from rec.features import PAD, UNKNOWN, UNKNOWN_USER
 from rec.ranking.candidates import CandidateLists
 from rec.ranking.count_features import COUNT_FEATURES
 from rec.ranking.model import RankingModel, log_length, mean_of_history, score_lists
 from rec.ranking.objectives import weighted_mean
-from rec.ranking.train import MODELS, TrainedRanking, build_ranking_model, describe_ranking
+from rec.ranking.train import MODELS, RankingData, TrainedRanking, fit_ranking, untrained_ranking
 from rec.retrieval.model import RetrievalModel
-from rec.retrieval.scoring import LOWEST
 from rec.retrieval.train import TrainedRetrieval
 from rec.sequences import Sequences
-from rec.training import (
-    Distribution,
-    Metrics,
-    NoTracker,
-    OneProcess,
-    Schedule,
-    Tracker,
-    TrainingRun,
-)
+from rec.training import Distribution, Metrics, OneProcess, Schedule, Tracker
 
 
 class RatingModel(RankingModel):
@@ -123,29 +111,19 @@ def train_ratings(
     tracker: Tracker | None = None,
 ) -> TrainedRanking:
     """Trains on every training rating, and stops by the RMSE on validation ratings. As `train_ranking`."""
-    settings = with_ranking_defaults(config.ranking, retrieval.model.config.window)
-    config = replace(config, ranking=settings)
-    corpus = retrieval.corpus
-    train = corpus.train
     distribution = distribution or OneProcess()
-    tf.keras.utils.set_random_seed(config.seed)
-    with distribution.strategy.scope():
-        model = build_ranking_model(settings, retrieval)
+    settings, model = untrained_ranking(config, retrieval, distribution)
+    config = replace(config, ranking=settings)
     if init_from is not None:
         model.start_from(init_from)
-    # A test of a given split, or of data without order, comes after all training interactions of the user.
-    all_known = corpus.split_strategy == "given" or not corpus.ordered
-    known = train if all_known else None
+    corpus = retrieval.corpus
+    train = corpus.train
+    known = train if tests_follow_training(corpus) else None
     val = rated_lists(corpus.val, np.arange(len(corpus.val.items)), train, model.window)
-
-    print(
+    note(
         f"ranking.objective rating: {settings.batch_size:,} ratings per step, learning rate "
-        f"{settings.learning_rate:g}, histories of {settings.window} items",
-        file=sys.stderr,
+        f"{settings.learning_rate:g}, histories of {settings.window} items"
     )
-
-    def measure() -> Metrics:
-        return {"val/rmse": metrics.rmse(score_lists(model, val, no_counts), val.labels)}
 
     schedule = Schedule(
         epochs=settings.epochs,
@@ -154,27 +132,30 @@ def train_ratings(
         monitor="val/rmse",
         patience=settings.patience,
     )
-    description = describe_ranking(config, retrieval, init_name)
-    run = TrainingRun(
+    size = settings.batch_size
+    return fit_ranking(
         model,
-        Path(config.output.checkpoints) / "ranking",
-        write_run(description),
-        {},
-        schedule,
-        examples=len(train.items),
+        config,
+        retrieval,
+        RankingData(
+            schedule,
+            examples=len(train.items),
+            batches=lambda rng: rating_batches(train, known, model.window, size, rng),
+            measure=lambda: rating_error(model, val),
+        ),
+        init_name=init_name,
         distribution=distribution,
-        tracker=tracker or NoTracker(),
+        tracker=tracker,
     )
-    if not run.resume():
-        run.begin(measure())
-    for epoch in run.epochs():
-        rng = np.random.default_rng([config.seed, epoch])
-        batches = rating_batches(train, known, model.window, settings.batch_size, rng)
-        run.save(run.train(batches) | measure())
-    if not distribution.is_chief:  # it alone finishes the run
-        return TrainedRanking(model, retrieval, run.state, description)
-    run.restore_best()
-    return TrainedRanking(model, retrieval, run.finish({}), description)
+
+
+def tests_follow_training(corpus: Corpus) -> bool:
+    """Whether, in a user's history, the test comes after all training interactions."""
+    return corpus.split_strategy == "given" or not corpus.ordered
+
+
+def rating_error(model: RankingModel, lists: CandidateLists) -> Metrics:
+    return {"val/rmse": metrics.rmse(score_lists(model, lists, no_counts), lists.labels)}
 
 
 def rated_lists(

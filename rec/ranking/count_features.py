@@ -11,7 +11,7 @@ Without times there is one window, all interactions, and "soon after" means that
 import numpy as np
 import tensorflow as tf
 
-from rec.features import PAD, recent_items
+from rec.features import PAD
 from rec.sequences import Sequences
 
 SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of all interactions, from the latest
@@ -107,9 +107,7 @@ class CountFeatures(tf.Module):
 
     def _soon_after(self, history: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
         """[B, N, RECENT]: each candidate after the last item of the history, the one before, ..."""
-        recent = recent_items(history, RECENT)
-        length = tf.reduce_sum(tf.cast(recent != PAD, tf.int32), 1)
-        newest_first = tf.reverse_sequence(recent, length, 1)[:, None]  # [B, 1, RECENT]
+        newest_first = _newest_first(history, RECENT)[:, None]  # [B, 1, RECENT]
         candidate = items[..., None]
         keys = tf.cast(newest_first, tf.int64) * self._item_rows + tf.cast(candidate, tf.int64)
         count = self._pairs.lookup(keys)
@@ -118,6 +116,13 @@ class CountFeatures(tf.Module):
         )
         log_ratio = tf.math.log((count + 1.0) / (by_chance + 1.0))
         return tf.where(newest_first == PAD, 0.0, log_ratio)
+
+
+def _newest_first(history: tf.Tensor, width: int) -> tf.Tensor:
+    """[B, H] rows, oldest first, PAD anywhere -> the last `width` items, newest first, [B, width], PAD behind."""
+    newest_first = tf.pad(history[:, ::-1], [[0, 0], [0, width]])
+    order = tf.argsort(tf.cast(newest_first == PAD, tf.int32), axis=1, stable=True)
+    return tf.gather(newest_first, order[:, :width], batch_dims=1)
 
 
 def _pairs_within_reach(interactions: Sequences, item_rows: int) -> np.ndarray:

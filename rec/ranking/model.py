@@ -14,16 +14,16 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
+from rec import LOWEST
 from rec.config import Ranking
 from rec.corpus import Corpus
-from rec.features import PAD, UNKNOWN, UNKNOWN_USER, Encoder, recent_items
+from rec.features import PAD, UNKNOWN, UNKNOWN_USER, Encoder
 from rec.numerics import LANES, fill_lanes, log1p, log_softmax
 from rec.ranking.archs import ARCHS
 from rec.ranking.candidates import CandidateLists
 from rec.ranking.count_features import COUNT_FEATURES, RECENT, CountFeatures
 from rec.ranking.objectives import NOT_THERE, OBJECTIVES
 from rec.retrieval.model import RetrievalModel
-from rec.retrieval.scoring import LOWEST
 
 
 class RankingModel(tfrs.Model):
@@ -195,7 +195,7 @@ def score_candidates(
     model: RankingModel,
     counts: CountFeatures,
     user: tf.Tensor,
-    history: tf.Tensor,
+    past: tf.Tensor,
     items: tf.Tensor,
     retrieval_scores: tf.Tensor,
     time: tf.Tensor | None = None,
@@ -203,14 +203,14 @@ def score_candidates(
     """The ranker's scores of candidates in service.
 
     Args:
-      user: [B] user rows; history: [B, H] item rows, oldest first, PAD anywhere; items: [B, N] item rows.
+      user: [B] user rows; items: [B, N] item rows.
+      past: [B, model.window] item rows, as `recent_items` returns them: equally wide in every batch, see numerics.py.
       retrieval_scores: [B, N] float32, from the retrieval model that the ranker was trained for.
       time: [B] int64 seconds, of the request. Default: now.
 
     Returns:
       [B, N] float32, LOWEST for PAD.
     """
-    past = recent_items(history, model.window)  # equally wide in every batch, see numerics.py
     # LANES must divide a list's attention [N, window] and its counts of pairs [N, RECENT].
     multiple = LANES // math.gcd(LANES, model.window, RECENT)
     candidates = fill_lanes(items, PAD, multiple)

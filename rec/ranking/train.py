@@ -11,6 +11,7 @@ trust the retrieval score, and fails in service.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import tensorflow as tf
 
 from rec import metrics
 from rec.checkpoint import RankingRun, read_run, write_run
-from rec.config import Config, Ranking, with_ranking_defaults
+from rec.config import Config, Ranking, ResolvedRanking, with_ranking_defaults
 from rec.corpus import Corpus
 from rec.errors import UserError, warn
 from rec.files import read_whole
@@ -93,17 +94,12 @@ def train_ranking(
       init_from: the model whose embeddings the ranker starts from; by default the miner's, which have not seen the
         labels. `init_name` says in the run's description which one it is.
     """
-    settings = with_ranking_defaults(config.ranking, retrieval.model.config.window)
-    config = replace(config, ranking=settings)
     distribution = distribution or OneProcess()
-    tf.keras.utils.set_random_seed(config.seed)
-    with distribution.strategy.scope():
-        model = build_ranking_model(settings, retrieval)
+    settings, model = untrained_ranking(config, retrieval, distribution)
+    config = replace(config, ranking=settings)
     mined = mine_training_lists(config, retrieval, distribution)
     model.start_from(init_from or mined.miner)
     validation = RankingValidation(config, retrieval, mined)
-    description = describe_ranking(config, retrieval, init_name)
-
     schedule = Schedule(
         epochs=settings.epochs if len(mined.train) else 0,
         learning_rate=settings.learning_rate,
@@ -111,32 +107,55 @@ def train_ranking(
         monitor=GAIN,
         patience=settings.patience,
     )
-    run = TrainingRun(
+    return fit_ranking(
         model,
-        Path(config.output.checkpoints) / "ranking",
-        write_run(description),
-        {},
-        schedule,
-        examples=mined.train.items.size,
+        config,
+        retrieval,
+        RankingData(
+            schedule,
+            examples=mined.train.items.size,
+            batches=lambda rng: list_batches(mined.train, mined.counts, settings.batch_size, rng),
+            measure=lambda: validation.measure(model),
+        ),
+        init_name=init_name,
         distribution=distribution,
-        tracker=tracker or NoTracker(),
+        tracker=tracker,
     )
-    if not run.resume():
-        run.begin(validation.measure(model))
-    for epoch in run.epochs():
-        rng = np.random.default_rng([config.seed, epoch])
-        loss = run.train(list_batches(mined.train, mined.counts, settings.batch_size, rng))
-        run.save(loss | validation.measure(model))
-    if not distribution.is_chief:  # it alone finishes the run
-        return TrainedRanking(model, retrieval, run.state, description)
-    run.restore_best()
-    return TrainedRanking(model, retrieval, run.finish({}), description)
 
 
-def describe_ranking(
-    config: Config, retrieval: TrainedRetrieval, init_name: str | None
-) -> RankingRun:
-    return RankingRun(
+@dataclass(frozen=True)
+class RankingData:
+    """What a ranker learns from, and what its epochs are judged by."""
+
+    schedule: Schedule
+    examples: int  # per epoch
+    batches: Callable[[np.random.Generator], tf.data.Dataset]  # one epoch's
+    measure: Callable[[], Metrics]
+
+
+def untrained_ranking(
+    config: Config, retrieval: TrainedRetrieval, distribution: Distribution
+) -> tuple[ResolvedRanking, RankingModel]:
+    """The settings without `auto`, and a model with them, initialised from the config's seed."""
+    settings = with_ranking_defaults(config.ranking, retrieval.model.config.window)
+    tf.keras.utils.set_random_seed(config.seed)
+    with distribution.strategy.scope():
+        model = build_ranking_model(settings, retrieval)
+    return settings, model
+
+
+def fit_ranking(
+    model: RankingModel,
+    config: Config,
+    retrieval: TrainedRetrieval,
+    data: RankingData,
+    *,
+    init_name: str | None,
+    distribution: Distribution,
+    tracker: Tracker | None,
+) -> TrainedRanking:
+    """Trains a ranker into CHECKPOINTS/ranking, and keeps its best epoch."""
+    description = RankingRun(
         dataset=retrieval.corpus.dataset_id,
         seed=config.seed,
         features=config.features,
@@ -144,6 +163,26 @@ def describe_ranking(
         retrieval_run=retrieval.description,
         init_from=init_name,
     )
+    run = TrainingRun(
+        model,
+        Path(config.output.checkpoints) / "ranking",
+        write_run(description),
+        {},
+        data.schedule,
+        examples=data.examples,
+        distribution=distribution,
+        tracker=tracker or NoTracker(),
+    )
+    if not run.resume():
+        run.begin(data.measure())
+    for epoch in run.epochs():
+        rng = np.random.default_rng([config.seed, epoch])
+        loss = run.train(data.batches(rng))
+        run.save(loss | data.measure())
+    if not distribution.is_chief:  # it alone finishes the run
+        return TrainedRanking(model, retrieval, run.state, description)
+    run.restore_best()
+    return TrainedRanking(model, retrieval, run.finish({}), description)
 
 
 # ranking.objective -> the class of its model

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from rec import LOWEST
 from rec.errors import UserError
 from rec.numerics import at_least
 
-LOWEST = float(np.finfo(np.float32).min)  # the score of "nothing": finite, so that it survives JSON
 MIN_SCANN_ROWS = 16  # ScaNN trains 16 centres a block and fails with fewer rows
 # Up to 5 queries go another way through ScaNN, and find other rows where quantised scores are equal (1.7 % of 1,300
 # queries). Filling up to 6 costs a lone query 60 to 190 microseconds.

@@ -8,13 +8,13 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 from scipy.sparse.linalg import svds
 
+from rec import LOWEST
 from rec.batches import sampling_probability
 from rec.config import ResolvedRetrieval
 from rec.corpus import Corpus
 from rec.features import FIRST_ITEM, PAD, UNKNOWN, UNKNOWN_USER, Encoder
 from rec.retrieval.encoders import LENGTH_POWER
 from rec.retrieval.loss import HiddenItems, SampledSoftmax
-from rec.retrieval.scoring import LOWEST
 from rec.retrieval.towers import CandidateTower, QueryTower, history_tokens
 from rec.sequences import Sequences
 

@@ -1,13 +1,10 @@
 """Scores of the whole catalogue -> the best items that a user has not seen."""
 
-import numpy as np
 import tensorflow as tf
 
+from rec import LOWEST
 from rec.features import FIRST_ITEM, PAD
 
-LOWEST = float(
-    np.finfo(np.float32).min
-)  # the score of an empty place: finite, because JSON has no infinity
 MAX_SCORES = 2**25  # scores computed together: 128 MB of float32
 
 

@@ -4,7 +4,7 @@
 - `exclude` and `filter` are honoured exactly. A filter chooses among the ranked candidates; where too few of those
   pass, the passing items themselves are scored; where that cannot be done or is not enough, the most popular items
   that pass follow, with score null. Never one that the user has seen.
-- Answers are written as JSON text at once, from each item's text: a fifth of what dictionaries and json.dumps cost.
+- Answers are dictionaries, which the application writes as JSON.
 
 All of it runs in the one thread that calls the models.
 """
@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,15 +24,39 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 from numpy.typing import ArrayLike
 
+from rec import LOWEST
 from rec.bundles.pair import Backend, Candidates
 from rec.errors import UserError
-from rec.serving.metrics import COLD, STAGE_SECONDS
-from rec.serving.schemas import LOWEST, Item, RecommendRequest
+from rec.serving.schemas import Item, RecommendRequest
 
 DEEPEST = 10_000  # the most popular passing items that are scored for a narrow filter: some 5 ms
 MATCHES = 64 * 1024 * 1024  # bytes for the rows of the latest filters,
 LONG = 1000  # of which each is shorter than this as JSON
 COMPARED = 50  # the latest items of a history, among which an explanation finds the nearest
+CACHED = 50_000  # items of which the columns are kept as Python values, some 700 bytes each
+Json = dict[str, Any]
+
+
+class Observer:
+    """What a server does, for whoever counts it. This one is silent. Subclasses must return at once."""
+
+    def loaded(self, versions: dict[str, int]) -> None:
+        """The models are in service."""
+
+    def waiting(self, requests: int) -> None:
+        """So many requests wait or are being answered."""
+
+    def call(self, requests: int) -> None:
+        """So many requests share a call of the models."""
+
+    def stage(self, name: str, seconds: float) -> None:
+        """A stage of a call has ended: `queue` (the longest wait), `model`, or `answer` (choosing and writing)."""
+
+    def cold_starts(self, answers: int) -> None:
+        """So many answers are popular items, for users of whom nothing is known."""
+
+
+SILENT = Observer()
 
 
 def as_json(value: Any) -> Any:
@@ -40,7 +64,7 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
-def to_json(value: object) -> str:
+def to_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -116,7 +140,7 @@ class Catalogue:
         self.columns: list[str] = self._table.column_names
         self.ids: list[str] = self._table["item_id"].to_pylist()
         self.row_of = {item: row for row, item in enumerate(self.ids)}
-        self._text = lru_cache(100_000)(self._write)
+        self._columns_of = lru_cache(CACHED)(self._read_columns)
         self._rows_by_value = lru_cache(None)(
             self._collect
         )  # a million items: 0.3 s when a filter first names genres
@@ -127,13 +151,12 @@ class Catalogue:
         """Of the items that there are."""
         return [self.row_of[item] for item in items if item in self.row_of]
 
-    def item(self, row: int) -> dict[str, Any]:
+    def item(self, row: int) -> Json:
         return as_json({name: self._table[name][row].as_py() for name in self.columns})
 
-    def show(self, row: int, score: float | None = None, explain: str = "") -> str:
-        """The item as JSON."""
-        begin, end = self._text(row)
-        return f"{begin}{'null' if score_or_none(score) is None else score}{end}{explain}}}"
+    def show(self, row: int, score: float | None = None) -> Json:
+        """The item as it is in an answer (schemas.Item)."""
+        return {"item_id": self.ids[row], "score": score_or_none(score), **self._columns_of(row)}
 
     def check(self, name: str, values: Iterable[str | int | float | bool]) -> None:
         """Raises UserError if a filter's column does not exist, or holds values of another type."""
@@ -148,16 +171,12 @@ class Catalogue:
                     f"filter: the column {name!r} holds {kind.name}; {shown} is {name_of_type(value)}"
                 )
 
-    def _write(self, row: int) -> tuple[str, str]:
-        shown = {
+    def _read_columns(self, row: int) -> Json:
+        return {
             name: value for name, value in self.item(row).items() if name not in Item.model_fields
         }
-        return (
-            f'{{"item_id":{to_json(self.ids[row])},"score":',
-            f",{to_json(shown)[1:-1]}" if shown else "",
-        )
 
-    def matching(self, wanted: Mapping[str, Sequence[object]]) -> np.ndarray:
+    def matching(self, wanted: dict[str, list[Any]]) -> np.ndarray:
         """[M] rows, ascending, that have one of the values in every one of the columns. Not to be written to."""
         text = to_json(wanted)
         return self._matching(text) if len(text) < LONG else self._intersect(text)
@@ -224,26 +243,27 @@ def is_among(rows: ArrayLike, among: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Engine:
-    """A loaded pair and its catalogue. A reload replaces it as a whole, so an answer never mixes versions."""
+    """A loaded pair and its catalogue."""
 
     backend: Backend
     catalogue: Catalogue
+    observer: Observer = SILENT
 
     @classmethod
-    def warm(cls, backend: Backend) -> "Engine":
+    def warm(cls, backend: Backend, observer: Observer = SILENT) -> "Engine":
         """An engine that has answered each kind of request: a model's first call takes a second.
 
         Raises:
           UserError: the answers are empty or not numbers.
         """
-        engine = cls(backend, Catalogue(backend.items))
+        engine = cls(backend, Catalogue(backend.items), observer)
         first = engine.catalogue.ids[0]
         user = backend.users[0] if backend.users else None
         requests = [
             RecommendRequest(user_id=user, explain=True),
             RecommendRequest(history=[first], exclude=[first]),
         ]
-        for answer in map(json.loads, engine.recommend(requests)):
+        for answer in engine.recommend(requests):
             if len(engine.catalogue.ids) > 1 and not any(
                 item["score"] is not None for item in answer["items"]
             ):
@@ -252,7 +272,7 @@ class Engine:
         engine.similar([(first, 1)])
         return engine
 
-    @property
+    @cached_property
     def versions(self) -> dict[str, int]:
         """Of each stage."""
         return self.backend.metadata.versions
@@ -274,21 +294,32 @@ class Engine:
 
     def recommend(
         self, requests: Sequence[RecommendRequest], between: Callable[[], None] | None = None
-    ) -> list[str]:
+    ) -> list[Json]:
         """The answers (schemas.Recommendations) to a batch of requests, in its order.
 
         Args:
           between: called before each step that takes long, for what else the thread has to do.
         """
         start = time.perf_counter()
-        users, histories = (
+        found = self.backend.answer(
             [request.user_id or "" for request in requests],
             [request.history for request in requests],
+            [request.exclude for request in requests],
         )
-        found = self.backend.answer(users, histories, [request.exclude for request in requests])
         called = time.perf_counter()
-        STAGE_SECONDS.labels("model").observe(called - start)
-        COLD.inc(int(found.cold.sum()))
+        self.observer.stage("model", called - start)
+        self.observer.cold_starts(int(found.cold.sum()))
+        answers = self._choose(requests, found, between)
+        self.observer.stage("answer", time.perf_counter() - called)
+        return answers
+
+    def _choose(
+        self,
+        requests: Sequence[RecommendRequest],
+        found: Candidates,
+        between: Callable[[], None] | None,
+    ) -> list[Json]:
+        """The answers, from what the models have found."""
         width = max(self.max_k if request.filter else request.k for request in requests)
         candidates = [
             self._passing(request, places)
@@ -299,7 +330,6 @@ class Engine:
             for request, places in zip(requests, candidates, strict=True)
             if len(places) < request.k or request.explain
         )
-        model = to_json(self.versions)
         answers = []
         for request, places, cold in zip(requests, candidates, found.cold.tolist(), strict=True):
             history = stored.get(request.user_id, [])
@@ -307,58 +337,47 @@ class Engine:
                 between()
             if len(places) < request.k:
                 places = self._fill_up(request, places, history)
-            answers.append(self._write(request, places, history, cold, model))
-        STAGE_SECONDS.labels("answer").observe(time.perf_counter() - called)
+            answers.append(self._describe(request, places, history, cold))
         return answers
 
-    def _write(
-        self,
-        request: RecommendRequest,
-        places: list[Place],
-        stored: list[str],
-        cold: bool,
-        model: str,
-    ) -> str:
-        more, reasons = "", [""] * len(places)
+    def _describe(
+        self, request: RecommendRequest, places: list[Place], stored: list[str], cold: bool
+    ) -> Json:
+        items = [self.catalogue.show(place.row, place.score) for place in places]
+        answer = {
+            "user_id": request.user_id,
+            "items": items,
+            "cold_start": cold,
+            "model": self.versions,
+        }
         if request.explain:
-            more, reasons = self._explained(request, places, stored, cold)
-        shown = ",".join(
-            [
-                self.catalogue.show(place.row, place.score, reason)
-                for place, reason in zip(places, reasons, strict=True)
-            ]
-        )
-        rest = f'"cold_start":{"true" if cold else "false"},"model":{model}{more}'
-        return f'{{"user_id":{to_json(request.user_id)},"items":[{shown}],{rest}}}'
+            history = self._history(request, stored)
+            for item, reason in zip(items, self._explain(places, history, cold), strict=True):
+                item["explain"] = reason
+            answer["history"] = [self.catalogue.show(row) for row in history]
+        return answer
 
-    def similar(self, wanted: Sequence[tuple[str, int]]) -> list[str]:
+    def similar(self, wanted: Sequence[tuple[str, int]]) -> list[Json]:
         """The answers (schemas.Similar): the k items nearest to each known item."""
-        model, answers = to_json(self.versions), []
+        answers = []
         rows, scores = self.backend.similar([item for item, _ in wanted])
         for (item, k), *found in zip(wanted, rows.tolist(), scores.tolist(), strict=True):
-            shown = [
+            items = [
                 self.catalogue.show(row, score)
                 for row, score in zip(*found, strict=True)
                 if row >= 0
-            ][:k]
-            answers.append(
-                f'{{"item_id":{to_json(item)},"items":[{",".join(shown)}],"model":{model}}}'
-            )
+            ]
+            answers.append({"item_id": item, "items": items[:k], "model": self.versions})
         return answers
 
-    def histories(self, users: Sequence[str]) -> list[str]:
+    def histories(self, users: Sequence[str]) -> list[Json]:
         """The answers: what the bundle stores of each user."""
-        found = zip(users, self.backend.histories(list(users)), strict=True)
-        shown = (
-            (user, map(self.catalogue.show, self.catalogue.rows(items))) for user, items in found
-        )
         return [
-            f'{{"user_id":{to_json(user)},"items":[{",".join(items)}]}}' for user, items in shown
+            {"user_id": user, "items": [self.catalogue.show(row) for row in rows]}
+            for user, rows in zip(
+                users, map(self.catalogue.rows, self.backend.histories(list(users))), strict=True
+            )
         ]
-
-    def close(self, _: Sequence[None]) -> list[None]:
-        self.backend.close()
-        return [None]
 
     def _stored(self, requests: Iterable[RecommendRequest]) -> dict[str | None, list[str]]:
         """The stored histories of the requests' users, by user, in one call."""
@@ -391,30 +410,33 @@ class Engine:
         popular = others[: request.k - len(places)].tolist()
         return [*places, *map(Place, popular)]
 
-    def _explained(
-        self, request: RecommendRequest, places: list[Place], stored: list[str], cold: bool
-    ) -> tuple[str, list[str]]:
-        """The history, and of each item where it comes from (schemas.Item), both as JSON to add."""
+    def _history(self, request: RecommendRequest, stored: list[str]) -> list[int]:
+        """The rows of the history that the request is answered from."""
+        return self.catalogue.rows(stored if request.history is None else request.history)
+
+    def _explain(self, places: list[Place], history: list[int], cold: bool) -> list[Json]:
+        """Of each item, where it comes from (schemas.Item)."""
         catalogue = self.catalogue
-        history = catalogue.rows(stored if request.history is None else request.history)
-        near, latest = np.full((len(places), 1), LOWEST), history[-COMPARED:]
+        near = np.full((len(places), 1), LOWEST)
+        latest = history[-COMPARED:]
         if latest and places:
             ids = [catalogue.ids[place.row] for place in places]
             near = self.backend.cosines(ids, [catalogue.ids[row] for row in latest])
+        is_ranked = self.backend.metadata.ranking is not None and not cold
         reasons = []
         for at, place in enumerate(places):
-            nearest: dict[str, object] | None = None
+            nearest: Json | None = None
             best = int(near[at].argmax())
             if near[at, best] > LOWEST:
                 item = catalogue.item(latest[best])
                 nearest = {name: item[name] for name in ("item_id", "title") if name in item}
                 nearest["similarity"] = float(near[at, best])
-            ranked = place.score if self.backend.metadata.ranking is not None and not cold else None
-            scores = {
-                "retrieval_score": score_or_none(place.retrieved),
-                "ranking_score": score_or_none(ranked),
-            }
             reasons.append(
-                f',"explain":{to_json({"retrieval_rank": place.rank, **scores, "nearest": nearest})}'
+                {
+                    "retrieval_rank": place.rank,
+                    "retrieval_score": score_or_none(place.retrieved),
+                    "ranking_score": score_or_none(place.score) if is_ranked else None,
+                    "nearest": nearest,
+                }
             )
-        return f',"history":[{",".join(map(catalogue.show, history))}]', reasons
+        return reasons

@@ -1,15 +1,12 @@
-"""What goes over the wire: requests with their limits, answers, and errors, each of them one sentence."""
+"""Requests with their limits, answers, and errors, which are one sentence each."""
 
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-LOWEST = -3.4028234663852886e38  # float32's lowest: the bundles' score of an empty place
 MAX_BODY = 128 * 1024  # bytes: room for the longest history and exclusions with UUIDs as ids
-MAX_BATCH, MAX_BATCH_BODY = (
-    100,
-    1024 * 1024,
-)  # requests, and their bytes, in a body of /v1/recommend/batch
+MAX_BATCH = 100  # requests in a body of /v1/recommend/batch,
+MAX_BATCH_BODY = 1024 * 1024  # and their bytes
 
 Id = Annotated[str, Field(max_length=512)]
 Ids = Annotated[list[Id], Field(max_length=1000)]
@@ -103,4 +100,4 @@ class Problem(BaseModel):
 
 
 class UnavailableError(Exception):
-    """What answers cannot do so now: 503 with this sentence."""
+    """The models cannot answer now: 503 with this sentence."""

@@ -1,37 +1,79 @@
-"""The engine in service: a queue, the one thread that calls the models, and how the models are loaded.
+"""The engine in service: a queue, and the one thread that calls the models.
 
 - The thread takes what has queued while its last call ran, and answers it in one call: a lone request does not wait for
-  company, and there is no timer. (Waiting 1 ms for company was slower at every load.) Batches and expensive requests
-  take turns in calls of their own (rec/serving/lanes.py).
+  company, and there is no timer. (Waiting 1 ms for company was slower at every load.)
 - The queue is bounded: a request that finds it full is refused with 503 and Retry-After. Batches have a bound of their
   own, so that they refuse nobody else.
-- Bundles are loaded, warmed and checked before they answer. A request keeps the engine that it was checked against. If
-  anything fails, the old bundles stay, and `failed` says what and why.
-- Under `python -m rec.serve` each process loads once: supervisor.py swaps bundles by swapping processes.
+- A service loads its models once. New bundles are loaded by another process (rec/ops/serving/supervisor.py).
 """
 
 import asyncio
-import gc
-import queue
 import threading
 import time
-import traceback
+from collections import deque
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, NamedTuple, Protocol
 
 from starlette.exceptions import HTTPException
 
-from rec.bundles.files import Pair
-from rec.errors import UserError
-from rec.serving.answer import Backend, Engine
-from rec.serving.lanes import Job, Lanes
-from rec.serving.metrics import BATCH_SIZE, QUEUE, RELOADS, STAGE_SECONDS, VERSION
+from rec.serving.answer import SILENT, Backend, Engine, Observer
 from rec.serving.schemas import UnavailableError
 
+LARGEST = (
+    64  # requests of one call: larger calls cost as much per request, and the first waits longer
+)
 MAX_WAITING = 512  # a quarter of a second of plain requests; and as many of batches
 PATIENCE = 1.0  # seconds for which a batch waits for room in the queue
+
+
+class Job(NamedTuple):
+    """One request: an argument of a function that answers several in one call, and who waits for the answer."""
+
+    function: Callable[..., list[Any]]
+    argument: Any
+    future: asyncio.Future[Any]
+    queued: float
+    batch: object = None  # the same for all jobs of one batch
+
+
+class Queue(Protocol):
+    """The order in which waiting requests are answered. Only the thread of the models uses it, so it needs no locks."""
+
+    def __bool__(self) -> bool: ...
+    def add(self, job: Job) -> None: ...
+    def take(self) -> list[Job]:
+        """The jobs of the next call; none if all of them were cancelled."""
+
+    def can_be_interrupted(self, jobs: list[Job]) -> bool:
+        """Whether `take_urgent` has to be asked between the steps of a call for these jobs."""
+
+    def take_urgent(self) -> list[Job]:
+        """Jobs that do not wait for the end of the call that runs."""
+
+
+class Fifo:
+    """The default: requests in the order of their arrival, all that wait in one call."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[Job] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._jobs)
+
+    def add(self, job: Job) -> None:
+        self._jobs.append(job)
+
+    def take(self) -> list[Job]:
+        jobs = [self._jobs.popleft() for _ in range(min(LARGEST, len(self._jobs)))]
+        return [job for job in jobs if not job.future.cancelled()]
+
+    def can_be_interrupted(self, jobs: list[Job]) -> bool:
+        return False
+
+    def take_urgent(self) -> list[Job]:
+        return []
 
 
 def overloaded() -> HTTPException:
@@ -41,19 +83,24 @@ def overloaded() -> HTTPException:
 
 
 class Service:
-    def __init__(self, find: Callable[[], Pair], load: Callable[[Pair], Backend]) -> None:
-        """`find` says which bundles the references mean now, `load` loads those; both may raise UserError."""
-        self._find, self._load = find, load
+    def __init__(
+        self, load: Callable[[], Backend], queue: Queue | None = None, observer: Observer = SILENT
+    ) -> None:
+        """`load` loads the models, see `Service.load`."""
+        self._load = load
+        self._observer = observer
         self.engine: Engine | None = None
-        self.failed: dict[str, Any] | None = None
-        # Loads what the references mean now and returns its versions; a supervised process asks its parent instead.
-        self.reload: Callable[[], dict[str, int]] = self._reload
-        self._reloading = threading.Lock()
-        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._lanes = Lanes()  # the thread's own
+        self.failed: dict[str, Any] | None = None  # newer bundles that could not be loaded
+        self._arrived: SimpleQueue[Job] = SimpleQueue()
+        self._queue = Fifo() if queue is None else queue  # the thread's own
         self._waiting = 0
         self._in_batches = 0  # of those that wait
         threading.Thread(target=self._work, name="model", daemon=True).start()
+
+    def load(self) -> None:
+        """Loads the models and brings them into service. Raises UserError, or whatever loading raises."""
+        self.engine = Engine.warm(self._load(), self._observer)
+        self._observer.loaded(self.engine.versions)
 
     @property
     def ready(self) -> Engine:
@@ -64,12 +111,10 @@ class Service:
         return self.engine
 
     # --------------------------------------------------------------------------------------------------------
-    # Questions
+    # In the event loop
 
     async def wait_for_room(self, size: int) -> None:
         """Waits until a batch of this size fits into the queue: a client that is refused at once asks again at once.
-
-        Call it before an engine is chosen, which may be closed meanwhile.
 
         Raises:
           HTTPException: 503, because there is no room within a second.
@@ -80,8 +125,8 @@ class Service:
                 raise overloaded()
             await asyncio.sleep(PATIENCE / 20)
 
-    async def ask(self, engine: Engine, method: str, *arguments: Any) -> list[Any]:
-        """What the engine's method answers to each of the arguments.
+    async def ask(self, function: Callable[..., list[Any]], *arguments: Any) -> list[Any]:
+        """What a method of the engine answers to each of the arguments.
 
         Raises:
           HTTPException: 503, because too many requests wait already.
@@ -90,139 +135,75 @@ class Service:
         alike = self._in_batches if in_batch else self._waiting - self._in_batches
         if alike + len(arguments) > MAX_WAITING:
             raise overloaded()
-        loop, now = asyncio.get_running_loop(), time.perf_counter()
+        loop = asyncio.get_running_loop()
+        now = time.perf_counter()
         futures = [loop.create_future() for _ in arguments]
         self._waiting += len(futures)
         self._in_batches += in_batch
         batch = object() if in_batch else None
         try:
             for argument, future in zip(arguments, futures, strict=True):
-                self._jobs.put(Job(engine, method, argument, future, now, batch))
+                self._arrived.put(Job(function, argument, future, now, batch))
             return [await future for future in futures]
         except UnavailableError as error:
             raise HTTPException(503, str(error), {"Retry-After": "2"}) from error
         finally:
             self._waiting -= len(futures)
             self._in_batches -= in_batch
-            if not self._waiting:  # the next call sets it otherwise
-                QUEUE.set(0)
+            if not self._waiting:  # the next call reports it otherwise
+                self._observer.waiting(0)
             for future in futures:
-                future.cancel()  # where the client has hung up: the thread passes over it
+                future.cancel()  # if the client has hung up, the thread passes over it
+
+    # --------------------------------------------------------------------------------------------------------
+    # In the thread of the models
 
     def _work(self) -> None:
-        """The thread of the models."""
         while True:
-            if not self._lanes:
-                self._lanes.add(self._jobs.get())
+            if not self._queue:
+                self._queue.add(self._arrived.get())
             self._sort()
-            self._call(self._lanes.take())
+            self._call(self._queue.take())
 
     def _sort(self) -> None:
-        while not self._jobs.empty():
-            self._lanes.add(self._jobs.get())
+        while not self._arrived.empty():
+            self._queue.add(self._arrived.get())
 
-    def _call_plain(self) -> None:
-        """Answers the plain requests that have arrived, between the steps of a longer call."""
+    def _call_urgent(self) -> None:
+        """Answers what has arrived and is urgent, between the steps of a longer call."""
         self._sort()
-        self._call(self._lanes.take_plain())
+        self._call(self._queue.take_urgent())
 
     def _call(self, jobs: list[Job]) -> None:
-        groups: dict[tuple[Engine, str, bool], list[Job]] = {}
+        by_function: dict[Callable[..., list[Any]], list[Job]] = {}
         for job in jobs:
-            groups.setdefault((job.engine, job.method, job.is_plain), []).append(job)
-        for (engine, method, is_plain), group in groups.items():
-            STAGE_SECONDS.labels("queue").observe(time.perf_counter() - group[0].queued)
-            function = getattr(engine, method)
-            if method == "recommend" and not is_plain:
-                function = partial(function, between=self._call_plain)
+            by_function.setdefault(job.function, []).append(job)
+        for function, group in by_function.items():
+            self._observer.stage("queue", time.perf_counter() - group[0].queued)
+            if self._queue.can_be_interrupted(group):
+                function = partial(function, between=self._call_urgent)
             self._answer(function, group)
 
     def _answer(self, function: Callable[[list[Any]], list[Any]], group: list[Job]) -> None:
-        BATCH_SIZE.observe(len(group))
-        QUEUE.set(self._waiting)
+        self._observer.call(len(group))
+        self._observer.waiting(self._waiting)
         try:
             answers = function([job.argument for job in group])
         except Exception as error:
-            if len(group) > 1 and not isinstance(
-                error, UnavailableError
-            ):  # one is to blame: the others get answers
+            may_be_of_one = not isinstance(error, UnavailableError)
+            if may_be_of_one and len(group) > 1:  # the others get answers
                 for job in group:
                     self._answer(function, [job])
                 return
             answers = [error] * len(group)
-        loop = group[0].future.get_loop() if group[0].future else None
-        if loop is None:
-            self._tidy()
-        elif not loop.is_closed():
+        loop = group[0].future.get_loop()
+        if not loop.is_closed():
             loop.call_soon_threadsafe(_deliver, group, answers)
-
-    # --------------------------------------------------------------------------------------------------------
-    # Bundles
-
-    def load(self) -> None:
-        """Takes into service what the references mean now.
-
-        Raises:
-          UserError: another load is under way, or this one fails; what was in service stays.
-        """
-        if not self._reloading.acquire(blocking=False):
-            raise UserError("another reload is under way")
-        pair = None
-        try:
-            pair = self._find()
-            engine = Engine.warm(self._load(pair))
-        except Exception as error:
-            refusal = self._refusal(pair, error)
-            raise refusal from (None if refusal is error else error)
-        else:
-            old = self.engine
-            self.engine = engine  # the step
-            self.failed = None
-            for stage in ("retrieval", "ranking"):
-                VERSION.labels(stage).set(engine.versions.get(stage, 0))
-            if old is not None:  # closed behind all that still need it
-                self._jobs.put(Job(old, "close", engine, None, time.perf_counter()))
-            self._tidy()
-        finally:
-            self._reloading.release()
-
-    def _refusal(self, pair: Pair | None, error: Exception) -> UserError:
-        """Says in `failed` what could not be loaded and why; the same as a sentence."""
-        named = ", ".join(str(path) for path in pair or () if path)
-        self.failed = {
-            "bundles": named,
-            "error": str(error),
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "attempts": 1,
-        }
-        if isinstance(error, UserError):
-            return error
-        if not isinstance(error, UnavailableError):
-            traceback.print_exception(error)
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return UserError(f"{named} cannot be taken into service: {reason}")
-
-    def _reload(self) -> dict[str, int]:
-        try:
-            self.load()
-        except UserError:
-            RELOADS.labels("failed").inc()
-            raise
-        RELOADS.labels("done").inc()
-        return self.ready.versions
-
-    @staticmethod
-    def _tidy() -> None:
-        """Collects garbage, then leaves all that is left out of later collections: a full one takes 0.2 s."""
-        gc.unfreeze()
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 50, 100)
 
 
 def _deliver(group: list[Job], answers: list[Any]) -> None:
     for job, answer in zip(group, answers, strict=True):
-        if job.future is None or job.future.done():
+        if job.future.done():
             continue
         if isinstance(answer, Exception):
             job.future.set_exception(answer)

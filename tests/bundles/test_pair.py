@@ -32,7 +32,7 @@ def test_the_candidates_come_in_the_rankers_order_and_the_others_behind(arrays: 
         [0, 1, 2, 3],  # nothing is known about this user: retrieval's order
     ]
     assert ranks == [[2, 3, 1, 4], [2, 1, 3, 4], [1, 2, 3, 4]]
-    assert np.array_equal(np.array(scores[0], np.float32), np.float32([0.3, 0.3, 0.1, LOWEST]))
+    assert scores[0] == pytest.approx([0.3, 0.3, 0.1, LOWEST])
     assert scores[1][2:] == [LOWEST, LOWEST] and scores[2] == [4, 3, 2, LOWEST]
     assert retrieved[0] == [8, 7, 9, 6] and cold == COLD.tolist()
 

@@ -16,6 +16,7 @@ from rec.config import Config
 from rec.errors import UserError
 from rec.ops import promotion
 from rec.ops.registry import WandbStore
+from rec.ops.serving.start import find_pair
 from rec.ops.tracking import track
 from tests.conftest import Trained, run
 from tests.small import bundle_metadata
@@ -199,7 +200,7 @@ def test_a_download_is_kept_by_its_digest_and_a_damaged_one_is_refused(
         monkeypatch.setattr(
             sys, "argv", ["rec.serve", "--ranking-wandb", "team/rec/ranking_bundle:v0"]
         )
-        retrieval, ranking = serve.find_pair(serve.parse())
+        retrieval, ranking = find_pair(serve.parse())
         assert ranking is not None
         assert [read_metadata(each) for each in (retrieval, ranking)] == [
             read_metadata(each) for each in pairs[:2]

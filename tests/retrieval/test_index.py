@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from rec import LOWEST
 from rec.errors import UserError
-from rec.retrieval.index import LOWEST, ExactIndex, ScannIndex, build_index
+from rec.retrieval.index import ExactIndex, ScannIndex, build_index
 
 ROWS, DIMENSION = 5000, 17
 

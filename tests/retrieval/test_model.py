@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from rec import LOWEST
 from rec.config import ResolvedRetrieval
 from rec.errors import UserError
 from rec.features import PAD, START, recent_items
@@ -11,7 +12,7 @@ from rec.retrieval.encoders import ENCODERS, LENGTH_POWER
 from rec.retrieval.loss import UNOBSERVED, SampledSoftmax
 from rec.retrieval.model import RetrievalModel
 from rec.retrieval.popularity import fit_cold_start
-from rec.retrieval.scoring import LOWEST, best_unseen
+from rec.retrieval.scoring import best_unseen
 from rec.retrieval.towers import history_tokens
 from tests.small import corpus
 

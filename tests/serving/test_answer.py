@@ -1,6 +1,5 @@
 """The catalogue: what is shown of an item, and which items a filter lets through."""
 
-import json
 import shutil
 from datetime import UTC, datetime
 from typing import Any
@@ -12,12 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
 
+from rec import LOWEST
 from rec.bundles import files
 from rec.bundles.recommender import Recommender
 from rec.serving.answer import Catalogue, is_among
 from rec.serving.app import create_app
-from rec.serving.gate import Tokens
-from rec.serving.schemas import LOWEST
 from rec.serving.service import Service
 from tests.conftest import Trained, rewrite
 
@@ -39,7 +37,7 @@ def catalogue() -> Catalogue:
 
 
 def test_what_json_cannot_hold_is_null(catalogue: Catalogue) -> None:
-    shown = [json.loads(catalogue.show(row, 0.5)) for row in range(4)]
+    shown = [catalogue.show(row, 0.5) for row in range(4)]
     assert shown[0] == {
         "item_id": "a",
         "score": 0.5,
@@ -55,7 +53,7 @@ def test_what_json_cannot_hold_is_null(catalogue: Catalogue) -> None:
 
 @pytest.mark.parametrize("score", [None, LOWEST, float("nan"), float("inf"), float("-inf")])
 def test_a_score_that_is_none_is_null(catalogue: Catalogue, score: float | None) -> None:
-    assert json.loads(catalogue.show(0, score))["score"] is None
+    assert catalogue.show(0, score)["score"] is None
 
 
 @pytest.mark.parametrize(
@@ -122,9 +120,9 @@ def typed(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> TestCli
         items = items.append_column(name, pa.concat_arrays([values, nothing]))
     pq.write_table(items, path)
     rewrite(path.parent)
-    service = Service(lambda: files.find_pair(savedmodels), lambda pair: Recommender.load(*pair))
+    service = Service(lambda: Recommender.load(*files.find_pair(savedmodels)))
     service.load()
-    return TestClient(create_app(service, Tokens()), raise_server_exceptions=False)
+    return TestClient(create_app(service), raise_server_exceptions=False)
 
 
 def recommended(client: TestClient, **wanted: list[Any]) -> Any:

@@ -14,11 +14,11 @@ import pandas as pd
 import pytest
 import uvicorn
 
-from rec import serve
 from rec.bundles import files
 from rec.bundles.recommender import Recommender
-from rec.serving.app import create_app
-from rec.serving.gate import Tokens
+from rec.ops.serving.front import guarded_app
+from rec.ops.serving.gate import Tokens
+from rec.ops.serving.start import listen
 from rec.serving.service import Service
 from tests.conftest import Trained, rewrite
 
@@ -46,9 +46,9 @@ HOSTILE = "<img src=x onerror=\"document.title='owned'\">'\"&amp;"
 @contextmanager
 def running(service: Service, tokens: Tokens) -> Iterator[str]:
     """The address of a server with this service."""
-    listener = serve.listen("127.0.0.1", 0)
+    listener = listen("127.0.0.1", 0)
     server = uvicorn.Server(
-        uvicorn.Config(create_app(service, tokens), lifespan="off", log_level="warning")
+        uvicorn.Config(guarded_app(service, tokens), lifespan="off", log_level="warning")
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -70,7 +70,7 @@ def service(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Servi
     items.loc[0, "title"] = HOSTILE
     items.to_parquet(path, index=False)
     rewrite(path.parent)
-    service = Service(lambda: files.find_pair(bundles), lambda pair: Recommender.load(*pair))
+    service = Service(lambda: Recommender.load(*files.find_pair(bundles)))
     service.load()
     return service
 
@@ -411,7 +411,7 @@ def test_a_token_is_asked_for_and_kept_for_this_tab_only(browser: Chrome, servic
 
 
 def test_it_waits_for_models_that_are_being_loaded(browser: Chrome, service: Service) -> None:
-    loading = Service(lambda: (Path(), None), lambda _: service.ready.backend)
+    loading = Service(lambda: service.ready.backend)
     with running(loading, Tokens()) as address:
         page = Page(browser, address).open("#user=u7")
         page.until(lambda: "being loaded" in page.text("#note"))

@@ -1,13 +1,12 @@
-"""When are new bundles loaded? The references are looked at again and again, and no failure ends that.
+"""Decides when new bundles are loaded. It looks at the references again and again, and no failure ends that.
 
-- A look finds which bundles the references mean now. Any exception of a look is reported, and the next looks come with
-  growing delays, up to a minute.
-- New bundles are loaded once two looks in a row have seen the same files: a directory that is still being copied is
-  waited for.
-- Bundles that were refused are tried again when their files have changed, and otherwise with growing delays.
+- A look finds which bundles the references mean now. If it fails, that is reported, and the delays before the next
+  looks grow, up to a minute.
+- New bundles are loaded once two looks in a row have seen the same files, so not while a directory is being copied.
+- Bundles that could not be loaded are tried again when their files have changed, and otherwise with growing delays.
 - What failed last is `failed` here, in /v1/models, the metrics and the log, until a look or a load succeeds.
 
-Nothing here loads models or waits: the supervisor does, and says what came of it and when.
+Nothing here loads models or waits. The supervisor does, and reports the outcome and the time.
 """
 
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 
 from rec.bundles.files import Pair
 from rec.errors import UserError
-from rec.serving.metrics import FOLLOWED, LOOKS_FAILED, RELOADS
+from rec.ops.serving.metrics import FOLLOWED, LOOKS_FAILED, RELOADS
 
 SETTLE = 2.0  # seconds at most between the two looks that must see the same files
 LONGEST_DELAY = 60.0  # seconds
@@ -32,7 +31,7 @@ Files = frozenset[
 
 @dataclass(frozen=True)
 class Seen:
-    """What the references meant at a look, and what lay there."""
+    """What the references meant at a look, and the files there."""
 
     pair: Pair
     files: Files

@@ -1,6 +1,6 @@
-"""A stand-in for tensorflow_model_server's REST port, as far as rec/serving/tf_serving.py and the README use it.
+"""A stand-in for tensorflow_model_server's REST port, as far as rec/ops/serving/tf_serving.py and the README use it.
 
-    python tests/serving/tf_serving_fixture.py [--no-scann] retrieval=savedmodels/retrieval/3 ranking=...
+    python tests/ops/serving/tf_serving_fixture.py [--no-scann] retrieval=savedmodels/retrieval/3 ranking=...
 
 prints the port that it listens on, on the loopback address, and serves until it is ended. Written from TensorFlow's
 description (tensorflow.org/tfx/serving/api_rest) and the source of TF Serving's json_tensor.cc; the bundles run through
@@ -26,7 +26,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent.parent))
 from tests.c_api import SavedModelSession  # noqa: E402
 
 PATH = re.compile(r"/v1/models/(?P<name>[^/:]+)(/versions/(?P<version>\d+))?(?P<verb>:predict)?")

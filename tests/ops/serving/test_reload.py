@@ -8,10 +8,10 @@ import pytest
 from rec.bundles.files import Pair, find_pair
 from rec.bundles.metadata import verify
 from rec.errors import UserError
-from rec.serving.metrics import exposition
-from rec.serving.reload import LONGEST_DELAY, Follower, look
+from rec.ops.serving.metrics import exposition
+from rec.ops.serving.reload import LONGEST_DELAY, Follower, look
 from tests.conftest import Trained, rewrite
-from tests.serving.test_app import publish_ranking
+from tests.ops.serving.test_front import publish_ranking
 
 
 @pytest.fixture

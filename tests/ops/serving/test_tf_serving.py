@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from rec import LOWEST
 from rec.bundles.metadata import PairMetadata
 from rec.bundles.pair import Candidates
 from rec.bundles.recommender import Recommender
 from rec.errors import UserError
+from rec.ops.serving.tf_serving import TfServing, connect
 from rec.serving.app import create_app
-from rec.serving.gate import Tokens
-from rec.serving.schemas import LOWEST, UnavailableError
+from rec.serving.schemas import UnavailableError
 from rec.serving.service import Service
-from rec.serving.tf_serving import TfServing, connect
 from tests.conftest import ROOT, Trained, environment, rewrite
 
 BATCH: tuple[list[str], list[list[str] | None], list[list[str]]] = (
@@ -78,7 +78,7 @@ def local(pair: tuple[Path, Path]) -> Recommender:
 def fleet(replica: str, pair: tuple[Path, Path]) -> Iterator[TfServing]:
     fleet = connect([replica], *pair)
     yield fleet
-    fleet.close()
+    fleet.client.close()
 
 
 def equal(mine: Candidates, theirs: Candidates) -> bool:
@@ -327,9 +327,9 @@ def test_the_command_answers_from_a_fleet_without_tensorflow(
 
 
 def test_the_api_says_in_one_sentence_that_the_fleet_is_down(fleet: TfServing, nobody: str) -> None:
-    service = Service(lambda: (Path(), None), lambda _: fleet)
+    service = Service(lambda: fleet)
     service.load()
-    client = TestClient(create_app(service, Tokens()))
+    client = TestClient(create_app(service))
     assert client.get("/v1/users/u7/recommendations").status_code == 200
     fleet.replicas[:] = [nobody]
     answer = client.get("/v1/users/u7/recommendations")

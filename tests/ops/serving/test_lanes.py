@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from starlette.exceptions import HTTPException
 
+from rec.ops.serving.lanes import FEW, Lanes
 from rec.serving import service as service_module
-from rec.serving.lanes import FEW, LARGEST, Job, Lanes
 from rec.serving.schemas import RecommendRequest
-from rec.serving.service import MAX_WAITING, Service
+from rec.serving.service import LARGEST, MAX_WAITING, Job, Service
 
 FILTERED, EXPLAINED = {"filter": {"genres": ["Drama"]}}, {"explain": True}
 
@@ -29,11 +29,10 @@ class Queue:
 
     def __init__(self) -> None:
         self.lanes, self.loop = Lanes(), asyncio.new_event_loop()
-        self.engine: Any = object()
 
     def add(self, name: str, batch: object = None, **what: Any) -> Job:
         future = self.loop.create_future()
-        job = Job(self.engine, "recommend", request(name, **what), future, 0.0, batch)
+        job = Job(list, request(name, **what), future, 0.0, batch)
         self.lanes.add(job)
         return job
 
@@ -80,30 +79,9 @@ def test_what_is_cancelled_takes_no_place(queue: Queue) -> None:
     jobs = [queue.add(f"a{number}", batch="a") for number in range(FEW + 2)]
     single = queue.add("one")
     for job in [*jobs[:FEW], single]:
-        assert job.future is not None
         job.future.cancel()
     assert queue.take() == []
     assert queue.take() == [f"a{FEW}", f"a{FEW + 1}"] and not queue.lanes
-
-
-def test_an_engine_ends_after_all_that_needs_it(queue: Queue) -> None:
-    old, new = object(), object()
-    queue.engine = old
-    for number in range(FEW + 1):
-        queue.add(f"batch{number}", batch="a")
-    queue.add("old")
-    end = Job(old, "close", None, None, 0.0)  # type: ignore[arg-type]
-    queue.lanes.add(end)
-    queue.engine = new
-    queue.add("new", batch="b")
-    taken = [queue.lanes.take() for _ in range(4)]
-    assert [end in jobs for jobs in taken] == [False, False, False, True]
-    assert [names(jobs) for jobs in taken[:3]] == [
-        ["old"],
-        ["batch0", "new", "batch1", "batch2"],
-        ["batch3", "batch4"],
-    ]
-    assert not queue.lanes
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -130,9 +108,7 @@ class Recording:
 
 
 def unloaded() -> Service:
-    return Service(
-        lambda: pytest.fail("not to be called"), lambda _: pytest.fail("not to be called")
-    )
+    return Service(lambda: pytest.fail("not to be called"), Lanes())
 
 
 @pytest.mark.parametrize("what", [FILTERED, {}], ids=["filtered", "plain"])
@@ -141,9 +117,9 @@ def test_a_single_request_is_answered_in_the_midst_of_a_batch(what: dict[str, An
 
     async def ask() -> list[list[str]]:
         batch = [request(f"batch{number}", **what) for number in range(100)]
-        first = asyncio.create_task(service.ask(engine, "recommend", *batch))  # type: ignore[arg-type]
+        first = asyncio.create_task(service.ask(engine.recommend, *batch))
         await asyncio.to_thread(engine.is_called.wait, 10)
-        single = asyncio.create_task(service.ask(engine, "recommend", request("single")))  # type: ignore[arg-type]
+        single = asyncio.create_task(service.ask(engine.recommend, request("single")))
         await asyncio.sleep(0)  # it is in the queue
         engine.let.set()
         return await asyncio.gather(first, single)
@@ -157,11 +133,11 @@ def test_eight_batches_delay_a_filtered_request_by_two_calls() -> None:
     service, engine = unloaded(), Recording()
 
     async def ask() -> None:
-        asked = [service.ask(engine, "recommend", request("first", **FILTERED))]  # type: ignore[arg-type]
+        asked = [service.ask(engine.recommend, request("first", **FILTERED))]
         for name in "abcdefgh":
             batch = [request(f"{name}{number}", **FILTERED) for number in range(50)]
-            asked.append(service.ask(engine, "recommend", *batch))  # type: ignore[arg-type]
-        asked.append(service.ask(engine, "recommend", request("single", **FILTERED)))  # type: ignore[arg-type]
+            asked.append(service.ask(engine.recommend, *batch))
+        asked.append(service.ask(engine.recommend, request("single", **FILTERED)))
         tasks = [asyncio.create_task(each) for each in asked]
         await asyncio.to_thread(engine.is_called.wait, 10)
         engine.let.set()
@@ -181,14 +157,14 @@ def test_batches_that_do_not_fit_wait_and_refuse_nobody_else(
 
     async def ask() -> None:
         fitting = [
-            asyncio.create_task(service.ask(engine, "recommend", *batch))  # type: ignore[arg-type]
+            asyncio.create_task(service.ask(engine.recommend, *batch))
             for _ in range(MAX_WAITING // 100)
         ]
         await asyncio.to_thread(engine.is_called.wait, 10)
         await service.wait_for_room(MAX_WAITING % 100)
         with pytest.raises(HTTPException, match="overloaded"):
             await service.wait_for_room(100)
-        single = asyncio.create_task(service.ask(engine, "recommend", request("single")))  # type: ignore[arg-type]
+        single = asyncio.create_task(service.ask(engine.recommend, request("single")))
         monkeypatch.setattr(service_module, "PATIENCE", 10.0)
         room = asyncio.create_task(service.wait_for_room(100))
         await asyncio.sleep(0)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Trained
-from tests.serving.test_app import publish_ranking
-from tests.serving.test_load import Running
+from tests.ops.serving.test_front import publish_ranking
+from tests.ops.serving.test_load import Running
 
 PATH = "/v1/users/u7/recommendations?k=3"
 

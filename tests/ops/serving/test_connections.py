@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from rec.serving.connections import (
+from rec.ops.serving.connections import (
     MAX_HEADERS,
     Limited,
     LimitedH11,

@@ -11,8 +11,8 @@ import pytest
 
 from rec.data_prep import dummy, movielens, tabular
 from rec.data_prep.dataset import open_dataset
-from rec.data_prep.engine import Spark
 from rec.errors import UserError
+from rec.ops.spark import Spark
 from tests.conftest import run
 
 COMMANDS = {"movielens": movielens, "tabular": tabular}

@@ -5,28 +5,23 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from rec.bundles.files import Pair
 from rec.errors import UserError
-from rec.serving.app import create_app
-from rec.serving.connections import MAX_HEADERS
-from rec.serving.gate import MAX_URL, RELOAD, Tokens
+from rec.ops.serving.connections import MAX_HEADERS
+from rec.ops.serving.front import guarded_app
+from rec.ops.serving.gate import MAX_URL, RELOAD, Tokens
 from rec.serving.service import Service
 
 CLOSED, NO_MODELS = (401, 403), 503
 
 
-def never_found() -> Pair:
-    raise AssertionError("no model is needed here")
-
-
-SERVICE = Service(never_found, never_found)  # type: ignore[arg-type]
+SERVICE = Service(lambda: pytest.fail("no model is needed here"))
 
 
 def status(
     tokens: Tokens, path: str, token: str | bytes | None = None, scheme: str = "Bearer"
 ) -> int:
     """Of a server without models, which answers 503 to what it lets pass."""
-    client = TestClient(create_app(SERVICE, tokens))
+    client = TestClient(guarded_app(SERVICE, tokens))
     sent = token.encode() if isinstance(token, str) else token
     headers = {} if sent is None else {b"Authorization": scheme.encode() + b" " + sent}
     response = (
@@ -170,14 +165,14 @@ def test_an_address_has_one_meaning_and_a_limit(path: str, expected: int) -> Non
 
 
 def test_no_line_break_leads_past_the_admin_token() -> None:
-    client = TestClient(create_app(SERVICE, Tokens(api=("user",), admin=("boss",))))
+    client = TestClient(guarded_app(SERVICE, Tokens(api=("user",), admin=("boss",))))
     headers = {"Authorization": "Bearer user"}
     assert client.post(RELOAD, headers=headers).status_code == 401
     assert client.post(f"{RELOAD}%0A", headers=headers).status_code == 404
 
 
 def test_a_token_is_sent_once() -> None:
-    client = TestClient(create_app(SERVICE, Tokens(api=("right",))))
+    client = TestClient(guarded_app(SERVICE, Tokens(api=("right",))))
     for tokens in (("right", "wrong"), ("wrong", "right"), ("right", "right")):
         headers = [("Authorization", f"Bearer {token}") for token in tokens]
         response = client.get("/v1/models", headers=headers)
@@ -186,7 +181,7 @@ def test_a_token_is_sent_once() -> None:
 
 
 def test_there_are_not_too_many_headers() -> None:
-    client = TestClient(create_app(SERVICE, Tokens()))
+    client = TestClient(guarded_app(SERVICE, Tokens()))
     for number, expected in ((MAX_HEADERS - 10, 200), (MAX_HEADERS + 1, 431)):
         headers = {f"X-{at}": "" for at in range(number)}
         assert client.get("/healthz", headers=headers).status_code == expected

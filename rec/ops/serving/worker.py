@@ -1,6 +1,6 @@
-"""One process of a server: loads its bundles, answers, and ends when it is told to or when its parent has died.
+"""One process of a server: loads its bundles, answers, and ends on SIGTERM or when its parent has died.
 
-It talks to the supervisor over a connection, in pairs of a kind and a value:
+It sends and receives pairs of a kind and a value, over its connection to the supervisor:
 
 - to the supervisor: ("ready", versions) once it listens with its models loaded, or ("refused", sentence); ("beat",
   None) every second from the event loop; ("reload", None) when a client asks for it.
@@ -8,6 +8,7 @@ It talks to the supervisor over a connection, in pairs of a kind and a value:
 """
 
 import asyncio
+import gc
 import os
 import queue
 import shutil
@@ -15,6 +16,7 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
@@ -23,18 +25,21 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
+from rec.bundles.files import Pair
 from rec.errors import UserError
-from rec.serving.connections import http_settings
-from rec.serving.metrics import DIRECTORY
+from rec.ops.serving.connections import http_settings
+from rec.ops.serving.metrics import DIRECTORY
+from rec.ops.serving.reload import names
+from rec.serving.schemas import UnavailableError
 from rec.serving.service import Service
 
-GRACE = 10.0  # seconds for what is in flight, before a process is killed
-LINGER = 1.0  # seconds in which connections may end by themselves; each answer says that its connection closes
+GRACE = 10.0  # seconds to finish requests, before a process is killed
+LINGER = 1.0  # seconds for clients to close their connections: each answer tells them to
 BEAT = 1  # seconds between signs of life
 
 
 class Server(uvicorn.Server):
-    """uvicorn, but it says when it listens, and as it ends, clients that have just sent a request get their answer."""
+    """uvicorn that reports when it listens. When it ends, clients that have just sent a request get their answer."""
 
     def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
         super().__init__(config)
@@ -58,9 +63,10 @@ class Server(uvicorn.Server):
 class Supervision:
     """The worker's end of its connection to the supervisor."""
 
-    def __init__(self, connection: Connection, service: Service) -> None:
+    def __init__(self, connection: Connection, service: Service, pair: Pair) -> None:
         self._connection = connection
         self._service = service
+        self._pair = pair
         self._sending = threading.Lock()
         self._preparing = threading.Lock()
         self._missing = {"models", "listening"}  # until it is ready
@@ -78,7 +84,7 @@ class Supervision:
         self.send("beat")
 
     def reload(self) -> dict[str, int]:
-        """Has the supervisor reload, and returns the new versions. Raises UserError if the old ones stay."""
+        """Asks the supervisor to reload; returns the new versions. Raises UserError if the old ones stay."""
         if not self._reloading.acquire(blocking=False):
             raise UserError("another reload is under way")
         try:
@@ -91,15 +97,28 @@ class Supervision:
         return outcome
 
     def load(self) -> None:
+        """Has the service load its models. If it cannot, this process ends."""
         try:
             self._service.load()
-        except UserError as error:
-            self.send("refused", str(error))
+        except Exception as error:
+            self.send("refused", self._refusal(error))
             os._exit(1)
-        self.has("models")
+        # A full collection takes 0.2 s: what is there now is left out of later ones.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 50, 100)
+        self.note("models")
 
-    def has(self, part: str) -> None:
-        """One of the two things that make a process ready; the second one is reported."""
+    def _refusal(self, error: Exception) -> str:
+        if isinstance(error, UserError):
+            return str(error)
+        if not isinstance(error, UnavailableError):
+            traceback.print_exception(error)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"{names(self._pair)} cannot be taken into service: {reason}"
+
+    def note(self, part: str) -> None:
+        """Notes one of the two things that make a process ready, and reports the second one."""
         with self._preparing:
             self._missing.discard(part)
             is_ready = not self._missing
@@ -107,7 +126,7 @@ class Supervision:
             self.send("ready", self._service.ready.versions)
 
     def listen(self) -> None:
-        """Until the parent dies. Then this process ends as if it had been told to."""
+        """Receives until the parent dies. Then this process ends as on SIGTERM."""
         try:
             while True:
                 kind, value = self._connection.recv()
@@ -135,17 +154,13 @@ def one_core() -> Iterator[None]:
                 os.sched_setaffinity(int(task), cores)
 
 
-def run(
-    service: Service, app: ASGIApp, listener: socket.socket, connection: Connection, at_once: bool
-) -> None:
+def run(supervision: Supervision, app: ASGIApp, listener: socket.socket, at_once: bool) -> None:
     """Loads and answers until SIGTERM.
 
     Args:
       listener: a socket that listens, which other processes may share.
       at_once: answer while loading too, with 503 and a healthy /healthz; otherwise connections wait for the models.
     """
-    supervision = Supervision(connection, service)
-    service.reload = supervision.reload
     threading.Thread(target=supervision.listen, daemon=True).start()
     loading = threading.Thread(target=supervision.load, daemon=True)
     if at_once:
@@ -163,5 +178,5 @@ def run(
         timeout_notify=BEAT,
         **http_settings(),
     )
-    Server(config, lambda: supervision.has("listening")).run(sockets=[listener])
+    Server(config, lambda: supervision.note("listening")).run(sockets=[listener])
     os._exit(0)  # a thread may still be loading, which must not keep the process

@@ -1,7 +1,7 @@
-"""What /metrics tells Prometheus.
+"""The numbers at /metrics, for Prometheus.
 
 The processes of a server share their numbers through files in PROMETHEUS_MULTIPROC_DIR. Each process has a slot
-(REC_SLOT), which its successor takes over when it has ended: counters go on, and the number of files stays small.
+(REC_SLOT). When it ends, its successor gets the slot: counters continue, and the number of files stays small.
 """
 
 import os
@@ -17,6 +17,8 @@ from prometheus_client import (
     values,
 )
 
+from rec.serving.answer import Observer
+
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 SLOT = "REC_SLOT"
 
@@ -30,19 +32,18 @@ REQUESTS = Counter("rec_requests", "Requests answered.", ["address", "status"])
 REQUEST_SECONDS = Histogram(
     "rec_request_seconds", "From the request to its answer.", ["address"], buckets=SECONDS
 )
-# queue: the longest wait of a batch; model: the TensorFlow calls; answer: choosing and writing JSON,
-# and the plain requests that are answered between its steps.
+# The stage `answer` includes the plain requests that are answered between its steps.
 STAGE_SECONDS = Histogram("rec_stage_seconds", "Each stage of a batch.", ["stage"], buckets=SECONDS)
 BATCH_SIZE = Histogram(
     "rec_batch_size", "Requests that shared a call.", buckets=(1, 2, 4, 8, 16, 32, 64)
 )
 QUEUE = Gauge("rec_queue", "Requests waiting or being answered.", multiprocess_mode="livesum")
-HUNG_UP = Counter("rec_hung_up", "Requests dropped because their client had gone.")
-COLD = Counter("rec_cold_starts", "Answers of popular items, to users of whom nothing is known.")
+HUNG_UP = Counter("rec_hung_up", "Requests dropped because their client had hung up.")
+COLD = Counter("rec_cold_starts", "Answers of popular items, for users of whom nothing is known.")
 RELOADS = Counter("rec_reloads", "Attempts to take new bundles into service.", ["result"])
 VERSION = Gauge(
     "rec_model_version",
-    "The version that answers; 0: there is none.",
+    "The version that answers; 0 if there is none.",
     ["stage"],
     multiprocess_mode="livemin",
 )
@@ -57,8 +58,28 @@ FOLLOWED = Gauge(
 WORKERS = Gauge("rec_workers", "Processes that are ready to answer.", multiprocess_mode="max")
 
 
+class Prometheus(Observer):
+    """Counts what a service does."""
+
+    def loaded(self, versions: dict[str, int]) -> None:
+        for stage in ("retrieval", "ranking"):
+            VERSION.labels(stage).set(versions.get(stage, 0))
+
+    def waiting(self, requests: int) -> None:
+        QUEUE.set(requests)
+
+    def call(self, requests: int) -> None:
+        BATCH_SIZE.observe(requests)
+
+    def stage(self, name: str, seconds: float) -> None:
+        STAGE_SECONDS.labels(name).observe(seconds)
+
+    def cold_starts(self, answers: int) -> None:
+        COLD.inc(answers)
+
+
 def exposition() -> bytes:
-    """All of it as text."""
+    """All numbers as text."""
     if DIRECTORY not in os.environ:
         return generate_latest()
     registry = CollectorRegistry()

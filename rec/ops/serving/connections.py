@@ -4,10 +4,10 @@
 
 - A client has a time for the request line and headers (the head), for a body, and to take its answer.
 - The head has a limit in bytes. What exceeds a limit is answered with one JSON sentence, and the connection ends.
-- The number of connections stays below the file descriptors of the process. If it is reached, the connection that has
-  been without a whole request for longest makes room for the newcomer.
+- The number of connections stays below the number of file descriptors. At the limit, a new connection replaces the one
+  that has waited longest without a complete request.
 
-All of it holds before the application sees a request, so before any token is checked. A request that arrives in one
+All limits apply before the application sees a request, so before any token is checked. A request that arrives in one
 packet sets no timer.
 
 Not covered: limits for one address. Those belong to the proxy in front.
@@ -28,8 +28,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 RESERVE = 64  # file descriptors for everything but connections: bundles, logs, the loop
 MOST = 2_000  # connections, each with up to 64 KB and MAX_HEADERS headers that wait for more
 MAX_HEADERS = 100
-LINGER = 1.0  # seconds in which a refused client can read why,
-LINGER_BYTES = 1024 * 1024  # unless it goes on sending this much
+LINGER = 1.0  # seconds for a refused client to read the reason,
+LINGER_BYTES = 1024 * 1024  # unless it sends this much more
 
 
 def file_budget() -> int:
@@ -46,7 +46,7 @@ def most_connections() -> int:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one connection may take, and how many there may be."""
+    """What one connection may use, and the number of connections."""
 
     head_bytes: int = 64 * 1024
     head_seconds: float = 10  # from the connection or the head's first byte
@@ -56,7 +56,7 @@ class Limits:
 
 
 class Limited(asyncio.Protocol):
-    """Comes before one of uvicorn's protocols in the list of base classes, and watches what it does."""
+    """A mixin for one of uvicorn's protocols, which it limits. It comes first in the list of base classes."""
 
     limits = Limits()
 
@@ -79,7 +79,7 @@ class Limited(asyncio.Protocol):
 
     @property
     def is_working(self) -> bool:
-        """Whether a request has arrived whole and waits for its answer."""
+        """Whether a complete request waits for its answer."""
         cycle = self.cycle
         return cycle is not None and not (cycle.response_complete or self._has_more_body())
 
@@ -105,7 +105,7 @@ class Limited(asyncio.Protocol):
                 self.transport.abort()
 
     def _feed(self, piece: bytes) -> None:
-        """Gives the parser a piece, in which a head cannot become longer than it may be."""
+        """Gives the parser a piece that is too short for a head to exceed its limit."""
         before = self.cycle
         super().data_received(piece)
         if self._is_refused:
@@ -169,7 +169,7 @@ class Limited(asyncio.Protocol):
         self.refuse(status, "this is not a valid HTTP request")
 
     def _unsupported_upgrade_warning(self) -> None:
-        """uvicorn's two lines in the log: a client may ask for another protocol, and is answered in this one."""
+        """No line in the log: a client may ask for another protocol, and gets its answer in this one."""
 
     def _end_late_head(self) -> None:
         if self._head:
@@ -211,7 +211,7 @@ class Limited(asyncio.Protocol):
         self._abort_if_stuck()
 
     def _abort_if_stuck(self) -> None:
-        """A closed transport waits for its client to take the rest, for ever."""
+        """A closed transport waits forever for its client to take the rest."""
         if self.transport.get_write_buffer_size():
             self._after(self.limits.answer_seconds, self.transport.abort)
 

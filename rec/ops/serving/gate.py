@@ -1,12 +1,12 @@
 """The gate in front of the API, in plain ASGI: addresses, tokens, the size of a body, hang-ups, metrics and the log.
 
-- REC_API_TOKENS (or API_TOKENS) open /v1/*; REC_ADMIN_TOKENS open that and the reload, which is closed without them.
+- REC_API_TOKENS (or API_TOKENS) open /v1/*; REC_ADMIN_TOKENS open /v1/* and the reload, which is closed without them.
   Comma-separated, from the environment or `.env` (the environment wins); sent as `Authorization: Bearer TOKEN`.
-- A variable that is set but holds no token ends the start if `.env` has tokens for it: nobody opens an API by accident.
-- An address or headers that two readers could understand differently are refused.
+- A variable that is set but empty, although `.env` has tokens for it, ends the start: nobody opens an API by accident.
+- An address or headers that two programs could understand differently are refused.
 - Without API tokens /v1/* is open to all; with `required` everything but the health checks is closed to all.
 - A request whose client has hung up is cancelled, so that no model works for it.
-- The log is a JSON line a request on stdout. An X-Request-ID is taken over and returned, or made up.
+- The log is one JSON line per request on stdout. A request keeps its X-Request-ID, or gets one.
 
 Not covered: users, scopes, rate limits, TLS. Those belong to the proxy in front.
 """
@@ -29,8 +29,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rec.errors import UserError
-from rec.serving.connections import MAX_HEADERS
-from rec.serving.metrics import HUNG_UP, REQUEST_SECONDS, REQUESTS
+from rec.ops.serving.connections import MAX_HEADERS
+from rec.ops.serving.metrics import HUNG_UP, REQUEST_SECONDS, REQUESTS
 from rec.serving.schemas import MAX_BATCH_BODY, MAX_BODY
 
 HEALTH = ("/healthz", "/readyz")
@@ -77,9 +77,13 @@ class Tokens:
 
     def refusal(self, path: str, authorization: bytes) -> JSONResponse | None:
         """The answer to a request that may not pass, or None."""
-        closed = self.required or bool(self.api and f"{path}/".startswith("/v1/"))
-        if path in HEALTH or not (closed or path == RELOAD) or (path == PAGE and self.api):
-            return None  # the page has no data of its own: it asks for a token, and sends it with what it asks
+        is_closed = self.required or bool(self.api and f"{path}/".startswith("/v1/"))
+        if path in HEALTH or (path != RELOAD and not is_closed):
+            return None
+        if path == PAGE and self.api:
+            return (
+                None  # the page holds no data: it asks for a token, and sends it with its requests
+            )
         accepted = self.admin if path == RELOAD else self.admin + self.api
         if not accepted:
             return _problem(
@@ -88,7 +92,7 @@ class Tokens:
         scheme, _, sent = authorization.partition(b" ")
         equal = [
             hmac.compare_digest(sent.strip(), known.encode()) for known in accepted
-        ]  # all: time tells nothing
+        ]  # all of them: the time that it takes reveals nothing
         if scheme.lower() == b"bearer" and any(equal):
             return None
         sentence = "this address needs the header Authorization: Bearer TOKEN, with a valid token"
@@ -116,7 +120,7 @@ def _tokens_of(name: str, value: str) -> tuple[str, ...]:
 
 
 def malformed(scope: Scope, headers: Mapping[bytes, bytes]) -> JSONResponse | None:
-    """The answer to a request that two readers could understand differently, or None.
+    """The answer to a request that two programs could understand differently, or None.
 
     Args:
       headers: the scope's, the last of each name.
@@ -130,11 +134,11 @@ def malformed(scope: Scope, headers: Mapping[bytes, bytes]) -> JSONResponse | No
         names = [name for name, _ in scope["headers"]]
         if names.count(b"authorization") > 1:
             return _problem(400, "the header Authorization is repeated: send it once")
-    if "\ufffd" in path and not _is_utf8(raw):  # what a decoder puts in the place of bad bytes
+    if "\ufffd" in path and not _is_utf8(raw):  # a decoder puts it in place of bad bytes
         return _problem(400, "the address is not UTF-8 text")
     if b"%" in scope["query_string"] and not _is_utf8(scope["query_string"]):
         return _problem(400, "the address is not UTF-8 text")
-    if path.endswith("\n"):  # the framework's patterns, which end with $, would pass over it
+    if path.endswith("\n"):  # the framework's patterns end with $, which would ignore it
         return _problem(404, "there is nothing at this address; /docs lists what there is")
     return None
 
@@ -155,10 +159,16 @@ class Exchange:
     """One request and its answer, as they pass the gate."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, request_id: bytes) -> None:
-        self.scope, self._receive, self._send, self.id = scope, receive, send, request_id
-        self.start, self.status, self.gone = time.perf_counter(), 499, False
-        self._limit, self._received = MAX_BATCH_BODY if scope["path"] == BATCH else MAX_BODY, 0
-        self.is_read = scope["method"] in ("GET", "HEAD")  # its body is, or there is none
+        self.scope = scope
+        self._receive = receive
+        self._send = send
+        self.id = request_id
+        self.start = time.perf_counter()
+        self.status = 499  # the client hung up before an answer began
+        self.has_hung_up = False
+        self._limit = MAX_BATCH_BODY if scope["path"] == BATCH else MAX_BODY
+        self._received = 0  # bytes of the body
+        self.is_read = scope["method"] in ("GET", "HEAD")  # whether its whole body has been read
         self.task = asyncio.current_task()
 
     async def receive(self) -> Message:
@@ -177,17 +187,17 @@ class Exchange:
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.id)]
         await self._send(message)
 
-    async def cancel_if_gone(self) -> None:
+    async def cancel_if_hung_up(self) -> None:
         if (
             self.is_read
             and self.task
             and await Request(self.scope, self._receive).is_disconnected()
         ):
-            self.gone = True
+            self.has_hung_up = True
             self.task.cancel()
 
     def log(self) -> str:
-        """Counts the request and says it in a line."""
+        """Counts the request, and returns its line of the log."""
         seconds = time.perf_counter() - self.start
         address = self.scope.get("address") or getattr(self.scope.get("route"), "path", "other")
         REQUESTS.labels(address, self.status).inc()
@@ -208,45 +218,57 @@ class Gate:
     """The application behind the gate, an ASGI application itself."""
 
     def __init__(self, app: ASGIApp, tokens: Tokens, access_log: bool = False) -> None:
-        self.app, self._tokens, self._access_log = app, tokens, access_log
+        self._app = app
+        self._tokens = tokens
+        self._has_access_log = access_log
         self._open: set[Exchange] = set()
         self._lines: list[str] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+        if scope["type"] != "http":  # the server's lifespan
+            return await self._live(scope, receive, send)
         headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"")
-        request_id = given if REQUEST_ID.fullmatch(given) else os.urandom(8).hex().encode()
+        request_id = headers.get(b"x-request-id", b"")
+        if not REQUEST_ID.fullmatch(request_id):
+            request_id = os.urandom(8).hex().encode()
         exchange = Exchange(scope, receive, send, request_id)
         self._open.add(exchange)
         try:
             refusal = malformed(scope, headers) or self._tokens.refusal(
                 scope["path"], headers.get(b"authorization", b"")
             )
-            app = refusal or self.app
+            app = refusal or self._app
             await app(scope, exchange.receive, exchange.send)
         except asyncio.CancelledError:
-            if not exchange.gone:
+            if not exchange.has_hung_up:
                 raise
             HUNG_UP.inc()
         finally:
             self._open.remove(exchange)
             line = exchange.log()
-            if self._access_log:
+            if self._has_access_log:
                 self._lines.append(line)
 
-    async def watch(self) -> None:
-        """For ever: drops the requests of clients that have gone, and writes the log."""
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watching = asyncio.create_task(self._watch())
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+            self._flush()
+
+    async def _watch(self) -> None:
+        """Forever: drops the requests of clients that have hung up, and writes the log."""
         while True:
             await asyncio.sleep(TICK)
             for exchange in [
                 each for each in self._open if time.perf_counter() - each.start > TICK
             ]:
-                await exchange.cancel_if_gone()
-            self.flush()
+                await exchange.cancel_if_hung_up()
+            self._flush()
 
-    def flush(self) -> None:
-        """Writes the log of what was answered since the last time."""
-        lines, self._lines = self._lines, []
-        print(*lines, sep="", end="", flush=True)
+    def _flush(self) -> None:
+        """Writes the lines of the log that are new."""
+        print(*self._lines, sep="", end="", flush=True)
+        self._lines.clear()

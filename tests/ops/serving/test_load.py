@@ -24,10 +24,11 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from bench.serving import Load, get, megabytes
 from rec.bundles.recommender import Recommender
-from rec.serving.app import create_app
-from rec.serving.gate import Tokens
+from rec.ops.serving.front import guarded_app
+from rec.ops.serving.gate import Tokens
 from tests.conftest import Trained, environment
-from tests.serving.test_app import HOSTILE, publish_ranking, service_of
+from tests.ops.serving.test_front import publish_ranking
+from tests.serving.test_app import HOSTILE, service_of
 
 
 class Running:
@@ -250,7 +251,7 @@ def test_the_api_the_bundle_and_the_c_api_answer_alike(trained: Trained) -> None
     )
     assert [row[:10] for row in json.loads(native.stdout)["item_id"]] == offline
     service = service_of(trained.savedmodels)
-    client = TestClient(create_app(service, Tokens()))
+    client = TestClient(guarded_app(service, Tokens()))
     found = []
     for at in range(0, 1000, 100):
         requests = [{"user_id": user} for user in users[at : at + 100]]
@@ -264,7 +265,7 @@ def test_the_api_the_bundle_and_the_c_api_answer_alike(trained: Trained) -> None
 def test_answers_keep_to_the_schema(trained: Trained) -> None:
     """No 5xx, no status or body that the OpenAPI schema does not tell of, whatever the schema lets a client send."""
     api = schemathesis.openapi.from_asgi(
-        "/openapi.json", create_app(service_of(trained.savedmodels), Tokens())
+        "/openapi.json", guarded_app(service_of(trained.savedmodels), Tokens())
     )
     limits = settings(
         max_examples=15,

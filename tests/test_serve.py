@@ -15,6 +15,7 @@ import pytest
 
 from rec import serve
 from rec.errors import UserError
+from rec.ops.serving.start import find_pair
 from tests.conftest import ROOT, Trained, environment, rewrite
 
 
@@ -73,7 +74,7 @@ def test_the_command_serves_until_it_is_terminated(trained: Trained, tmp_path: P
 
 def test_a_server_imports_nothing_of_the_training_code() -> None:
     code = (
-        "import sys, rec.serve, rec.serving.app, rec.serving.supervisor, rec.serving.tf_serving; "
+        "import sys, rec.serve, rec.ops.serving.front, rec.ops.serving.supervisor, rec.ops.serving.tf_serving; "
         "print(*sorted(name for name in sys.modules if name.startswith('rec.')))"
     )
     done = subprocess.run(
@@ -99,9 +100,9 @@ def test_the_default_is_the_latest_ranking_bundle_and_its_retrieval_bundle(
     bundles = Path(shutil.copytree(trained.savedmodels, tmp_path / "savedmodels"))
     shutil.copytree(bundles / "retrieval" / "1", bundles / "retrieval" / "2")
     given = arguments(config=trained.config, overrides=[f"output.savedmodels={bundles}"])
-    assert serve.find_pair(given) == (bundles / "retrieval" / "1", bundles / "ranking" / "1")
+    assert find_pair(given) == (bundles / "retrieval" / "1", bundles / "ranking" / "1")
     shutil.rmtree(bundles / "ranking")
-    assert serve.find_pair(given) == (bundles / "retrieval" / "2", None)
+    assert find_pair(given) == (bundles / "retrieval" / "2", None)
 
 
 def test_a_bundle_can_be_named_by_its_directory_or_an_alias(
@@ -110,14 +111,14 @@ def test_a_bundle_can_be_named_by_its_directory_or_an_alias(
     bundles = Path(shutil.copytree(trained.savedmodels, tmp_path / "savedmodels"))
     (bundles / "retrieval" / "aliases.json").write_text('{"production": 1}')
     one = bundles / "retrieval" / "1"
-    assert serve.find_pair(arguments(retrieval_bundle=one)) == (one, None)
-    assert serve.find_pair(arguments(retrieval_bundle=one.parent / "production")) == (one, None)
+    assert find_pair(arguments(retrieval_bundle=one)) == (one, None)
+    assert find_pair(arguments(retrieval_bundle=one.parent / "production")) == (one, None)
     ranking = bundles / "ranking" / "1"
-    assert serve.find_pair(arguments(ranking_bundle=ranking)) == (one, ranking)
+    assert find_pair(arguments(ranking_bundle=ranking)) == (one, ranking)
     with pytest.raises(
         UserError, match="has no version or alias 'staging'; it has latest, production, 1"
     ):
-        serve.find_pair(arguments(retrieval_bundle=one.parent / "staging"))
+        find_pair(arguments(retrieval_bundle=one.parent / "staging"))
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, *given: object) -> str:

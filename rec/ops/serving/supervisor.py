@@ -2,11 +2,11 @@
 
 - New bundles are loaded and warmed by a new process, beside those that answer, and an old process ends once its
   successor is ready. So a swap does not hold the interpreter that answers, and the old models' memory is freed with
-  their process. Bundles that would kill a process kill only the one that tries them.
+  their process. Bundles that crash a process crash only the new one.
 - The first process listens at once, and says that it is loading. Every other accepts connections only when its models
   are warm. One that has died is replaced at once, with the bundles that were in service.
 - With several processes a swap, or SIGHUP, replaces one after the other: at most one more than wanted is alive.
-- This process loads no models and answers no requests. It must not wait for anything but its processes and signals.
+- This process loads no models and answers no requests. It waits for nothing but its processes and signals.
 """
 
 import multiprocessing
@@ -24,9 +24,9 @@ from typing import Any
 
 from rec.bundles.files import Pair
 from rec.errors import UserError
-from rec.serving.metrics import SLOT, WORKERS, forget
-from rec.serving.reload import LONGEST_DELAY, Follower, Seen, look, names, say
-from rec.serving.worker import GRACE
+from rec.ops.serving.metrics import SLOT, WORKERS, forget
+from rec.ops.serving.reload import LONGEST_DELAY, Follower, Seen, look, names, say
+from rec.ops.serving.worker import GRACE
 
 TICK = 0.5  # seconds between looks at the clock
 HUNG = 60.0  # seconds without a sign of life, after which a process that answers requests is killed
@@ -44,15 +44,15 @@ class Worker:
     slot: str  # of the metrics
     pair: Pair
     generation: int
-    heard: float  # when it last gave a sign of life
+    heard: float  # the time of its last sign of life
     versions: dict[str, int] | None = None  # once it is ready
     refusal: str = ""  # why it could not load
-    end_by: float | None = None  # once it has been told to end
+    end_by: float | None = None  # the time when it is killed, once it has been asked to end
 
 
 @contextmanager
 def wakeups() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Two ends of a pair: the first receives the number of each signal, and whatever is sent to the second."""
+    """Two connected sockets. The first receives the number of each signal, and whatever is sent to the second."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
@@ -79,7 +79,7 @@ class Supervisor:
         """
         Args:
           find: says which bundles the references mean now; may raise anything.
-          target: a process' work; must be importable, since processes are spawned.
+          target: what a process does; must be importable, since processes are spawned.
           listener: the socket that the processes share.
           count: processes that answer.
           follow: seconds between looks for newer bundles; 0 looks only when a client asks for it.
@@ -95,8 +95,8 @@ class Supervisor:
             0  # of the bundles in service; SIGHUP makes a new one of the same bundles
         )
         self._candidate: Seen | None = None  # bundles of the next generation
-        self._asking: Worker | None = None  # whose client waits for a reload
-        self._look: Seen | Exception | None = None  # what the last look has found
+        self._asking: Worker | None = None  # the one whose client waits for a reload
+        self._look: Seen | Exception | None = None  # the outcome of the last look
         self._is_looking = False
         self._reported: dict[str, Any] | None = None
         self._was_ready = False
@@ -160,7 +160,7 @@ class Supervisor:
         return self._was_ready and self._candidate is None and not stale
 
     def _reconcile(self, now: float) -> None:
-        """Starts and ends processes, one step further to what is wanted."""
+        """Starts and ends processes: one step towards those that are wanted."""
         fresh = [each for each in self._active() if each.generation == self._generation]
         stale = [each for each in self._active() if each.generation < self._generation]
         ready = [each for each in fresh if each.versions is not None]
@@ -169,7 +169,7 @@ class Supervisor:
             stale.remove(worker)
         wanted = self._count if self._was_ready else 1
         if stale and len(ready) == len(fresh) < wanted:
-            wanted += 1  # the next stale one ends once there is one more
+            wanted += 1  # the next stale one ends when there is one more
         if now >= self._restart_at:
             for _ in range(wanted - len(stale) - len(fresh)):
                 self._start(self._serving, self._generation)
@@ -180,11 +180,11 @@ class Supervisor:
         WORKERS.set(sum(each.versions is not None for each in active))
 
     def _kill_silent(self, now: float) -> None:
-        """Kills processes that hang, and those that do not end although they have been told to."""
+        """Kills processes that hang, and those that do not end in time."""
         for worker in self._workers:
             is_hung = worker.versions is not None and now - worker.heard > HUNG
             if is_hung or (worker.end_by is not None and now > worker.end_by):
-                say(f"process {worker.process.pid} does not answer: it is killed")
+                say(f"process {worker.process.pid} does not answer, and is killed")
                 worker.process.kill()
 
     def _start(self, pair: Pair, generation: int) -> None:
@@ -200,7 +200,7 @@ class Supervisor:
         theirs.close()
         worker = Worker(process, ours, slot, pair, generation, time.monotonic())
         self._workers.append(worker)
-        self._tell(worker, "failed", self._follower.failed)
+        self._send(worker, "failed", self._follower.failed)
 
     def _end(self, worker: Worker, now: float) -> None:
         worker.end_by = now + GRACE
@@ -218,7 +218,7 @@ class Supervisor:
                 elif worker.end_by is not None and time.monotonic() > worker.end_by:
                     worker.process.kill()
 
-    def _tell(self, worker: Worker, kind: str, value: Any) -> None:
+    def _send(self, worker: Worker, kind: str, value: Any) -> None:
         with suppress(OSError):  # it has died
             worker.connection.send((kind, value))
 
@@ -235,10 +235,10 @@ class Supervisor:
                 elif kind == "reload":
                     self._asked(worker)
         except (EOFError, OSError):
-            return  # it has died
+            return  # the process has died
 
     def _take(self, worker: Worker) -> None:
-        """A process is ready: the first of its bundles brings them into service."""
+        """A process is ready. The first one with new bundles brings them into service."""
         assert worker.versions is not None
         self._failures = 0
         if worker.generation > self._generation:
@@ -255,7 +255,7 @@ class Supervisor:
         self._was_ready = True
 
     def _bury(self, worker: Worker, now: float) -> None:
-        """A process has ended."""
+        """Removes a process that has ended, and reports it."""
         self._forget(worker)
         if worker is self._asking:
             self._asking = None
@@ -293,13 +293,13 @@ class Supervisor:
     def _asked(self, worker: Worker) -> None:
         """A client asks for a reload."""
         if self._asking is not None or not self._is_settled():
-            self._tell(worker, "reloaded", BUSY)
+            self._send(worker, "reloaded", BUSY)
         else:
             self._asking = worker
 
     def _answer(self, outcome: dict[str, int] | str) -> None:
         if self._asking is not None:
-            self._tell(self._asking, "reloaded", outcome)
+            self._send(self._asking, "reloaded", outcome)
         self._asking = None
 
     def _follow(self, now: float) -> None:
@@ -309,21 +309,21 @@ class Supervisor:
                 self._is_looking = True
                 threading.Thread(target=self._look_behind, daemon=True).start()
             return
-        found = self._look
-        if found is None:
+        outcome = self._look
+        if outcome is None:
             return
         self._look = None
         self._is_looking = False
-        if isinstance(found, Exception):
-            self._follower.missed(found, now)
-            self._answer(str(found))
+        if isinstance(outcome, Exception):
+            self._follower.missed(outcome, now)
+            self._answer(str(outcome))
             return
-        pair = self._follower.saw(found, now)
+        pair = self._follower.saw(outcome, now)
         if pair is not None or self._asking is not None:
-            self._candidate = found
+            self._candidate = outcome
 
     def _look_behind(self) -> None:
-        """Looks in a thread of its own: a network or a file system may not answer."""
+        """Runs in a thread of its own, because a network or a file system may not answer."""
         try:
             self._look = look(self._find)
         except Exception as error:
@@ -332,9 +332,9 @@ class Supervisor:
             self._waker.send(b"\0")
 
     def _report(self) -> None:
-        """Tells the processes what failed, for /v1/models."""
+        """Sends the processes what failed, for /v1/models."""
         if self._follower.failed == self._reported:
             return
         self._reported = self._follower.failed
         for worker in self._active():
-            self._tell(worker, "failed", self._reported)
+            self._send(worker, "failed", self._reported)

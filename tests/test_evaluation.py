@@ -1,9 +1,9 @@
-"""Who is evaluated."""
+"""Who is evaluated, and how a recommendation is shown."""
 
 import numpy as np
 import pytest
 
-from rec import evaluate
+from rec import evaluation
 from rec.features import FIRST_ITEM
 from tests.small import corpus
 
@@ -16,11 +16,11 @@ def test_of_more_users_than_there_is_time_for_some_are_drawn_and_only_they_count
         [[int(row)] for row in rows],
         test=[[int((row - FIRST_ITEM + 1) % 6) + FIRST_ITEM] for row in rows],
     )
-    whole = evaluate.Task(data, "test")
+    whole = evaluation.Task(data, "test")
     assert (len(whole.users), whole.out_of, len(whole.held.items)) == (40, 40, 40)
-    monkeypatch.setattr(evaluate, "FEWEST_USERS", 2)
-    monkeypatch.setattr(evaluate, "MOST_SCORES", 6 * 15)  # of 6 items
-    drawn, again = (evaluate.Task(data, "test") for _ in range(2))
+    monkeypatch.setattr(evaluation, "FEWEST_USERS", 2)
+    monkeypatch.setattr(evaluation, "MOST_SCORES", 6 * 15)  # of 6 items
+    drawn, again = (evaluation.Task(data, "test") for _ in range(2))
     assert (len(drawn.users), drawn.out_of) == (15, 40)
     assert drawn.users.tolist() == again.users.tolist() != list(range(1, 16))
     assert np.flatnonzero(drawn.held.lengths).tolist() == drawn.users.tolist()

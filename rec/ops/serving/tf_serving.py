@@ -1,15 +1,15 @@
-"""The models on a fleet of other machines, by TF Serving's REST API. Nothing of TensorFlow is imported here.
+"""The models on a fleet of other machines, by TF Serving's REST API, without TensorFlow in this process.
 
     python -m rec.serve --tf-serving http://a:8501,http://b:8501     both with the models `retrieval` and `ranking`
 
-- A replica that fails or is late is passed over for the next, and last in turn for a while; where none answers: a 503.
-- Every call names the version of the local bundle, so that answers fit the local items.parquet: let the fleet keep two
-  versions (model_version_policy {latest {num_versions: 2}}), or none answers while one replaces the other.
+- If a replica fails or is late, the next one is tried, and the first comes last for a while. If none answers: a 503.
+- Every call names the version of the local bundle, so that answers fit the local items.parquet. So the fleet must keep
+  two versions (model_version_policy {latest {num_versions: 2}}), or none answers while one replaces the other.
 
 TF Serving itself was not run here. The tests speak its REST protocol (https://www.tensorflow.org/tfx/serving/api_rest)
 with a stand-in that runs the bundles through the C++ loader that TF Serving uses.
 
-Not covered: gRPC, balancing by load, and a narrow filter's best items, in whose place popular ones follow.
+Not covered: gRPC, balancing by load, and the best items of a narrow filter: popular ones take their place.
 """
 
 import time
@@ -22,19 +22,19 @@ import httpx
 import numpy as np
 import pandas as pd
 
+from rec import LOWEST
 from rec.bundles.files import read_catalogue, read_pair
 from rec.bundles.metadata import PairMetadata
-from rec.bundles.pair import LOWEST, NUMPY, Candidates, pad_left, rerank
+from rec.bundles.pair import NUMPY, Candidates, pad_left, rerank
 from rec.serving.schemas import UnavailableError
 
 PAUSE = 10.0  # seconds for which a replica that failed is only asked after the others
 FAILURES = (httpx.HTTPError, httpx.InvalidURL)
-Inputs = Mapping[str, Sequence[object]]  # of a signature, by name
 
 
 @dataclass(eq=False)
 class TfServing:
-    """A `Backend` whose models are elsewhere. Raises UnavailableError if none of them answers."""
+    """A `Backend` whose models are elsewhere. Raises UnavailableError if no replica answers."""
 
     replicas: list[str]
     client: httpx.Client
@@ -49,7 +49,7 @@ class TfServing:
         histories: Sequence[list[str] | None],
         excluded: Sequence[list[str]],
     ) -> Candidates:
-        inputs: Inputs = {
+        inputs = {
             "user_id": user_ids,
             "is_given": [history is not None for history in histories],
             "history": pad_left([history or [] for history in histories], 1),
@@ -78,41 +78,35 @@ class TfServing:
         return [[item for item in row if item] for row in stored]
 
     def cosines(self, items: list[str], others: list[str]) -> np.ndarray:
-        """[N, H], known of the items that are among the others' nearest; float32's lowest elsewhere."""
-        near = [
-            dict(zip(*pair, strict=True))
-            for pair in zip(*(x.tolist() for x in self.similar(others)), strict=True)
-        ]
+        """[N, H], known for the items that are among the others' nearest; float32's lowest elsewhere."""
+        near = []
+        for nearest, scores in zip(*self.similar(others), strict=True):
+            near.append(dict(zip(nearest.tolist(), scores.tolist(), strict=True)))
         rows = self.items.index.get_indexer(pd.Index(items)).tolist()
         return np.array([[each.get(row, LOWEST) for each in near] for row in rows], np.float32)
 
-    def close(self) -> None:
-        self.client.close()
-
-    def _call(self, stage: str, signature: str, inputs: Inputs) -> Any:
+    def _call(self, stage: str, signature: str, inputs: Mapping[str, Sequence[object]]) -> Any:
         """A signature's outputs by name; its only output, without a name."""
         path = f"/v1/models/{stage}/versions/{self.metadata.versions[stage]}:predict"
-        self.replicas.append(self.replicas.pop(0))  # each in turn
-        for replica in sorted(
-            self.replicas, key=lambda each: self._failed.get(each, 0) > time.monotonic() - PAUSE
-        ):
+        body = {"signature_name": signature, "inputs": inputs}
+        for replica in self._in_turn():
             try:
-                answer = self.client.post(
-                    replica + path, json={"signature_name": signature, "inputs": inputs}
-                )
+                answer = self.client.post(replica + path, json=body)
                 return answer.json()["outputs"]
             except FAILURES as error:
                 reason = str(error) or type(error).__name__
-            except (
-                ValueError,
-                LookupError,
-                TypeError,
-            ):  # an error is {"error": ..}, a proxy's error a page
-                reason = f"{answer.status_code} {' '.join(answer.text.split())[:200]}"
+            except (ValueError, LookupError, TypeError):
+                reason = _shorten(answer)  # an error is {"error": ..}, that of a proxy a page
             self._failed[replica] = time.monotonic()
         raise UnavailableError(
-            f"no TF Serving answers for {stage}; the last that was asked, {replica}: {reason}"
+            f"no TF Serving answers for {stage}; the last one tried was {replica}: {reason}"
         )
+
+    def _in_turn(self) -> list[str]:
+        """The replicas, another one first each time. Those that failed lately come last."""
+        self.replicas.append(self.replicas.pop(0))
+        late = time.monotonic() - PAUSE
+        return sorted(self.replicas, key=lambda replica: self._failed.get(replica, 0) > late)
 
 
 def connect(
@@ -134,21 +128,32 @@ def connect(
     """
     replicas = [url.strip().rstrip("/") for each in urls for url in each.split(",") if url.strip()]
     metadata = read_pair(retrieval, ranking, allow_mismatch)
-    client, said = httpx.Client(timeout=timeout), []
+    client = httpx.Client(timeout=timeout)
+    reasons = []
     for replica in replicas:
-        try:
-            answers = [
-                client.get(f"{replica}/v1/models/{stage}/versions/{version}")
-                for stage, version in metadata.versions.items()
-            ]
-            if all('"AVAILABLE"' in answer.text for answer in answers):
-                return TfServing(replicas, client, *read_catalogue(retrieval), metadata)
-            said += [f"{replica}: {' '.join(answer.text.split())[:200]}" for answer in answers]
-        except FAILURES as error:
-            said.append(f"{replica}: {error}")
+        reason = _missing(client, replica, metadata.versions)
+        if reason is None:
+            return TfServing(replicas, client, *read_catalogue(retrieval), metadata)
+        reasons.append(f"{replica}: {reason}")
     names = " and ".join(
         f"{stage} version {version}" for stage, version in metadata.versions.items()
     )
     raise UnavailableError(
-        f"--tf-serving: no replica has {names} loaded ({'; '.join(said) or 'there is no URL'})"
+        f"--tf-serving: no replica has {names} loaded ({'; '.join(reasons) or 'there is no URL'})"
     )
+
+
+def _missing(client: httpx.Client, replica: str, versions: dict[str, int]) -> str | None:
+    """Why a replica cannot answer for these versions, or None."""
+    try:
+        for stage, version in versions.items():
+            answer = client.get(f"{replica}/v1/models/{stage}/versions/{version}")
+            if '"AVAILABLE"' not in answer.text:
+                return _shorten(answer)
+    except FAILURES as error:
+        return str(error)
+    return None
+
+
+def _shorten(answer: httpx.Response) -> str:
+    return f"{answer.status_code} {' '.join(answer.text.split())[:200]}"

@@ -1,0 +1,138 @@
+"""What `python -m rec.serve` starts: the bundles that the command line names, a socket, and the processes behind it."""
+
+import argparse
+import os
+import socket
+import sys
+import tempfile
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rec.bundles import files
+from rec.config import load_config
+from rec.errors import UserError, warn
+from rec.ops.registry import WandbStore, built_from
+
+if TYPE_CHECKING:
+    from rec.serving.answer import Backend
+
+SHORTEST_WANDB = 60.0  # seconds between looks at W&B
+
+
+def find_pair(args: argparse.Namespace) -> files.Pair:
+    """The bundles that the command line means now. A ranking bundle brings the retrieval bundle it was trained for."""
+    retrieval = _named(args.retrieval_bundle)
+    ranking = _named(args.ranking_bundle)
+    if args.ranking_wandb:
+        store, version = WandbStore.find(args.ranking_wandb, "ranking")
+        ranking = store.directory("ranking", version)
+        if not args.retrieval_wandb and retrieval is None:
+            base = built_from(store, "ranking", version)["retrieval"]
+            retrieval = store.directory("retrieval", base)
+    if args.retrieval_wandb:
+        store, version = WandbStore.find(args.retrieval_wandb, "retrieval")
+        retrieval = store.directory("retrieval", version)
+    if ranking is not None:
+        return retrieval or files.retrieval_of(ranking), ranking
+    if retrieval is not None:
+        return retrieval, None
+    savedmodels = Path(load_config(args.config, args.overrides).output.savedmodels)
+    return files.find_pair(savedmodels, args.alias)
+
+
+def _named(bundle: Path | None) -> Path | None:
+    if bundle is None or (bundle / "metadata.json").exists():
+        return bundle
+    return files.resolve(bundle.parent, bundle.name)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+      UserError: the port is taken, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
+        raise UserError(
+            f"cannot listen on {host} port {port}: {reason}; choose another --port or --host"
+        ) from error
+
+
+def load(args: argparse.Namespace, pair: files.Pair) -> "Backend":
+    """The models of the bundles, here or in TF Serving."""
+    print(f"loading {' and '.join(str(path) for path in pair if path)}", file=sys.stderr)
+    if args.tf_serving:
+        from rec.ops.serving.tf_serving import connect
+
+        return connect(args.tf_serving, *pair, allow_mismatch=args.allow_mismatch)
+    import tensorflow as tf
+
+    from rec.bundles.recommender import Recommender
+
+    # One thread per operation: requests share calls instead, and the other cores are for other processes.
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    return Recommender.load(*pair, args.allow_mismatch)
+
+
+def work(
+    args: argparse.Namespace,
+    pair: files.Pair,
+    listener: socket.socket,
+    connection: Connection,
+    at_once: bool,
+) -> None:
+    """One of the processes that answer. The arguments are those of supervisor.Target."""
+    # A session of its own: Ctrl-C reaches the parent only, which ends this process. And where the kernel shares out
+    # processor time by session (sched_autogroup), a process that loads takes none from those that answer.
+    os.setsid()
+    from rec.ops.serving import worker
+    from rec.ops.serving.front import guarded_app
+    from rec.ops.serving.gate import Tokens
+    from rec.ops.serving.lanes import Lanes
+    from rec.ops.serving.metrics import Prometheus
+    from rec.serving.service import Service
+
+    service = Service(partial(load, args, pair), Lanes(), Prometheus())
+    supervision = worker.Supervision(connection, service, pair)
+    app = guarded_app(
+        service,
+        Tokens.from_environment(args.require_auth),
+        supervision.reload,
+        origins=tuple(args.cors_origin),
+        access_log=not args.no_access_log,
+    )
+    worker.run(supervision, app, listener, at_once)
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Serves until the process is told to end."""
+    with tempfile.TemporaryDirectory(prefix="rec-metrics-", ignore_cleanup_errors=True) as shared:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared  # before the metrics are made
+        try:
+            _supervise(args)
+        finally:
+            del os.environ["PROMETHEUS_MULTIPROC_DIR"]
+
+
+def _supervise(args: argparse.Namespace) -> None:
+    from rec.ops.serving.gate import Tokens
+    from rec.ops.serving.supervisor import Supervisor
+
+    warning = Tokens.from_environment(args.require_auth).warning()
+    if warning is not None:
+        warn(warning)
+    listener = listen(args.host, args.port)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"listening on http://{host}:{listener.getsockname()[1]}", file=sys.stderr)
+    follow = args.follow
+    if follow and (args.retrieval_wandb or args.ranking_wandb):
+        follow = max(follow, SHORTEST_WANDB)
+    find = partial(find_pair, args)
+    Supervisor(find, partial(work, args), listener, args.workers, follow).run()
