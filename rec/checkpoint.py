@@ -30,10 +30,6 @@ class _Run:
     seed: int
     features: Features
 
-    def config_over(self, config: Config) -> Config:
-        """`config` with what the model was trained with."""
-        return replace(config, seed=self.seed, features=self.features)
-
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RetrievalRun(_Run):
@@ -45,7 +41,8 @@ class RetrievalRun(_Run):
     stop_after: int | None = None  # the number of epochs, if it was fixed
 
     def config_over(self, config: Config) -> Config:
-        return replace(super().config_over(config), retrieval=self.retrieval)
+        """`config` with what the model was trained with."""
+        return replace(config, seed=self.seed, features=self.features, retrieval=self.retrieval)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -58,10 +55,12 @@ class RankingRun(_Run):
     init_from: str | None  # the checkpoint that its embeddings started from, if one was named
 
     def config_over(self, config: Config) -> Config:
-        """Keeps the length of the candidate lists: a bundle may re-rank more or fewer than in training."""
+        """`config` with what the ranker and its retrieval model were trained with.
+
+        The length of the candidate lists stays: a bundle may re-rank more or fewer than the ranker was trained on.
+        """
         ranking = replace(self.ranking, candidates=config.ranking.candidates)
-        config = self.retrieval_run.config_over(config)
-        return replace(super().config_over(config), ranking=ranking)
+        return replace(self.retrieval_run.config_over(config), seed=self.seed, ranking=ranking)
 
 
 Run = TypeVar("Run", RetrievalRun, RankingRun)

@@ -23,9 +23,10 @@ import json
 import sys
 from pathlib import Path
 
-from rec.bundles.aliases import STAGES, Move, Versions
+from rec.bundles.aliases import STAGES, Versions
 from rec.config import Config, add_config_arguments, load_config
 from rec.errors import UserError, command_parser, run_command
+from rec.ops.history import Move
 from rec.ops.promotion import GUARDED, choose, promote, roll_back
 from rec.ops.registry import LocalStore, Store, WandbStore
 

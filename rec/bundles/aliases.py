@@ -1,18 +1,15 @@
-"""Aliases of versions, such as `production`, and the history of their moves, as they are on disk.
+"""Aliases of versions, such as `production`, as they are on disk.
 
     SAVEDMODELS/STAGE/aliases.json   {alias: version}; `latest` is always the highest number
-    SAVEDMODELS/history.jsonl        one line per move
 
-Promotion (ops/registry.py) makes both links into SAVEDMODELS/.promotions/current. That is itself a link, to a directory
-with the aliases of all stages. If such a file is missing, it is read from there. If it is a plain file, written by hand
-or by a copy that followed the links, that file is read.
+Promotion (ops/registry.py) makes it a link into SAVEDMODELS/.promotions/current. That is itself a link, to a directory
+with the aliases of all stages. If aliases.json is missing, it is read from there. If it is a plain file, written by
+hand or by a copy that followed the links, that file is read.
 """
 
 import json
 from pathlib import Path
 from typing import cast
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rec.errors import UserError
 
@@ -21,10 +18,6 @@ STATES = ".promotions"  # in SAVEDMODELS: one directory per move
 
 Aliases = dict[str, int]  # {alias: version} of one stage
 Versions = dict[str, int]  # {stage: version}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Aliases
 
 
 def read_alias(savedmodels: Path, alias: str) -> Versions:
@@ -87,47 +80,3 @@ def find_state_file(path: Path, root: Path, name: str) -> Path | None:
 
 def state_numbers(root: Path) -> list[int]:
     return [int(path.name) for path in (root / STATES).glob("*") if path.name.isdigit()]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# History
-
-
-# Another version of rec may have written more. It is kept.
-STORED = ConfigDict(frozen=True, extra="allow", validate_by_name=True, serialize_by_alias=True)
-
-
-class Verdict(BaseModel):
-    """What the gate decided, and what it measured."""
-
-    model_config = STORED
-
-    passed: bool
-    reasons: list[str]  # against it
-
-
-class Move(BaseModel):
-    """One line of the history: an alias was moved, or the gate refused to move it."""
-
-    model_config = STORED
-
-    alias: str
-    previous: Versions = Field(validation_alias="from", serialization_alias="from")
-    to: Versions
-    action: str  # promoted, forced, refused, rolled back or unchanged
-    gate: Verdict
-    why: str
-    who: str
-    time: str
-
-
-def parse_history(path: Path) -> list[Move]:
-    """All moves, the oldest first. Raises UserError if a line is damaged."""
-    moves = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            moves.append(Move.model_validate_json(line))
-        except ValidationError:
-            hint = "remove the line, or restore the file from a copy"
-            raise UserError(f"{path}, line {number} is damaged: {hint}") from None
-    return moves

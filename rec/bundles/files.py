@@ -19,14 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from rec.bundles.aliases import (
-    STATES,
-    Aliases,
-    parse_aliases,
-    parse_history,
-    read_alias,
-    read_aliases,
-)
+from rec.bundles.aliases import STATES, Aliases, parse_aliases, read_alias, read_aliases
 from rec.bundles.metadata import (
     BundleMetadata,
     PairMetadata,
@@ -199,7 +192,8 @@ def publish(directory: Path, stage_dir: Path, metadata: BundleMetadata) -> int:
         version = 1 + _last_version(stage_dir)
         complete = replace(metadata, version=version, id=identity, files=sums)
         write_metadata(directory, complete)
-        _replace_text(stage_dir / ".last_version", f"{version}\n")
+        (stage_dir / ".last_version.new").write_text(f"{version}\n")
+        os.replace(stage_dir / ".last_version.new", stage_dir / ".last_version")
         os.rename(directory, stage_dir / str(version))
     return version
 
@@ -223,14 +217,6 @@ def _promoted_versions(stage_dir: Path) -> Iterator[int]:
         with suppress(OSError, UserError):
             yield from parse_aliases(path).values()
     for path in [root / "history.jsonl", *root.glob(f"{STATES}/*/history.jsonl")]:
-        with suppress(OSError, UserError):
-            for move in parse_history(path):
-                yield move.previous.get(stage, 0)
-                yield move.to.get(stage, 0)
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """Writes a file that is replaced in one step."""
-    beside = path.with_name(f"{path.name}.new")
-    beside.write_text(text)
-    os.replace(beside, path)
+        with suppress(OSError, ValueError, LookupError):
+            for line in path.read_text().splitlines():
+                yield json.loads(line)["to"].get(stage, 0)

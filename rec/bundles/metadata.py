@@ -115,11 +115,10 @@ def read_metadata(bundle: Path, stage: str | None = None) -> BundleMetadata:
 
 def parse_metadata(content: Json, where: str) -> BundleMetadata:
     """The metadata in a file or at W&B, as `where` says. Raises UserError if this version of rec cannot read them."""
-    config = content.get("config")
-    settings = config.get("retrieval") if isinstance(config, dict) else None
-    if isinstance(config, dict) and isinstance(settings, dict):
-        zeros = {name: "auto" for name in ZERO_AS_AUTO if settings.get(name) == 0}
-        content = content | {"config": config | {"retrieval": settings | zeros}}
+    match content:
+        case {"config": {"retrieval": dict(settings), **sections}}:
+            zeros = {name: "auto" for name in ZERO_AS_AUTO if settings.get(name) == 0}
+            content = content | {"config": {**sections, "retrieval": settings | zeros}}
     try:
         return _METADATA.validate_json(json.dumps(content))
     except ValidationError as error:

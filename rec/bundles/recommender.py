@@ -97,12 +97,10 @@ class RecommenderModule(AnswersUsers):
         """Like from_history, at a given time, without exactly `seen` [B, S]: what an evaluation needs."""
         found = self.retrieval.retrieve(user_id, history, seen, time)
         items = found["item_id"][:, : self._candidates]
-        at_time = (
-            None
-            if self.ranking is None
-            else self.ranking.score_at(user_id, history, items, time)["score"]
-        )
-        return self._show(found, at_time)
+        if self.ranking is None:
+            return self._show(found, None)
+        ranked = self.ranking.score_at(user_id, history, items, time)["score"]
+        return self._show(found, ranked)
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, LISTS])
     def answer(
@@ -210,26 +208,18 @@ class Recommender:
         histories: Sequence[list[str] | None],
         excluded: Sequence[list[str]],
     ) -> Candidates:
-        is_searched = np.array(
-            [
-                history is not None or bool(exclude)
-                for history, exclude in zip(histories, excluded, strict=True)
-            ]
-        )
-        if not is_searched.any():
+        requests = list(zip(user_ids, histories, excluded, strict=True))
+        is_searched = [history is not None or bool(exclude) for _, history, exclude in requests]
+        if not any(is_searched):
             return self._look_up(user_ids)
-        if is_searched.all():
+        if all(is_searched):
             return self._search(user_ids, histories, excluded)
-        searched = np.flatnonzero(is_searched)
-        others = np.flatnonzero(~is_searched)
-        found = self._search(
-            [user_ids[at] for at in searched.tolist()],
-            [histories[at] for at in searched.tolist()],
-            [excluded[at] for at in searched.tolist()],
-        )
-        known = self._look_up([user_ids[at] for at in others.tolist()])
-        order = np.argsort(np.concatenate([searched, others]))
-        parts = zip(found, known, strict=True)
+        searched = np.flatnonzero(is_searched).tolist()
+        known = np.flatnonzero(np.logical_not(is_searched)).tolist()
+        found = self._search(*zip(*(requests[at] for at in searched), strict=True))
+        looked_up = self._look_up([user_ids[at] for at in known])
+        order = np.argsort(searched + known)
+        parts = zip(found, looked_up, strict=True)
         return Candidates(*(np.concatenate(part)[order] for part in parts))
 
     def _search(

@@ -10,11 +10,12 @@ import socket
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
-from rec.bundles.aliases import Move, Verdict, Versions
+from rec.bundles.aliases import Versions
 from rec.bundles.files import pick
 from rec.bundles.metadata import BundleMetadata
 from rec.config import Config
 from rec.errors import UserError
+from rec.ops.history import Move, Verdict
 from rec.ops.registry import Store, check_alias, directories, together
 
 GUARDED = "production"  # the alias before which the gate stands

@@ -28,10 +28,8 @@ from rec.bundles.aliases import (
     STAGES,
     STATES,
     Aliases,
-    Move,
     Versions,
     find_state_file,
-    parse_history,
     read_alias,
     read_all_aliases,
     state_numbers,
@@ -40,6 +38,7 @@ from rec.bundles.files import Pair, draft, pick, versions
 from rec.bundles.metadata import BundleMetadata, parse_metadata, read_metadata, verify
 from rec.errors import UserError
 from rec.files import replace_directory, sole_writer
+from rec.ops.history import Move, parse_history
 
 if TYPE_CHECKING:
     from wandb import Artifact

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from rec.bundles.aliases import Move, Verdict, Versions
+from rec.bundles.aliases import Versions
 from rec.bundles.files import draft, publish, resolve, versions
 from rec.bundles.metadata import read_metadata
 from rec.errors import UserError
+from rec.ops.history import Move, Verdict
 from rec.ops.registry import LocalStore, check_alias
 from tests.conftest import environment
 from tests.small import bundle_metadata
@@ -350,7 +351,7 @@ def python(script: str, *arguments: object, **kwargs: object) -> subprocess.Comp
 MOVES = """
 import os, shutil, signal, sys
 from pathlib import Path
-from rec.bundles.aliases import Move, Verdict
+from rec.ops.history import Move, Verdict
 from rec.ops.registry import LocalStore
 
 WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.symlink", "os.rmdir"}
