@@ -19,9 +19,7 @@ class Candidates(NamedTuple):
     """The answers to a batch of requests, the best item first: [B, N] arrays, or tensors in a graph."""
 
     rows: np.ndarray  # the items' places in items.parquet, -1 for an empty place
-    scores: (
-        np.ndarray
-    )  # the ranker's, or retrieval's without a ranker; LOWEST for an item that it has not scored
+    scores: np.ndarray  # the ranker's (LOWEST if it has none), or without a ranker retrieval's
     ranks: np.ndarray  # the items' places in retrieval's order, from 1
     retrieved: np.ndarray  # retrieval's scores
     cold: np.ndarray  # [B] bool, answered by popularity
