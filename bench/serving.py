@@ -163,7 +163,7 @@ def thread_pool() -> FastAPI:
     @app.get("/users/{user_id}")
     def recommend(user_id: str, k: Annotated[int, Query(ge=1, le=100)] = K) -> list[dict[str, Any]]:
         answer = pair.answer([user_id], [None], [[]])
-        ids, scores = pair.items.index[answer["rows"][0, :k]], answer["scores"][0, :k].tolist()
+        ids, scores = pair.items.index[answer.rows[0, :k]], answer.scores[0, :k].tolist()
         return [
             {"item_id": i, "score": score, "title": titles[i]}
             for i, score in zip(ids, scores, strict=True)

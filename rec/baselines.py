@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import tensorflow as tf
@@ -204,7 +204,7 @@ def rank(baseline: Baseline, histories: csr_matrix, seen: csr_matrix, k: int) ->
 # Tuning
 
 
-def grid(**values: Sequence[float]) -> list[dict[str, Any]]:
+def grid(**values: Sequence[float]) -> list[dict[str, float]]:
     """All combinations of the values, as keyword arguments."""
     return [
         dict(zip(values, combination, strict=True)) for combination in product(*values.values())
@@ -213,7 +213,7 @@ def grid(**values: Sequence[float]) -> list[dict[str, Any]]:
 
 # What `tune` chooses from: where Rendle et al. (2022) and Steck (2019) find their best, thinned out. All take about
 # 20 s on MovieLens 100K and 2 cores.
-GRIDS: dict[type[Baseline], list[dict[str, Any]]] = {
+GRIDS: dict[type[Baseline], list[dict[str, float]]] = {
     Popularity: grid(),
     RecentPopularity: grid(days=(1, 7, 30, 90, 365)),
     IALS: grid(factors=(32, 128), alpha=(1.0, 3.0, 10.0, 30.0), regularization=(1.0, 10.0, 30.0)),

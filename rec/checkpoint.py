@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from rec.config import STRICT, Config, Features, Ranking, ResolvedRetrieval
+from rec.config import STRICT, Config, Features, Ranking, ResolvedRetrieval, first_problem
 from rec.corpus import Corpus, load_corpus
 from rec.data_prep.dataset import Dataset
 from rec.errors import UserError
@@ -22,42 +22,46 @@ from rec.training import read_description
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class RetrievalRun:
-    """What identifies the training of a retrieval model: the same description, the same result."""
+class _Run:
+    """What identifies a training run: the same description, the same result."""
 
-    stage: Literal["retrieval"] = "retrieval"
+    stage: str
     dataset: str  # the id of the data set
     seed: int
     features: Features
+
+    def config_over(self, config: Config) -> Config:
+        """`config` with what the model was trained with."""
+        return replace(config, seed=self.seed, features=self.features)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RetrievalRun(_Run):
+    """The training of a retrieval model."""
+
+    stage: Literal["retrieval"] = "retrieval"
     retrieval: ResolvedRetrieval
     interactions: int  # the number of them that it was trained on
     stop_after: int | None = None  # the number of epochs, if it was fixed
 
     def config_over(self, config: Config) -> Config:
-        """`config` with what the model was trained with."""
-        return replace(config, seed=self.seed, features=self.features, retrieval=self.retrieval)
+        return replace(super().config_over(config), retrieval=self.retrieval)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class RankingRun:
-    """What identifies the training of a ranker."""
+class RankingRun(_Run):
+    """The training of a ranker."""
 
     stage: Literal["ranking"] = "ranking"
-    dataset: str  # the id of the data set
-    seed: int
-    features: Features
     ranking: Ranking
     retrieval_run: RetrievalRun
     init_from: str | None  # the checkpoint that its embeddings started from, if one was named
 
     def config_over(self, config: Config) -> Config:
-        """`config` with what the ranker and its retrieval model were trained with.
-
-        The length of the candidate lists stays: a bundle may re-rank more or fewer than the ranker was trained on.
-        """
+        """Keeps the length of the candidate lists: a bundle may re-rank more or fewer than in training."""
         ranking = replace(self.ranking, candidates=config.ranking.candidates)
         config = self.retrieval_run.config_over(config)
-        return replace(config, seed=self.seed, features=self.features, ranking=ranking)
+        return replace(super().config_over(config), ranking=ranking)
 
 
 Run = TypeVar("Run", RetrievalRun, RankingRun)
@@ -83,10 +87,8 @@ def read_run(kind: type[Run], directory: Path) -> Run:
     try:
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
         raise UserError(
-            f"{directory}: the trained model's {key}: {problem['msg']}. It was trained by another version of rec: "
+            f"{directory}: the trained model's {first_problem(error)}. It was trained by another version of rec: "
             "train again"
         ) from None
 

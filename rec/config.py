@@ -281,7 +281,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def _parse_override(text: str) -> Any:
+def _parse_override(text: str) -> object:
     """`a.b=c` as the tree that a file with this one key has."""
     key, equals, value = text.partition("=")
     if not key.strip() or not equals:
@@ -323,7 +323,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def with_data_defaults(config: Retrieval, ordered: bool, interactions: int) -> ResolvedRetrieval:
     """`auto` replaced by what suits a data set, with or without timestamps, of so many training interactions."""
-    choices: dict[str, Any] = {
+    choices: dict[str, object] = {
         "arch": "sasrec" if ordered else "autoencoder",
         "window": 50 if ordered else 1000,
         "epochs": min(max(round(5_000_000 / interactions), 12), 100),
@@ -342,7 +342,7 @@ RATING_WINDOW = 300  # with 50, as retrieval reads, the RMSE on MovieLens 100K i
 def with_ranking_defaults(config: Ranking, retrieval_window: int) -> ResolvedRanking:
     """`auto` replaced by what suits the objective, for a retrieval model that reads histories of `retrieval_window`."""
     is_rating = config.objective == "rating"
-    choices: dict[str, Any] = {
+    choices: dict[str, object] = {
         "window": max(retrieval_window, RATING_WINDOW),
         "batch_size": 1024 if is_rating else 64,
         "learning_rate": 0.003 if is_rating else 0.001,
@@ -443,6 +443,12 @@ def overruled(config: Config, trained: Config, sections: Sequence[str]) -> list[
         for key in names
         if _is_set(config, key) and _get(config, key) != _get(trained, key)
     ]
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first problem of stored settings that another version of rec has written, with its key."""
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
 
 
 def _get(config: Config, key: str) -> Any:

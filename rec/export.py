@@ -253,20 +253,25 @@ class Exported:
     seconds: float
 
 
+def _exported(bundle: Path, start: float) -> Exported:
+    """For a bundle whose export began at `start`."""
+    seconds = round(time.perf_counter() - start, 1)
+    return Exported(bundle.parent.name, str(bundle), int(bundle.name), seconds)
+
+
 def export_stage(config: Config, stage: str, checkpoint: Path | None = None) -> Exported:
     """Exports a stage from its checkpoint, or composes the recommender from the latest pair."""
     start = time.perf_counter()
-    if stage == "recommender":
-        ranking = files.resolve(Path(config.output.savedmodels) / "ranking")
-        bundle = export_recommender(files.retrieval_of(ranking), ranking, config)
-        return _exported(bundle, start)
-    retrieval = _load_retrieval(config, checkpoint if stage == "retrieval" else None)
     if stage == "retrieval":
-        bundle = export_retrieval(retrieval, config)
+        bundle = export_retrieval(_load_retrieval(config, checkpoint), config)
         _warn_of_older_pair(config, bundle)
-        return _exported(bundle, start)
-    trained = _load_ranking(config, retrieval, checkpoint)
-    bundle = export_ranking(trained, config, bundle_of(config, retrieval))
+    elif stage == "ranking":
+        retrieval = _load_retrieval(config)
+        ranking = _load_ranking(config, retrieval, checkpoint)
+        bundle = export_ranking(ranking, config, bundle_of(config, retrieval))
+    else:
+        source = files.resolve(Path(config.output.savedmodels) / "ranking")
+        bundle = export_recommender(files.retrieval_of(source), source, config)
     return _exported(bundle, start)
 
 
@@ -276,23 +281,14 @@ def export_all(config: Config) -> dict[str, Exported]:
     Raises UserError before anything is published if a checkpoint is missing, or if the two are no pair.
     """
     start = time.perf_counter()
-    trained_retrieval = _load_retrieval(config)
-    trained_ranking = _load_ranking(config, trained_retrieval)
-    retrieval = export_retrieval(trained_retrieval, config)
-    exported = {"retrieval": _exported(retrieval, start)}
+    retrieval = _load_retrieval(config)
+    ranking = _load_ranking(config, retrieval)
+    first = _exported(export_retrieval(retrieval, config), start)
     start = time.perf_counter()
-    ranking = export_ranking(trained_ranking, config, retrieval)
-    exported["ranking"] = _exported(ranking, start)
+    second = _exported(export_ranking(ranking, config, Path(first.bundle)), start)
     start = time.perf_counter()
-    recommender = export_recommender(retrieval, ranking, config)
-    exported["recommender"] = _exported(recommender, start)
-    return exported
-
-
-def _exported(bundle: Path, start: float) -> Exported:
-    """For a bundle whose export began at `start`."""
-    seconds = round(time.perf_counter() - start, 1)
-    return Exported(bundle.parent.name, str(bundle), int(bundle.name), seconds)
+    recommender = export_recommender(Path(first.bundle), Path(second.bundle), config)
+    return {each.stage: each for each in (first, second, _exported(recommender, start))}
 
 
 def _load_retrieval(config: Config, checkpoint: Path | None = None) -> TrainedRetrieval:

@@ -11,7 +11,7 @@ class LazyAdam(tf.keras.optimizers.Adam):
     Keras' Adam decays the moments of every row at every step, which costs time in proportion to the table.
     """
 
-    def apply_gradients(self, grads_and_vars: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply_gradients(self, grads_and_vars: Any, *args: object, **kwargs: object) -> tf.Operation:
         """As Keras', without a warning for variables that this configuration of a model does not train."""
         pairs = [pair for pair in grads_and_vars if pair[0] is not None]
         return super().apply_gradients(pairs, *args, **kwargs)

@@ -104,7 +104,7 @@ def main() -> None:
     if args.history:
         moves = store.history()
         show_history(moves)
-        print(json.dumps({"history": [move.to_json() for move in moves]}))
+        print(json.dumps({"history": [move.model_dump() for move in moves]}))
         return
     if args.rollback:
         move = roll_back(store, args.reason or "rolled back", args.alias)
@@ -117,7 +117,7 @@ def main() -> None:
             return
         move = promote(store, config, stage, version, why, args.alias, args.force)
     show_history([move])
-    print(json.dumps(move.to_json()), flush=True)
+    print(json.dumps(move.model_dump()), flush=True)
     if move.action == "refused":
         reasons = "; ".join(move.gate.reasons)
         raise UserError(f"the gate refuses it (--force promotes it all the same): {reasons}")

@@ -2,7 +2,7 @@
 
     python -m rec.recommend --user u7                     from the user's stored history
     python -m rec.recommend --history i1 i2 --k 5         from a history, oldest first
-    python -m rec.recommend                               asks for users, one after the other
+    python -m rec.recommend                               prompts for users, one after the other
 
 Tables go to stderr. The last line of stdout is JSON: {"users": [{"user_id", "cold_start", "items": [{"item_id",
 "score", "title"}, ..]}, ..]}; `score` is null for an item that has not been scored.
@@ -11,8 +11,8 @@ Tables go to stderr. The last line of stdout is JSON: {"users": [{"user_id", "co
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,34 +26,43 @@ from rec.errors import UserError, command_parser, run_command
 
 SHOWN_HISTORY = 3  # the latest items of a history that are shown
 
-Answer = dict[str, Any]
+
+@dataclass(frozen=True)
+class RecommendedItem:
+    item_id: str
+    score: float | None  # None: it has not been scored
+    title: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The JSON for one user."""
+
+    user_id: str | None
+    cold_start: bool  # nothing is known about the user, who gets the popular items
+    items: list[RecommendedItem]
 
 
 def recommend(
     recommender: Recommender, user_id: str | None, history: list[str] | None, k: int
 ) -> Answer:
-    """The k best items for a user with a stored history, or for a given one; the JSON of one user.
+    """The k best items for a user with a stored history, or for a given history.
 
     Raises:
       UserError: k is below 1, or more than the bundle retrieves.
     """
-    answer = recommender.answer([user_id or ""], [history], [[]])
-    places = answer["rows"][0]
-    if not 1 <= k <= len(places):
-        raise UserError(f"--k: must be from 1 to {len(places)}, what the bundle retrieves, not {k}")
+    candidates = recommender.answer([user_id or ""], [history], [[]])
+    rows = candidates.rows[0]
+    scores = candidates.scores[0]
+    if not 1 <= k <= len(rows):
+        raise UserError(f"--k: must be from 1 to {len(rows)}, what the bundle retrieves, not {k}")
     items = []
-    for place, score in zip(places[:k], answer["scores"][0][:k], strict=True):
-        if place >= 0:  # -1 is an empty place: no more items are left
-            item_id = recommender.items.index[place]
-            is_scored = score > LOWEST
-            items.append(
-                {
-                    "item_id": item_id,
-                    "score": float(score) if is_scored else None,
-                    "title": title_of(recommender.items, item_id),
-                }
-            )
-    return {"user_id": user_id, "cold_start": bool(answer["cold"][0]), "items": items}
+    for row, score in zip(rows[:k], scores[:k], strict=True):
+        if row >= 0:  # -1 is an empty place: no more items are left
+            item_id = recommender.items.index[row]
+            title = title_of(recommender.items, item_id)
+            items.append(RecommendedItem(item_id, float(score) if score > LOWEST else None, title))
+    return Answer(user_id, bool(candidates.cold[0]), items)
 
 
 def title_of(items: pd.DataFrame, item_id: str) -> str:
@@ -63,21 +72,20 @@ def title_of(items: pd.DataFrame, item_id: str) -> str:
     return item_id if is_missing else str(title)
 
 
-def recommendation_row(items: pd.DataFrame, item_id: str, score: float | None) -> str:
-    """One recommended item as a line: its score, or a dash if it has not been scored, and its title."""
-    shown = "-" if score is None or score <= LOWEST else f"{score:.3f}"
-    return f"  {shown:>8}  {title_of(items, item_id)}"
-
-
 def show(recommender: Recommender, answer: Answer, history: list[str]) -> None:
     """Prints one user's recommendations on stderr."""
     recent = [title_of(recommender.items, item_id) for item_id in history[-SHOWN_HISTORY:]]
-    lines = [f"\nuser {answer['user_id'] or '-'}, after {', '.join(recent) or 'nothing'}"]
-    if answer["cold_start"]:
-        lines[0] += " (nothing is known of this user: the popular items)"
-    for item in answer["items"]:
-        lines.append(recommendation_row(recommender.items, item["item_id"], item["score"]))
+    lines = [f"\nuser {answer.user_id or '-'}, after {', '.join(recent) or 'nothing'}"]
+    if answer.cold_start:
+        lines[0] += " (nothing is known about this user: the popular items)"
+    for item in answer.items:
+        lines.append(item_line(item))
     print("\n".join(lines), file=sys.stderr)
+
+
+def item_line(item: RecommendedItem) -> str:
+    score = "-" if item.score is None else f"{item.score:.3f}"
+    return f"  {score:>8}  {item.title}"
 
 
 def show_examples(config: Config, users: int = 3, k: int = 5) -> None:
@@ -89,8 +97,8 @@ def show_examples(config: Config, users: int = 3, k: int = 5) -> None:
         show(recommender, answer, recommender.histories([user_id])[0])
 
 
-def ask_for_users() -> Iterator[str]:
-    """User ids that are typed, until an empty line or the end of the input."""
+def read_users() -> Iterator[str]:
+    """User ids from the keyboard, until an empty line or the end of the input."""
     while True:
         print("\nuser id (empty to end): ", end="", file=sys.stderr, flush=True)
         user_id = sys.stdin.readline().strip()
@@ -113,14 +121,14 @@ def main() -> None:
     if args.user or args.history:
         users = args.user or [None]
     else:
-        users = ask_for_users()
+        users = read_users()
     answers = []
     for user_id in users:
         answer = recommend(recommender, user_id, args.history, args.k)
         history = args.history or recommender.histories([user_id])[0]
         show(recommender, answer, history)
         answers.append(answer)
-    print(json.dumps({"users": answers}))
+    print(json.dumps({"users": [asdict(answer) for answer in answers]}))
 
 
 if __name__ == "__main__":

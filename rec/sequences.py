@@ -7,10 +7,10 @@ import os
 import tempfile
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import DTypeLike
 
 from rec.errors import UserError
 from rec.features import PAD
@@ -132,7 +132,7 @@ def concatenate(first: Sequences, second: Sequences) -> Sequences:
     )
 
 
-def on_disk(n: int, dtype: Any) -> np.ndarray:
+def on_disk(n: int, dtype: DTypeLike) -> np.ndarray:
     """[n] zeros in a file without a name, in TMPDIR. Their memory is the page cache's, which the system may take back.
 
     Raises UserError if the disk has no room for them.

@@ -7,7 +7,6 @@ becomes 46.0 and the last digits of long numbers change. `read_table` takes its 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,7 +35,7 @@ class ColumnLine:
     name: str
     kind: str
     filled: float  # share of the rows that have a value
-    example: Any  # a value; None if there is none
+    example: object  # a value; None if there is none
     why: str  # what decided the kind
 
 
@@ -56,7 +55,7 @@ def describe_columns(title: str, columns: Iterable[ColumnLine]) -> None:
         note("  " + "  ".join([*parts, why]).rstrip())
 
 
-def shorten(value: Any) -> str:
+def shorten(value: object) -> str:
     """A value as one would write it, cut to some thirty characters; "-" for None."""
     if value is None:
         return "-"

@@ -1,12 +1,10 @@
-"""Who is evaluated, and how a recommendation is shown."""
+"""Who is evaluated."""
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from rec import LOWEST, evaluation
+from rec import evaluation
 from rec.features import FIRST_ITEM
-from rec.recommend import recommendation_row
 from tests.small import corpus
 
 
@@ -29,14 +27,3 @@ def test_of_more_users_than_there_is_time_for_some_are_drawn_and_only_they_count
     chosen = np.isin(whole.users, drawn.users)
     for part, of_all in ((drawn.relevant, whole.relevant), (drawn.seen, whole.seen)):
         np.testing.assert_array_equal(part.toarray(), of_all[chosen].toarray())
-
-
-@pytest.mark.parametrize("missing", [None, float("nan"), pd.NA])
-def test_a_recommendation_is_shown_by_its_title_or_else_its_id_and_never_with_an_empty_score(
-    missing: object,
-):
-    titles = pd.DataFrame({"title": ["Iron Drama", missing]}, index=pd.Index(["i1", "i2"]))
-    row = recommendation_row
-    assert row(titles, "i1", 1.25) == "     1.250  Iron Drama"
-    assert row(titles, "i2", LOWEST) == "         -  i2"
-    assert row(titles.drop(columns="title"), "i1", -3.0) == "    -3.000  i1"

@@ -51,6 +51,7 @@ EXTRAS = ("spark", "dev", "bench")  # requirements-EXTRA.txt
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 PACKAGES = {  # import name -> name in requirements.txt, where they differ
     "dotenv": "python-dotenv",
+    "google": "protobuf",
     "prometheus_client": "prometheus-client",
     "tensorflow_recommenders": "tensorflow-recommenders",
     "tensorflow_serving": "tensorflow-serving-api",

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pandas as pd
+import pytest
 
-from rec.recommend import title_of
+from rec.recommend import RecommendedItem, item_line, title_of
 from tests.conftest import ROOT, Trained, environment, run
 
 
@@ -38,7 +39,13 @@ def test_more_than_the_bundle_retrieves_is_refused(trained: Trained):
     assert "error: --k: must be from 1 to 50" in done.stderr
 
 
-def test_an_item_without_a_title_is_shown_by_its_id():
-    items = pd.DataFrame({"title": ["A film", None]}, index=["i1", "i2"])
+@pytest.mark.parametrize("missing", [None, float("nan"), pd.NA])
+def test_an_item_without_a_title_is_shown_by_its_id(missing: object):
+    items = pd.DataFrame({"title": ["A film", missing]}, index=["i1", "i2"])
     assert [title_of(items, item) for item in ("i1", "i2", "gone")] == ["A film", "i2", "gone"]
     assert title_of(items.drop(columns="title"), "i1") == "i1"
+
+
+def test_an_item_is_shown_with_its_score_or_with_a_dash():
+    assert item_line(RecommendedItem("i1", 1.25, "Iron Drama")) == "     1.250  Iron Drama"
+    assert item_line(RecommendedItem("i2", None, "i2")) == "         -  i2"

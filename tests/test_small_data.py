@@ -149,8 +149,8 @@ def test_small_data_are_trained_measured_and_asked(
     known = dataset.interactions("train")["user_id"].iloc[0]
     first = str(pair.items.index[0])
     found = pair.answer([known, "", "nobody"], [None, [first], None], [[], [], [first]])
-    assert np.isfinite(found["scores"]).all()
-    for rows, seen in zip(found["rows"], [*pair.histories([known]), [first], [first]], strict=True):
+    assert np.isfinite(found.scores).all()
+    for rows, seen in zip(found.rows, [*pair.histories([known]), [first], [first]], strict=True):
         items = [str(pair.items.index[row]) for row in rows if row >= 0]
         assert sorted(items) == sorted(set(pair.items.index) - set(seen))  # each once, all of them
         assert (rows[len(items) :] == -1).all()

@@ -9,11 +9,11 @@ or by a copy that followed the links, that file is read.
 """
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from rec.bundles.metadata import Json
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from rec.errors import UserError
 
 STAGES = ("retrieval", "ranking", "recommender")
@@ -65,9 +65,8 @@ def find_state_file(path: Path, root: Path, name: str) -> Path | None:
     Raises:
       UserError: the state that `path`, or the states that are there, should lead to is missing.
     """
-    is_link = (
-        path.is_symlink()
-    )  # before the state is looked up: a link is made only when there is one
+    # A link is made only when there is a state, so it is looked up before the state.
+    is_link = path.is_symlink()
     if path.exists() and not is_link:
         return path
     state = (root / STATES / "current").resolve()
@@ -94,21 +93,26 @@ def state_numbers(root: Path) -> list[int]:
 # History
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What the gate decided."""
+# Another version of rec may have written more. It is kept.
+STORED = ConfigDict(frozen=True, extra="allow", validate_by_name=True, serialize_by_alias=True)
+
+
+class Verdict(BaseModel):
+    """What the gate decided, and what it measured."""
+
+    model_config = STORED
 
     passed: bool
     reasons: list[str]  # against it
-    measured: Json = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(BaseModel):
     """One line of the history: an alias was moved, or the gate refused to move it."""
 
+    model_config = STORED
+
     alias: str
-    previous: Versions
+    previous: Versions = Field(validation_alias="from", serialization_alias="from")
     to: Versions
     action: str  # promoted, forced, refused, rolled back or unchanged
     gate: Verdict
@@ -116,35 +120,14 @@ class Move:
     who: str
     time: str
 
-    def to_json(self) -> Json:
-        gate = {"passed": self.gate.passed, "reasons": self.gate.reasons, **self.gate.measured}
-        return {
-            "alias": self.alias,
-            "from": self.previous,
-            "to": self.to,
-            "action": self.action,
-            "gate": gate,
-            "why": self.why,
-            "who": self.who,
-            "time": self.time,
-        }
-
-
-def parse_move(line: str) -> Move:
-    """The move in a line of JSON. Raises LookupError, TypeError or ValueError if there is none."""
-    content = json.loads(line)
-    gate = dict(content.pop("gate"))
-    verdict = Verdict(gate.pop("passed"), gate.pop("reasons"), gate)
-    return Move(previous=content.pop("from"), gate=verdict, **content)
-
 
 def parse_history(path: Path) -> list[Move]:
     """All moves, the oldest first. Raises UserError if a line is damaged."""
     moves = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
-            moves.append(parse_move(line))
-        except (LookupError, TypeError, ValueError, AttributeError):
+            moves.append(Move.model_validate_json(line))
+        except ValidationError:
             hint = "remove the line, or restore the file from a copy"
             raise UserError(f"{path}, line {number} is damaged: {hint}") from None
     return moves

@@ -1,7 +1,9 @@
 """Numbered bundles in a directory: finds, writes and publishes them.
 
-SAVEDMODELS/STAGE/VERSION/       published by rename, never changed
-SAVEDMODELS/STAGE/.last_version  the highest number so far: the number of a deleted version is not used again
+    SAVEDMODELS/STAGE/VERSION/       published by rename, never changed
+    SAVEDMODELS/STAGE/.last_version  the highest number so far: the number of a deleted version is not used again
+
+Not covered: aliases (aliases.py), and promotion, which moves them (ops/registry.py).
 """
 
 import hashlib

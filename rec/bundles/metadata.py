@@ -11,13 +11,13 @@ from typing import Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from rec.config import Config
+from rec.config import Config, first_problem
 from rec.errors import UserError
 from rec.files import digest
 
 LENIENT = ConfigDict(extra="ignore")  # another version may have written more
 OPTIONAL = ("run", "history", "index")  # are left out of the file if they are None
-ZERO_AS_AUTO = ("window", "epochs")  # of the retrieval settings of rec 0.1
+ZERO_AS_AUTO = {"window", "epochs"}  # retrieval settings of rec 0.1
 
 Json = dict[str, object]
 Stage = Literal["retrieval", "ranking", "recommender"]
@@ -32,25 +32,19 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True, config=LENIENT)
-class BundleSummary:
-    """What a registry needs to know about a bundle, and what W&B stores."""
+class BundleMetadata:
+    """What metadata.json says. Exporting sets what has a default."""
 
     stage: Stage
-    version: int = 0  # publishing sets it
-    id: str = ""  # a hash of all files; publishing sets it
+    version: int = 0
+    id: str = ""  # a hash of all files
     run_id: str  # of the training run
     architecture: str
     dataset: str  # the id of the data set
+    vocabulary: str = ""  # a hash of the item ids, in order
     metrics: dict[str, float]
-    built_from: dict[str, Reference]  # by stage
-
-
-@dataclass(frozen=True, kw_only=True, config=LENIENT)
-class BundleMetadata(BundleSummary):
-    """All of metadata.json."""
-
-    vocabulary: str  # a hash of the item ids, in order
     config: Config  # the one that the model was trained with
+    built_from: dict[str, Reference]  # by stage
     run: Json | None = None  # the checkpoint's run.json; a recommender has none
     history: list[dict[str, float]] | None = None  # the metrics after each epoch
     index: Json | None = None  # its kind and measured recall; a ranking bundle has none
@@ -58,7 +52,7 @@ class BundleMetadata(BundleSummary):
     git_commit: str | None = None  # None outside a checkout
     command: str = ""
     created: str = ""
-    files: dict[str, str] = Field(default_factory=dict)  # {path: sha256}; publishing sets it
+    files: dict[str, str] = Field(default_factory=dict)  # {path: sha256}
 
     @property
     def reference(self) -> Reference:
@@ -93,7 +87,6 @@ class PairMetadata:
 
 
 _METADATA = TypeAdapter(BundleMetadata)
-_SUMMARY = TypeAdapter(BundleSummary)
 
 
 def read_metadata(bundle: Path, stage: str | None = None) -> BundleMetadata:
@@ -117,37 +110,22 @@ def read_metadata(bundle: Path, stage: str | None = None) -> BundleMetadata:
         raise UserError(f"{path} has changed since the export: export the bundle again")
     if stage not in (None, own_stage):
         raise UserError(f"{bundle} is a {own_stage} bundle, not a {stage} bundle")
-    _replace_zeros(content)
+    return parse_metadata(content, str(path))
+
+
+def parse_metadata(content: Json, where: str) -> BundleMetadata:
+    """The metadata in a file or at W&B, as `where` says. Raises UserError if this version of rec cannot read them."""
+    config = content.get("config")
+    settings = config.get("retrieval") if isinstance(config, dict) else None
+    if isinstance(config, dict) and isinstance(settings, dict):
+        zeros = {name: "auto" for name in ZERO_AS_AUTO if settings.get(name) == 0}
+        content = content | {"config": config | {"retrieval": settings | zeros}}
     try:
         return _METADATA.validate_json(json.dumps(content))
     except ValidationError as error:
         raise UserError(
-            f"{path} is from another version of rec ({problem_of(error)}): export the bundle again"
+            f"{where} is from another version of rec ({first_problem(error)}): export the bundle again"
         ) from None
-
-
-def _replace_zeros(content: Json) -> None:
-    """Removes the settings by which rec 0.1 said `auto`. Does nothing to what is damaged."""
-    config = content.get("config")
-    settings = config.get("retrieval") if isinstance(config, dict) else None
-    if isinstance(settings, dict):
-        for name in ZERO_AS_AUTO:
-            if settings.get(name) == 0:
-                del settings[name]
-
-
-def read_summary(content: object, where: str) -> BundleSummary:
-    """What W&B stores about the bundle `where`. Raises UserError if it is not a bundle of rec."""
-    try:
-        return _SUMMARY.validate_json(json.dumps(content))
-    except ValidationError as error:
-        raise UserError(f"{where} is not a bundle of rec: {problem_of(error)}") from None
-
-
-def problem_of(error: ValidationError) -> str:
-    """The first problem that pydantic has found, such as `config.index.k: Field required`."""
-    problem = error.errors()[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
 
 
 def write_metadata(bundle: Path, metadata: BundleMetadata) -> None:

@@ -11,15 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from rec import LOWEST
 from rec.bundles.files import read_catalogue, read_pair
 from rec.bundles.metadata import PairMetadata, verify
+from rec.bundles.pair import Arrays, Candidates, pad_left, rerank
 from rec.errors import UserError
 
 Tensors = dict[str, tf.Tensor]  # what a function gives, by name
@@ -29,6 +28,17 @@ LISTS = tf.TensorSpec([None, None], tf.string)
 TIMES = tf.TensorSpec([None], tf.int64)
 FLAGS = tf.TensorSpec([None], tf.bool)
 ROWS = tf.TensorSpec([None], tf.int32)
+
+
+def _sort(scores: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    return tf.math.top_k(scores, scores.shape[1])
+
+
+def _take(values: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
+    return tf.gather(values, places, batch_dims=1)
+
+
+TENSORS = Arrays(tf, _sort, _take)
 
 
 class AnswersUsers(tf.Module):
@@ -63,7 +73,11 @@ class RecommenderModule(AnswersUsers):
     """Two loaded bundles as one model. `ranking` may be None: then retrieval's order is the answer."""
 
     def __init__(
-        self, retrieval: Any, ranking: Any, candidates: int | None, items: Iterable[str]
+        self,
+        retrieval: tf.Module,
+        ranking: tf.Module | None,
+        candidates: int | None,
+        items: Iterable[str],
     ) -> None:
         """`candidates`: how many of the retrieved items are ranked, and returned by the signatures; None: all.
 
@@ -136,29 +150,10 @@ class RecommenderModule(AnswersUsers):
         return tf.gather(self._rows, places + 1), found["score"][:, : self._candidates]
 
     def _order(self, found: Tensors, ranked: tf.Tensor | None) -> Tensors:
-        """All that was retrieved: the candidates in the ranker's order, then the others in retrieval's.
-
-        For a cold user, of whom the ranker knows nothing, in order of popularity, as they are. An empty place ("") has
-        the lowest score, so those stay last.
-        """
-        rows, scores, retrieved = found["row"], found["score"], found["score"]
-        ranks = tf.broadcast_to(tf.range(1, tf.shape(rows)[1] + 1), tf.shape(rows))
-        if ranked is not None:
-            offered = scores[:, : self._candidates]
-            n = offered.shape[1]
-            best, order = tf.math.top_k(tf.where(found["cold"][:, None], offered, ranked), n)
-            ranks = tf.concat([order + 1, ranks[:, n:]], 1)
-            scores = tf.concat([best, tf.fill(tf.shape(ranks[:, n:]), LOWEST)], 1)
-            rows, retrieved = (
-                tf.gather(each, ranks - 1, batch_dims=1) for each in (rows, retrieved)
-            )
-        return {
-            "rows": rows,
-            "scores": scores,
-            "ranks": ranks,
-            "retrieved": retrieved,
-            "cold": found["cold"],
-        }
+        """All that was retrieved, reordered by the ranker's scores (`Candidates` by name)."""
+        if ranked is None:
+            ranked = found["score"]
+        return rerank(TENSORS, found, ranked, self._candidates)._asdict()
 
     def _show(self, found: Tensors, ranked: tf.Tensor | None) -> Tensors:
         """The candidates alone, as the signatures give them."""
@@ -169,11 +164,11 @@ class RecommenderModule(AnswersUsers):
 
 @dataclass(eq=False)
 class Recommender:
-    """A loaded pair, with what a server needs to know of it."""
+    """A `Backend` that computes here."""
 
     module: RecommenderModule
-    items: pd.DataFrame  # items.parquet, indexed by item_id, the most popular first
-    users: list[str]  # some of the users that it knows
+    items: pd.DataFrame
+    users: list[str]
     metadata: PairMetadata
 
     @classmethod
@@ -202,11 +197,11 @@ class Recommender:
     # Calling the traced graphs themselves saves tf.function's search for them.
 
     @cached_property
-    def _answer(self) -> Any:
+    def _answer(self) -> tf.types.experimental.ConcreteFunction:
         return self.module.answer.get_concrete_function()
 
     @cached_property
-    def _answer_known(self) -> Any:
+    def _answer_known(self) -> tf.types.experimental.ConcreteFunction:
         return self.module.answer_known.get_concrete_function()
 
     def answer(
@@ -214,20 +209,7 @@ class Recommender:
         user_ids: Sequence[str],
         histories: Sequence[list[str] | None],
         excluded: Sequence[list[str]],
-    ) -> dict[str, np.ndarray]:
-        """The candidates for a batch of requests: what neither the caller nor the bundle knows as seen.
-
-        Args:
-          user_ids: "" for an anonymous user.
-          histories: a caller's history, oldest first; None uses the stored one.
-          excluded: further items to leave out.
-
-        Returns, best first, [B, N]:
-          rows: the items' places in items.parquet, -1 where there is none.
-          scores: the ranker's (retrieval's where there is no ranker); float32's lowest for what it has not ranked.
-          ranks, retrieved: the items' places in retrieval's order, from 1, and retrieval's scores.
-          cold: [B] bool, answered by popularity.
-        """
+    ) -> Candidates:
         is_searched = np.array(
             [
                 history is not None or bool(exclude)
@@ -238,63 +220,58 @@ class Recommender:
             return self._look_up(user_ids)
         if is_searched.all():
             return self._search(user_ids, histories, excluded)
-        searched = np.flatnonzero(is_searched)
-        others = np.flatnonzero(~is_searched)
+        searched = np.flatnonzero(is_searched).tolist()
+        others = np.flatnonzero(~is_searched).tolist()
         found = self._search(
             [user_ids[at] for at in searched],
             [histories[at] for at in searched],
             [excluded[at] for at in searched],
         )
         known = self._look_up([user_ids[at] for at in others])
-        order = np.argsort(np.concatenate([searched, others]))
-        return {name: np.concatenate([found[name], known[name]])[order] for name in found}
+        order = np.argsort(searched + others)
+        parts = zip(found, known, strict=True)
+        return Candidates(*(np.concatenate(part)[order] for part in parts))
 
     def _search(
         self,
         user_ids: Sequence[str],
         histories: Sequence[list[str] | None],
         excluded: Sequence[list[str]],
-    ) -> dict[str, np.ndarray]:
+    ) -> Candidates:
         given = tf.constant([history is not None for history in histories])
         lists = pad_lists([history or [] for history in histories])
         answer = self._answer(tf.constant(user_ids), lists, given, pad_lists(excluded))
-        return {name: values.numpy() for name, values in answer.items()}
+        return _candidates(answer)
 
-    def _look_up(self, user_ids: Sequence[str]) -> dict[str, np.ndarray]:
+    def _look_up(self, user_ids: Sequence[str]) -> Candidates:
         """For users with their stored histories and without exclusions."""
-        answer = self._answer_known(tf.constant(user_ids))
-        return {name: values.numpy() for name, values in answer.items()}
+        return _candidates(self._answer_known(tf.constant(user_ids)))
 
     def answer_within(
         self, user_id: str, history: list[str] | None, rows: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        """The best of just these rows of `items` [M] for one user: each is scored, so this costs M times as much."""
-        lists, given = pad_lists([history or []]), tf.constant([history is not None])
-        answer = self.module.answer_within(
-            tf.constant([user_id]), lists, given, tf.constant(rows, tf.int32)
-        )
-        return {name: values.numpy() for name, values in answer.items()}
+    ) -> Candidates:
+        lists = pad_lists([history or []])
+        given = tf.constant([history is not None])
+        places = tf.constant(rows, tf.int32)
+        return _candidates(self.module.answer_within(tf.constant([user_id]), lists, given, places))
 
     def similar(self, item_ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Similar items: rows of `items` [B, K] (-1 where there is none) and their cosine [B, K]."""
         answer = self.module.retrieval.similar_items(tf.constant(item_ids, tf.string))
         ids = _strings(answer["item_id"])
         rows = self.items.index.get_indexer(pd.Index(ids.ravel()))
         return rows.reshape(ids.shape), answer["score"].numpy()
 
     def histories(self, user_ids: list[str]) -> list[list[str]]:
-        """What the bundle knows of each user, oldest first, up to index.max_seen items."""
         stored = _strings(self.module.retrieval.history(tf.constant(user_ids, tf.string)))
         return [[item for item in row if item] for row in stored.tolist()]
 
     def cosines(self, items: list[str], others: list[str]) -> np.ndarray:
-        """[N, H]: how near the items' vectors are; float32's lowest where an item is unknown."""
         return self.module.retrieval.cosines(
             tf.constant(items, tf.string), tf.constant(others, tf.string)
         ).numpy()
 
 
-def load_bundle(path: Path, needed: str = "serving_default") -> Any:
+def load_bundle(path: Path, needed: str = "serving_default") -> tf.Module:
     """tf.saved_model.load with ScaNN's operations registered.
 
     Raises:
@@ -315,9 +292,13 @@ def load_bundle(path: Path, needed: str = "serving_default") -> Any:
 
 def pad_lists(lists: Sequence[list[str]]) -> tf.Tensor:
     """Ragged lists of ids -> [B, widest] string, "" on the left."""
-    width = max(map(len, lists), default=0)
-    rows = [[""] * (width - len(row)) + list(row) for row in lists]
-    return tf.constant(np.array(rows, object).reshape(len(lists), width), tf.string)
+    rows = pad_left(lists)
+    width = len(rows[0]) if rows else 0
+    return tf.constant(np.array(rows, object).reshape(len(rows), width), tf.string)
+
+
+def _candidates(answer: Tensors) -> Candidates:
+    return Candidates(**{name: values.numpy() for name, values in answer.items()})
 
 
 def _strings(ids: tf.Tensor) -> np.ndarray:

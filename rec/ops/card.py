@@ -11,7 +11,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from rec.bundles.files import draft
-from rec.bundles.metadata import BundleMetadata, BundleSummary, PairMetadata
+from rec.bundles.metadata import BundleMetadata, PairMetadata
 from rec.bundles.recommender import Recommender
 from rec.config import Config
 from rec.data_prep.dataset import Dataset
@@ -76,7 +76,7 @@ def _plot_training(bundle: BundleMetadata, path: Path) -> None:
     figure.savefig(path)
 
 
-def _page(bundle: BundleSummary, pair: PairMetadata, dataset: Dataset, report: Report) -> str:
+def _page(bundle: BundleMetadata, pair: PairMetadata, dataset: Dataset, report: Report) -> str:
     counts = ", ".join(f"{count:,} {name}" for name, count in dataset.manifest["counts"].items())
     system = list(report["systems"])[-1]
     segments = {

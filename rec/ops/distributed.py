@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import tensorflow as tf
 
@@ -126,7 +125,7 @@ class ParameterServers:
     def losses(self, model: tf.keras.Model, data: tf.data.Dataset) -> Iterator[tf.Tensor]:
         coordinator = tf.distribute.coordinator.ClusterCoordinator(self.strategy)
         train_step = self._train_step(model, data)
-        scheduled: deque[Any] = deque()
+        scheduled: deque[tf.Tensor] = deque()
         with _lost_process_in_one_sentence():
             for batch in data:
                 scheduled.append(coordinator.schedule(train_step, (batch,)))
@@ -135,7 +134,7 @@ class ParameterServers:
             for loss in scheduled:
                 yield loss.fetch()
 
-    def _train_step(self, model: tf.keras.Model, data: tf.data.Dataset) -> Any:
+    def _train_step(self, model: tf.keras.Model, data: tf.data.Dataset) -> tf.Tensor:
         """The compiled step. The model keeps it, where Keras keeps its own: it is traced once, not in every epoch."""
 
         def train_step(batch: dict[str, tf.Tensor]) -> tf.Tensor:

@@ -12,13 +12,13 @@ from datetime import UTC, datetime
 
 from rec.bundles.aliases import Move, Verdict, Versions
 from rec.bundles.files import pick
-from rec.bundles.metadata import BundleSummary
+from rec.bundles.metadata import BundleMetadata
 from rec.config import Config
 from rec.errors import UserError
 from rec.ops.registry import Store, check_alias, directories, together
 
 GUARDED = "production"  # the alias before which the gate stands
-PASSED = Verdict(True, [])  # nothing had to be measured
+PASSED = Verdict(passed=True, reasons=[])  # nothing had to be measured
 LOWER_IS_BETTER = ("rmse", "loss")  # ends of the names of metrics
 
 
@@ -45,7 +45,7 @@ def choose(
     return _best_version(bundles, metric, where)
 
 
-def _version_of_run(bundles: Mapping[int, BundleSummary], run_id: str, where: str) -> int:
+def _version_of_run(bundles: Mapping[int, BundleMetadata], run_id: str, where: str) -> int:
     numbers = [number for number, bundle in bundles.items() if bundle.run_id == run_id]
     if not numbers:
         known = ", ".join(sorted({bundle.run_id for bundle in bundles.values()}))
@@ -53,7 +53,9 @@ def _version_of_run(bundles: Mapping[int, BundleSummary], run_id: str, where: st
     return max(numbers)
 
 
-def _best_version(bundles: Mapping[int, BundleSummary], metric: str, where: str) -> tuple[int, str]:
+def _best_version(
+    bundles: Mapping[int, BundleMetadata], metric: str, where: str
+) -> tuple[int, str]:
     """The best version among those of the latest version's data set. Metrics of other data cannot be compared."""
     latest = bundles[max(bundles)]
     values = {
@@ -79,7 +81,7 @@ def gate(store: Store, config: Config, to: Versions, current: Versions) -> Verdi
     """Whether the versions `to` may replace `current`."""
     mismatch = _mismatch(store, to)
     if mismatch is not None:
-        return Verdict(False, [mismatch])
+        return Verdict(passed=False, reasons=[mismatch])
     from rec.ops.comparison import compare  # TensorFlow: not before it is needed
 
     try:
@@ -87,7 +89,7 @@ def gate(store: Store, config: Config, to: Versions, current: Versions) -> Verdi
         production = directories(store, current) if current else None
         comparison = compare(config, candidate, production)
     except UserError as error:
-        return Verdict(False, [f"it cannot be measured: {error}"])
+        return Verdict(passed=False, reasons=[f"it cannot be measured: {error}"])
     reasons = []
     if comparison.get("worse"):
         low, high = comparison["ci"]
@@ -103,7 +105,7 @@ def gate(store: Store, config: Config, to: Versions, current: Versions) -> Verdi
             f"its index finds {comparison['index_recall']:.1%} of what exact search finds, "
             f"95 % {low:.1%} to {high:.1%}; its target is {target:.1%}"
         )
-    return Verdict(not reasons, reasons, comparison)
+    return Verdict(passed=not reasons, reasons=reasons, **comparison)
 
 
 def _mismatch(store: Store, to: Versions) -> str | None:

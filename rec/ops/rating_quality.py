@@ -29,11 +29,13 @@ def rating_errors(task: Task, pair: Recommender) -> Report:
 
 def predicted_ratings(task: Task, pair: Recommender) -> np.ndarray:
     """The ranking bundle's predictions of all held-out ratings, in the order of `task.held`."""
+    ranking = pair.module.ranking
+    assert ranking is not None
     parts = []
     for batch in task.requests():
         rows = task.held.last(batch.users)
         items = task.item_ids(rows)
-        answer = pair.module.ranking.score_at(batch.user_id, batch.history, items, batch.time)
+        answer = ranking.score_at(batch.user_id, batch.history, items, batch.time)
         parts.append(answer["score"].numpy()[rows != PAD])
     return np.concatenate(parts)
 

@@ -21,6 +21,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from google.protobuf import text_format
+from tensorflow_serving.config.model_server_config_pb2 import ModelServerConfig
+
 from rec.bundles.aliases import (
     STAGES,
     STATES,
@@ -29,13 +32,12 @@ from rec.bundles.aliases import (
     Versions,
     find_state_file,
     parse_history,
-    parse_move,
     read_alias,
     read_all_aliases,
     state_numbers,
 )
 from rec.bundles.files import Pair, draft, pick, versions
-from rec.bundles.metadata import BundleSummary, read_metadata, read_summary, verify
+from rec.bundles.metadata import BundleMetadata, parse_metadata, read_metadata, verify
 from rec.errors import UserError
 from rec.files import replace_directory, sole_writer
 
@@ -56,7 +58,7 @@ class LocalStore:
         self._root = savedmodels
         self._states = savedmodels / STATES
 
-    def bundles(self, stage: str) -> Mapping[int, BundleSummary]:
+    def bundles(self, stage: str) -> Mapping[int, BundleMetadata]:
         """The bundles of a stage by version, ascending."""
         stage_dir = self._root / stage
         return {
@@ -86,7 +88,7 @@ class LocalStore:
     def move(self, move: Move, to: Versions) -> None:
         """Gives the alias to exactly the versions `to`, and adds the move to the history."""
         aliases = read_all_aliases(self._root)
-        history = "".join(f"{line}\n" for line in self._history_lines())
+        history = self.history()
         missing = self._missing_links()
         if (
             missing
@@ -98,7 +100,7 @@ class LocalStore:
             targets.pop(move.alias, None)
             if stage in to:
                 targets[move.alias] = to[stage]
-        self._write_state(aliases, f"{history}{json.dumps(move.to_json())}\n")
+        self._write_state(aliases, [*history, move])
 
     def _missing_links(self) -> dict[Path, str]:
         """The links into the current state that are to be made, and their targets."""
@@ -115,18 +117,10 @@ class LocalStore:
 
     def history(self) -> list[Move]:
         """All moves, the oldest first."""
-        path = self._history_file()
+        path = find_state_file(self._root / "history.jsonl", self._root, "history.jsonl")
         return [] if path is None else parse_history(path)
 
-    def _history_lines(self) -> list[str]:
-        self.history()  # raises UserError if it is damaged
-        path = self._history_file()
-        return [] if path is None else path.read_text().splitlines()
-
-    def _history_file(self) -> Path | None:
-        return find_state_file(self._root / "history.jsonl", self._root, "history.jsonl")
-
-    def _write_state(self, aliases: dict[str, Aliases], history: str) -> None:
+    def _write_state(self, aliases: dict[str, Aliases], history: list[Move]) -> None:
         """Writes a state beside the current one, then makes it the current one in one step."""
         current = self._states / "current"
         new = self._states / "new"
@@ -134,7 +128,8 @@ class LocalStore:
         new.mkdir(parents=True)
         for stage, targets in aliases.items():
             (new / f"{stage}.json").write_text(json.dumps(targets, indent=1) + "\n")
-        (new / "history.jsonl").write_text(history)
+        lines = "".join(f"{move.model_dump_json()}\n" for move in history)
+        (new / "history.jsonl").write_text(lines)
         (new / "models.config").write_text(_models_config(aliases))
         numbers = state_numbers(self._root)
         number = 1 + max(numbers, default=0)
@@ -169,26 +164,16 @@ def _link(path: Path, target: str) -> None:
 
 def _models_config(aliases: dict[str, Aliases]) -> str:
     """TF Serving's ModelServerConfig as text: the labelled versions of each stage, and their labels."""
-    models = [_model_config(stage, targets) for stage, targets in aliases.items()]
-    return f"model_config_list {{\n{''.join(models)}}}\n"
-
-
-def _model_config(stage: str, aliases: Aliases) -> str:
-    stable = aliases.get("production", aliases.get("canary"))
-    if stable is None:
-        return ""
-    labels = {"stable": stable, "canary": aliases.get("canary", stable)}
-    numbers = " ".join(f"versions: {version}" for version in sorted(set(labels.values())))
-    lines = [
-        "  config {",
-        f'    name: "{stage}"',
-        f'    base_path: "{IN_TF_SERVING}/{stage}"',
-        '    model_platform: "tensorflow"',
-        f"    model_version_policy {{ specific {{ {numbers} }} }}",
-    ]
-    for label, version in labels.items():
-        lines.append(f'    version_labels {{ key: "{label}" value: {version} }}')
-    return "\n".join([*lines, "  }\n"])
+    config = ModelServerConfig()
+    for stage, targets in aliases.items():
+        stable = targets.get("production", targets.get("canary"))
+        if stable is not None:
+            model = config.model_config_list.config.add(name=stage, model_platform="tensorflow")
+            model.base_path = f"{IN_TF_SERVING}/{stage}"
+            model.version_labels.update(stable=stable, canary=targets.get("canary", stable))
+            labelled = sorted(set(model.version_labels.values()))
+            model.model_version_policy.specific.versions.extend(labelled)
+    return text_format.MessageToString(config)
 
 
 def _is_complete(bundle: Path, stage: str) -> bool:
@@ -218,9 +203,9 @@ class WandbStore:
                 )
             self._api = wandb.Api(timeout=30)
 
-    def bundles(self, stage: str) -> Mapping[int, BundleSummary]:
+    def bundles(self, stage: str) -> Mapping[int, BundleMetadata]:
         return {
-            version: read_summary(artifact.metadata, f"W&B's {stage}_bundle:v{version}")
+            version: parse_metadata(artifact.metadata, f"W&B's {stage}_bundle:v{version}")
             for version, artifact in self._artifacts(stage).items()
         }
 
@@ -256,7 +241,10 @@ class WandbStore:
         with _wandb_errors(self._project):
             last_stage = max(move.to, key=STAGES.index)
             noted = artifacts[last_stage][move.to[last_stage]]
-            noted.metadata["promotions"] = [*noted.metadata.get("promotions", []), move.to_json()]
+            noted.metadata["promotions"] = [
+                *noted.metadata.get("promotions", []),
+                move.model_dump(),
+            ]
             noted.save()
             for stage, by_version in artifacts.items():
                 for version, artifact in by_version.items():
@@ -265,7 +253,7 @@ class WandbStore:
     def history(self) -> list[Move]:
         """The moves are in the metadata of the artifacts."""
         moves = [
-            parse_move(json.dumps(content))
+            Move.model_validate(content)
             for stage in STAGES
             for artifact in self._artifacts(stage).values()
             for content in artifact.metadata.get("promotions", [])

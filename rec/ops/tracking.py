@@ -30,6 +30,7 @@ KEPT = (
     "architecture",
     "metrics",
     "dataset",
+    "vocabulary",
     "index",
     "built_from",
     "config",

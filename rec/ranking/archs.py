@@ -7,8 +7,6 @@ All take `fields`, vectors of each candidate (each [B, N, d]), `shared`, vectors
 (each [B, d]), and numbers [B, N, M], and give [R, hidden], a row a candidate, R = B x N.
 """
 
-from typing import Any
-
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
@@ -97,4 +95,4 @@ def _every(fields: Tensors, shared: Tensors) -> Tensors:
     ]
 
 
-ARCHS: dict[str, Any] = {"mlp": Mlp, "dlrm": Dlrm, "dcn": Dcn}
+ARCHS: dict[str, type[tf.keras.layers.Layer]] = {"mlp": Mlp, "dlrm": Dlrm, "dcn": Dcn}

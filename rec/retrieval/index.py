@@ -127,7 +127,9 @@ class ScannIndex(tf.Module):
         distinct, which = tf.unique(depths)
         shape = tf.stack([tf.shape(queries)[0], tf.reduce_max(depths, axis=0)])
 
-        def search_group(group: tf.Tensor, scores: tf.Tensor, rows: tf.Tensor) -> tuple[Any, ...]:
+        def search_group(
+            group: tf.Tensor, scores: tf.Tensor, rows: tf.Tensor
+        ) -> tuple[tf.Tensor, ...]:
             members = tf.where(which == group)
             found = self.search(tf.gather(queries, members[:, 0]), distinct[group])
             columns = [[0, 0], [0, shape[1] - distinct[group]]]

@@ -4,8 +4,6 @@
 - `HiddenItems` trains queries of sets: which items were hidden from the history, against all others.
 """
 
-from typing import Any
-
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
@@ -114,7 +112,7 @@ def _add_to_bias(vectors: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
     return tf.concat([vectors[:, :-1], vectors[:, -1:] + values[:, None]], 1)
 
 
-def _mask(logits: tf.Tensor, keep: tf.Tensor) -> Any:
+def _mask(logits: tf.Tensor, keep: tf.Tensor) -> tf.Tensor:
     """[P, C] logits, MASKED where `keep` [G, C] is False; each row of `keep` is for P / G rows in turn."""
     by_row = tf.reshape(logits, [tf.shape(keep)[0], -1, tf.shape(logits)[1]])
     return tf.reshape(tf.where(keep[:, None], by_row, MASKED), tf.shape(logits))

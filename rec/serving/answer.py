@@ -15,16 +15,17 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
+from numpy.typing import ArrayLike
 
 from rec import LOWEST
-from rec.bundles.metadata import PairMetadata
+from rec.bundles.pair import Backend, Candidates
 from rec.errors import UserError
 from rec.serving.schemas import Item, RecommendRequest
 
@@ -33,27 +34,7 @@ MATCHES = 64 * 1024 * 1024  # bytes for the rows of the latest filters,
 LONG = 1000  # of which each is shorter than this as JSON
 COMPARED = 50  # the latest items of a history, among which an explanation finds the nearest
 CACHED = 50_000  # items of which the columns are kept as Python values, some 700 bytes each
-Arrays = dict[str, np.ndarray]
 Json = dict[str, Any]
-
-
-class Backend(Protocol):
-    """What computes: bundles.recommender.Recommender, which describes these methods, or TF Serving. All are called in
-    one thread. `answer_within` may give None: it cannot be done here. `UnavailableError` becomes a 503."""
-
-    items: pd.DataFrame
-    users: list[str]
-    metadata: PairMetadata
-
-    def answer(
-        self, user_ids: Sequence[str], histories: Sequence[Any], excluded: Sequence[list[str]]
-    ) -> Arrays: ...
-    def answer_within(
-        self, user_id: str, history: list[str] | None, rows: np.ndarray
-    ) -> Arrays | None: ...
-    def similar(self, item_ids: list[str]) -> tuple[np.ndarray, np.ndarray]: ...
-    def histories(self, user_ids: list[str]) -> list[list[str]]: ...
-    def cosines(self, items: list[str], others: list[str]) -> np.ndarray: ...
 
 
 class Observer:
@@ -83,7 +64,7 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -105,15 +86,15 @@ def is_whole(value: Any) -> bool:
     return is_number(value) and (isinstance(value, int) or value.is_integer())
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def is_bool(value: Any) -> bool:
+def is_bool(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
@@ -195,7 +176,7 @@ class Catalogue:
             name: value for name, value in self.item(row).items() if name not in Item.model_fields
         }
 
-    def matching(self, wanted: dict[str, list[Any]]) -> np.ndarray:
+    def matching(self, wanted: Mapping[str, Sequence[object]]) -> np.ndarray:
         """[M] rows, ascending, that have one of the values in every one of the columns. Not to be written to."""
         text = to_json(wanted)
         return self._matching(text) if len(text) < LONG else self._intersect(text)
@@ -209,8 +190,8 @@ class Catalogue:
             rows = np.intersect1d(rows, np.array(found, int))
         return rows
 
-    def _collect(self, column: str) -> dict[Any, list[int]]:
-        rows: dict[Any, list[int]] = {}
+    def _collect(self, column: str) -> dict[object, list[int]]:
+        rows: dict[object, list[int]] = {}
         for row, value in enumerate(self._table[column].to_pylist()):
             for each in value if isinstance(value, list) else [value]:
                 rows.setdefault(each, []).append(row)
@@ -241,16 +222,17 @@ class Place(NamedTuple):
     retrieved: float | None = None
 
 
-def places_of(found: Arrays, width: int) -> list[list[Place]]:
-    """The first `width` places of each row of what was found."""
-    parts = (found[name][:, :width].tolist() for name in ("rows", "scores", "ranks", "retrieved"))
+def places_of(found: Candidates, width: int) -> list[list[Place]]:
+    """The first `width` places of each request."""
+    columns = (found.rows, found.scores, found.ranks, found.retrieved)
+    parts = (column[:, :width].tolist() for column in columns)
     return [
         [Place(*each) for each in zip(*row, strict=True) if each[0] >= 0]
         for row in zip(*parts, strict=True)
     ]
 
 
-def is_among(rows: Any, among: np.ndarray) -> np.ndarray:
+def is_among(rows: ArrayLike, among: np.ndarray) -> np.ndarray:
     """[N] rows -> [N] bool: is it one of `among` [M], which ascends? N log M, where np.isin sorts them all."""
     rows = np.asarray(rows, int)
     if len(among) == 0:
@@ -326,7 +308,7 @@ class Engine:
         )
         called = time.perf_counter()
         self.observer.stage("model", called - start)
-        self.observer.cold_starts(int(found["cold"].sum()))
+        self.observer.cold_starts(int(found.cold.sum()))
         answers = self._choose(requests, found, between)
         self.observer.stage("answer", time.perf_counter() - called)
         return answers
@@ -334,7 +316,7 @@ class Engine:
     def _choose(
         self,
         requests: Sequence[RecommendRequest],
-        found: Arrays,
+        found: Candidates,
         between: Callable[[], None] | None,
     ) -> list[Json]:
         """The answers, from what the models have found."""
@@ -349,7 +331,7 @@ class Engine:
             if len(places) < request.k or request.explain
         )
         answers = []
-        for request, places, cold in zip(requests, candidates, found["cold"].tolist(), strict=True):
+        for request, places, cold in zip(requests, candidates, found.cold.tolist(), strict=True):
             history = stored.get(request.user_id, [])
             if between is not None:
                 between()

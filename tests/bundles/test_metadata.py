@@ -13,8 +13,8 @@ from rec.bundles.metadata import (
     PairMetadata,
     Reference,
     checksum,
+    parse_metadata,
     read_metadata,
-    read_summary,
     write_metadata,
 )
 from rec.config import Config, Ranking, Retrieval
@@ -71,8 +71,8 @@ def test_a_bundle_of_rec_0_1_is_read(tmp_path: Path) -> None:
     ("edit", "problem"),
     [
         (lambda content: content["config"]["retrieval"].update(hops=3), "config.retrieval.hops: "),
-        (lambda content: content.pop("vocabulary"), "vocabulary: Field required"),
-        (lambda content: content.update(config=[]), "config: "),
+        (lambda content: content.pop("metrics"), "metrics: Field required"),
+        (lambda content: content.update(created=None), "created: "),
     ],
 )
 def test_what_this_version_cannot_read_is_one_sentence(
@@ -87,8 +87,8 @@ def test_what_this_version_cannot_read_is_one_sentence(
 
 
 def test_an_artifact_that_is_not_a_bundle_is_one_sentence() -> None:
-    with pytest.raises(UserError, match="^W&B's x:v0 is not a bundle of rec: stage: Field requ"):
-        read_summary({"note": "by hand"}, "W&B's x:v0")
+    with pytest.raises(UserError, match="^W&B's x:v0 is from another version of rec .stage: Field"):
+        parse_metadata({"note": "by hand"}, "W&B's x:v0")
 
 
 def test_a_pair_says_what_it_serves() -> None:

@@ -161,8 +161,10 @@ def move(store: LocalStore, version: int, alias: str = "production") -> None:
 
 
 def a_move(to: Versions, alias: str = "production", why: str = "") -> Move:
-    verdict = Verdict(True, [], {"users": 3})
-    return Move(alias, {}, to, "promoted", verdict, why, who="me", time="2026-01-01")
+    verdict = Verdict(passed=True, reasons=[], users=3)  # type: ignore[call-arg]
+    return Move(
+        alias=alias, previous={}, to=to, action="tried", gate=verdict, why=why, who="me", time="now"
+    )
 
 
 @pytest.fixture
@@ -353,6 +355,7 @@ from rec.ops.registry import LocalStore
 
 WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.symlink", "os.rmdir"}
 store, count = LocalStore(Path(sys.argv[1])), None
+GATE = Verdict(passed=True, reasons=[])
 
 
 def watch(event, arguments):  # kills this process before it touches the file system for the count-th time
@@ -365,8 +368,9 @@ def watch(event, arguments):  # kills this process before it touches the file sy
 
 def move(version):
     to = {"retrieval": version, "ranking": version}
+    about = {"action": "tried", "gate": GATE, "why": "", "who": "me", "time": "now"}
     with store.writing():
-        store.move(Move("production", {}, to, "promoted", Verdict(True, []), "", "me", "now"), to)
+        store.move(Move(alias="production", previous={}, to=to, **about), to)
 """
 KILLS = """
 root, is_first = Path(sys.argv[1]), sys.argv[2] == "first"

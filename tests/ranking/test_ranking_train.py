@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import rec.ops.ratings  # noqa: F401  (registers an objective)
-from rec.config import Config, Ranking, ResolvedRetrieval
+from rec.checkpoint import RetrievalRun
+from rec.config import Config, Features, Ranking, ResolvedRetrieval
 from rec.ranking.candidates import CandidateLists, first_queries, mine
 from rec.ranking.count_features import CountFeatures
 from rec.ranking.model import RankingModel
@@ -45,7 +46,9 @@ def test_the_gain_is_the_new_ndcg_less_retrievals():
 @pytest.fixture(scope="module")
 def retrieval() -> TrainedRetrieval:
     settings = ResolvedRetrieval(arch="two_tower", embedding_dim=8, window=4, uniform_negatives=6)
-    return TrainedRetrieval(RetrievalModel(settings, DATA), DATA, TrainState(1, [{}]), {})
+    model = RetrievalModel(settings, DATA)
+    run = RetrievalRun(dataset="d", seed=0, features=Features(), retrieval=settings, interactions=1)
+    return TrainedRetrieval(model, DATA, TrainState(1, [{}]), run)
 
 
 @pytest.mark.parametrize(

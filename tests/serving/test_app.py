@@ -67,7 +67,7 @@ def asked(client: TestClient, **body: Any) -> Response:
 def ranked(engine: Engine, excluded: Sequence[str] = ()) -> tuple[list[str], list[float]]:
     """What the models answer for USER: ids and scores. The ranker's order depends on who else is in the list."""
     found = engine.backend.answer([USER], [None], [list(excluded)])
-    return [engine.catalogue.ids[row] for row in found["rows"][0]], found["scores"][0].tolist()
+    return [engine.catalogue.ids[row] for row in found.rows[0]], found.scores[0].tolist()
 
 
 def stored_of(engine: Engine) -> list[str]:
@@ -659,9 +659,9 @@ def test_health_is_answered_while_the_models_work(engine: Engine) -> None:
 
 def test_a_bundle_that_answers_nonsense_is_not_taken(engine: Engine) -> None:
     class Nonsense(Shallow):
-        def answer(self, *arguments: Any) -> dict[str, np.ndarray]:
+        def answer(self, *arguments: Any) -> Any:
             found = self._backend.answer(*arguments)
-            return {**found, "scores": np.full_like(found["scores"], np.nan)}
+            return found._replace(scores=np.full_like(found.scores, np.nan))
 
     service = Service(lambda: Nonsense(engine.backend))
     with pytest.raises(UserError, match="without a single score"):

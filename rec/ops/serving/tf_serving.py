@@ -13,7 +13,7 @@ Not covered: gRPC, balancing by load, and the best items of a narrow filter: pop
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,17 @@ import pandas as pd
 from rec import LOWEST
 from rec.bundles.files import read_catalogue, read_pair
 from rec.bundles.metadata import PairMetadata
+from rec.bundles.pair import NUMPY, Candidates, pad_left, rerank
 from rec.serving.schemas import UnavailableError
 
 PAUSE = 10.0  # seconds for which a replica that failed is only asked after the others
 FAILURES = (httpx.HTTPError, httpx.InvalidURL)
+Inputs = Mapping[str, Sequence[object]]  # of a signature, by name
 
 
 @dataclass(eq=False)
 class TfServing:
-    """As rec.bundles.recommender.Recommender, with the models elsewhere; UnavailableError if no replica answers."""
+    """A `Backend` whose models are elsewhere. Raises UnavailableError if none of them answers."""
 
     replicas: list[str]
     client: httpx.Client
@@ -47,19 +49,22 @@ class TfServing:
         user_ids: Sequence[str],
         histories: Sequence[list[str] | None],
         excluded: Sequence[list[str]],
-    ) -> dict[str, np.ndarray]:
-        inputs = _inputs(user_ids, histories)
-        answer = self._call("retrieval", "answer", {**inputs, "exclude": _padded(excluded)})
-        retrieved = np.array(answer["score"], np.float32)
-        cold = np.array(answer["cold"])
-        scores = retrieved
+    ) -> Candidates:
+        inputs: Inputs = {
+            "user_id": user_ids,
+            "is_given": [history is not None for history in histories],
+            "history": pad_left([history or [] for history in histories], 1),
+        }
+        exclude = pad_left(excluded, 1)
+        outputs = self._call("retrieval", "answer", {**inputs, "exclude": exclude})
+        retrieved = {name: np.array(outputs[name]) for name in ("row", "score", "cold")}
+        retrieved["score"] = retrieved["score"].astype(np.float32)
         n = self.metadata.candidates
-        if n is not None:
-            candidates = [row[:n] for row in answer["item_id"]]
-            ranked = self._call("ranking", "answer", {**inputs, "item_id": candidates})
-            scores = np.full_like(scores, LOWEST)  # what is not ranked follows in retrieval's order
-            scores[:, :n] = np.where(cold[:, None], retrieved[:, :n], ranked)
-        return _best_first(np.array(answer["row"]), retrieved, scores) | {"cold": cold}
+        if n is None:
+            return rerank(NUMPY, retrieved, retrieved["score"], None)
+        items = [row[:n] for row in outputs["item_id"]]
+        ranked = self._call("ranking", "answer", {**inputs, "item_id": items})
+        return rerank(NUMPY, retrieved, np.array(ranked, np.float32), n)
 
     def answer_within(self, user_id: str, history: list[str] | None, rows: np.ndarray) -> None:
         """It cannot be done here: a filter's rows belong to one request, and TF Serving batches every input."""
@@ -81,7 +86,7 @@ class TfServing:
         rows = self.items.index.get_indexer(pd.Index(items)).tolist()
         return np.array([[each.get(row, LOWEST) for each in near] for row in rows], np.float32)
 
-    def _call(self, stage: str, signature: str, inputs: dict[str, list[Any]]) -> Any:
+    def _call(self, stage: str, signature: str, inputs: Inputs) -> Any:
         """A signature's outputs by name; its only output, without a name."""
         path = f"/v1/models/{stage}/versions/{self.metadata.versions[stage]}:predict"
         body = {"signature_name": signature, "inputs": inputs}
@@ -153,30 +158,3 @@ def _missing(client: httpx.Client, replica: str, versions: dict[str, int]) -> st
 
 def _shorten(answer: httpx.Response) -> str:
     return f"{answer.status_code} {' '.join(answer.text.split())[:200]}"
-
-
-def _inputs(user_ids: Sequence[str], histories: Sequence[list[str] | None]) -> dict[str, list[Any]]:
-    return {
-        "user_id": list(user_ids),
-        "is_given": [history is not None for history in histories],
-        "history": _padded([history or [] for history in histories]),
-    }
-
-
-def _best_first(
-    rows: np.ndarray, retrieved: np.ndarray, scores: np.ndarray
-) -> dict[str, np.ndarray]:
-    """[B, N] each: the candidates in the order of their scores. They come in retrieval's order."""
-    order = np.argsort(-scores, axis=1, kind="stable")
-    return {
-        "rows": np.take_along_axis(rows, order, 1),
-        "scores": np.take_along_axis(scores, order, 1),
-        "retrieved": np.take_along_axis(retrieved, order, 1),
-        "ranks": order + 1,
-    }
-
-
-def _padded(lists: Sequence[list[str]]) -> list[list[str]]:
-    """Lists of ids with "" on the left, to a common length of at least one."""
-    width = max(1, *map(len, lists))
-    return [[""] * (width - len(row)) + row for row in lists]

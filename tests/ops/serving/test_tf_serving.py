@@ -17,6 +17,7 @@ from fastapi.testclient import TestClient
 
 from rec import LOWEST
 from rec.bundles.metadata import PairMetadata
+from rec.bundles.pair import Candidates
 from rec.bundles.recommender import Recommender
 from rec.errors import UserError
 from rec.ops.serving.tf_serving import TfServing, connect
@@ -80,11 +81,9 @@ def fleet(replica: str, pair: tuple[Path, Path]) -> Iterator[TfServing]:
     fleet.client.close()
 
 
-def equal(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
-    """The same items in the same order; of scores, the last digits may differ: the loaders fuse other operations."""
-    return set(mine) == set(theirs) and all(
-        np.allclose(mine[name], theirs[name], rtol=1e-5) for name in mine
-    )
+def equal(mine: Candidates, theirs: Candidates) -> bool:
+    """The same items in the same order. The last digits of scores may differ: the loaders fuse other operations."""
+    return all(np.allclose(*pair, rtol=1e-5) for pair in zip(mine, theirs, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -166,7 +165,7 @@ def test_the_stand_in_tells_a_models_status_and_refuses_with_an_error(replica: s
 
 def test_a_fleet_answers_as_the_process_itself(fleet: TfServing, local: Recommender) -> None:
     assert equal(fleet.answer(*BATCH), local.answer(*BATCH))
-    assert fleet.answer(*BATCH)["cold"].tolist() == [False, True, False, False, True, False]
+    assert fleet.answer(*BATCH).cold.tolist() == [False, True, False, False, True, False]
     assert fleet.metadata.versions == {"retrieval": 1, "ranking": 1}
     assert (
         fleet.users == local.users
@@ -181,7 +180,7 @@ def test_without_a_ranker_retrievals_order_is_the_answer(
     fleet = connect([replica], pair[0], None)
     answer = fleet.answer(*BATCH)
     assert equal(answer, Recommender.load(pair[0]).answer(*BATCH))
-    assert answer["ranks"].tolist() == [list(range(1, 51))] * 6
+    assert answer.ranks.tolist() == [list(range(1, 51))] * 6
 
 
 def test_neighbours_and_histories_are_the_same(fleet: TfServing, local: Recommender) -> None:
@@ -197,7 +196,7 @@ def test_the_nearest_item_of_a_history_is_found_where_it_is_near(
     fleet: TfServing, local: Recommender
 ) -> None:
     history = local.histories(["u7"])[0]
-    items = local.items.index[local.answer(["u7"], [None], [[]])["rows"][0, :20]].tolist()
+    items = local.items.index[local.answer(["u7"], [None], [[]]).rows[0, :20]].tolist()
     mine, theirs = fleet.cosines(items, history), local.cosines(items, history)
     known = mine > LOWEST
     near = known.any(1)
@@ -316,9 +315,9 @@ def test_the_command_answers_from_a_fleet_without_tensorflow(
         answer = httpx.post(f"{address}/v1/recommend", json=body, timeout=30).json()
         expected = local.answer(["u7"], [None], [["i2"]])
         assert [item["item_id"] for item in answer["items"]] == local.items.index[
-            expected["rows"][0, :10]
+            expected.rows[0, :10]
         ].tolist()
-        assert [item["score"] for item in answer["items"]] == expected["scores"][0, :10].tolist()
+        assert [item["score"] for item in answer["items"]] == expected.scores[0, :10].tolist()
         nearest = [item["explain"]["nearest"] for item in answer["items"]]
         assert any(nearest) and all(each["similarity"] > 0 for each in nearest if each)
         assert [item["item_id"] for item in answer["history"]] == local.histories(["u7"])[0]
