@@ -146,8 +146,12 @@ class RecommenderModule(AnswersUsers):
             offered = scores[:, : self._candidates]
             n = offered.shape[1]
             best, order = tf.math.top_k(tf.where(found["cold"][:, None], offered, ranked), n)
-            ranks = tf.concat([order + 1, ranks[:, n:]], 1)
-            scores = tf.concat([best, tf.fill(tf.shape(ranks[:, n:]), LOWEST)], 1)
+            rest = ranks[:, n:]
+            ranks = order + 1
+            scores = best
+            if rest.shape[1] != 0:
+                ranks = tf.concat([ranks, rest], 1)
+                scores = tf.concat([best, tf.fill(tf.shape(rest), LOWEST)], 1)
             rows, retrieved = (
                 tf.gather(each, ranks - 1, batch_dims=1) for each in (rows, retrieved)
             )
