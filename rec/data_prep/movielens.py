@@ -26,35 +26,15 @@ from tqdm import tqdm
 
 from rec.data_prep.columns import ListColumns
 from rec.data_prep.raw_files import RawFile, kind_of
-from rec.data_prep.rows import duckdb_in_a_sentence
+from rec.data_prep.rows import in_a_sentence
 from rec.data_prep.tabular import load_features, load_interactions
 from rec.data_prep.write import output_parser, prepare
 from rec.errors import UserError, note, run_command
 from rec.files import digest, sole_writer
 
 BASE_URL = "https://files.grouplens.org/datasets/movielens"
-FLAGS = [
-    "Action",
-    "Adventure",
-    "Animation",
-    "Children's",
-    "Comedy",
-    "Crime",
-    "Documentary",
-    "Drama",
-    "Fantasy",
-]
-FLAGS += [
-    "Film-Noir",
-    "Horror",
-    "Musical",
-    "Mystery",
-    "Romance",
-    "Sci-Fi",
-    "Thriller",
-    "War",
-    "Western",
-]
+FLAGS = """Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical
+    Mystery Romance Sci-Fi Thriller War Western""".split()
 FORMATS = {  # file -> its delimiter and columns; a CSV names them in its first line
     "u.data": ("\t", "userId movieId rating timestamp"),
     "u.item": ("|", f"movieId title date video url unknown {' '.join(FLAGS)}"),
@@ -98,11 +78,11 @@ def load(con: Connection, scratch: Path, name: str, source: Path) -> dict[str, i
     ratings, movies, *people = (_find(name, file, source, scratch) for file in FILES[name])
     load_interactions(con, ratings, ("userId", "movieId", "timestamp", "rating"))
     load_features(con, movies, "items", "movieId", ListColumns(["genres"], "|"))
-    with duckdb_in_a_sentence(movies):
+    with in_a_sentence(movies):
         _split_titles(con, name)
     for file in people:
         load_features(con, file, "users", "userId")
-        with duckdb_in_a_sentence(file):
+        with in_a_sentence(file):
             con.execute(
                 "alter table users drop zip; alter table users alter occupation type varchar"
             )  # 1m numbers them

@@ -39,7 +39,6 @@ from rec.errors import UserError, note, run_command
 NO_LISTS = ListColumns()
 
 
-@in_a_sentence
 def load_interactions(
     con: Connection,
     file: RawFile,
@@ -54,22 +53,15 @@ def load_interactions(
     `time_format` is how times are written, for strptime; None: as seconds or in ISO 8601. Raises UserError for a
     missing column, or a malformed row unless `skip`.
     """
-    skipped = read_rows(
-        con,
-        file,
-        {name: column for name, column in zip(VALUES, columns, strict=True) if column},
-        skip,
-        time_format=time_format,
-    )
+    named = {name: column for name, column in zip(VALUES, columns, strict=True) if column}
     rows = f"select *, '{split}' as split from raw" if split else "from raw"
-    con.execute(
-        f"create table if not exists interactions as {rows} limit 0; insert into interactions {rows}"
-    )
-    con.execute("drop table raw")
+    with in_a_sentence(file):
+        skipped = read_rows(con, file, named, skip, time_format=time_format)
+        con.execute(f"create table if not exists interactions as {rows} limit 0")
+        con.execute(f"insert into interactions {rows}; drop table raw")
     return skipped
 
 
-@in_a_sentence
 def load_features(
     con: Connection,
     file: RawFile,
@@ -85,12 +77,13 @@ def load_features(
     column that has nothing to split.
     """
     key = {"users": "user_id", "items": "item_id"}[table]
-    skipped = read_rows(con, file, {key: column}, skip, features=True)
-    typed = type_columns(con, file, lists)
-    values = [key, *(f"{each.value} as {quoted(name)}" for name, each in typed.items())]
-    con.execute(f"create table {table} as select {', '.join(values)} from raw; drop table raw")
-    for name, each in typed.items():
-        con.execute(f"comment on column {table}.{quoted(name)} is {literal(each.why)}")
+    with in_a_sentence(file):
+        skipped = read_rows(con, file, {key: column}, skip, features=True)
+        typed = type_columns(con, file, lists)
+        values = [key, *(f"{each.value} as {quoted(name)}" for name, each in typed.items())]
+        con.execute(f"create table {table} as select {', '.join(values)} from raw; drop table raw")
+        for name, each in typed.items():
+            con.execute(f"comment on column {table}.{quoted(name)} is {literal(each.why)}")
     if not typed:
         note(f"{file} has no column beside {column}, so it adds no features")
     return skipped
