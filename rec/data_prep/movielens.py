@@ -25,8 +25,9 @@ from duckdb import DuckDBPyConnection as Connection
 from tqdm import tqdm
 
 from rec.data_prep.columns import ListColumns
-from rec.data_prep.raw_files import RawFile, kind_of
+from rec.data_prep.raw_files import RawFile, kind_of, literal, quoted
 from rec.data_prep.rows import in_a_sentence
+from rec.data_prep.split import Filters
 from rec.data_prep.tabular import load_features, load_interactions
 from rec.data_prep.write import output_parser, prepare
 from rec.errors import UserError, note, run_command
@@ -34,10 +35,10 @@ from rec.files import digest, sole_writer
 
 BASE_URL = "https://files.grouplens.org/datasets/movielens"
 FLAGS = """Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical
-    Mystery Romance Sci-Fi Thriller War Western""".split()
+    Mystery Romance Sci-Fi Thriller War Western"""
 FORMATS = {  # file -> its delimiter and columns; a CSV names them in its first line
     "u.data": ("\t", "userId movieId rating timestamp"),
-    "u.item": ("|", f"movieId title date video url unknown {' '.join(FLAGS)}"),
+    "u.item": ("|", f"movieId title date video url unknown {FLAGS}"),
     "u.user": ("|", "userId age gender occupation zip"),
     "ratings.dat": ("::", "userId movieId rating timestamp"),
     "movies.dat": ("::", "movieId title genres"),
@@ -78,48 +79,41 @@ def load(con: Connection, scratch: Path, name: str, source: Path) -> dict[str, i
     ratings, movies, *people = (_find(name, file, source, scratch) for file in FILES[name])
     load_interactions(con, ratings, ("userId", "movieId", "timestamp", "rating"))
     load_features(con, movies, "items", "movieId", ListColumns(["genres"], "|"))
-    with in_a_sentence(movies):
-        _split_titles(con, name)
-    for file in people:
-        load_features(con, file, "users", "userId")
-        with in_a_sentence(file):
-            con.execute(
-                "alter table users drop zip; alter table users alter occupation type varchar"
-            )  # 1m numbers them
-    return {}
-
-
-def _split_titles(con: Connection, name: str) -> None:
-    """Replaces table `items` by title (without the year), year and genres."""
     genres = "list_filter(genres, lambda genre: genre <> '(no genres listed)')"
     if name == "100k":
-        flags = ", ".join(
-            f"""case when "{flag}" = 1 then '{flag.replace("'", "''")}' end""" for flag in FLAGS
-        )
-        genres = f"list_filter([{flags}], lambda genre: genre is not null)"
-    con.execute(f"""
-        create or replace table items as select item_id, trim(regexp_replace(title, '{YEAR}', '')) as title,
-            try_cast(regexp_extract(title, '{YEAR}', 1) as bigint) as year, {genres} as genres from items""")
+        flags = [f"case when {quoted(flag)} = 1 then {literal(flag)} end" for flag in FLAGS.split()]
+        genres = f"list_filter([{', '.join(flags)}], lambda genre: genre is not null)"
+    with in_a_sentence(movies):
+        con.execute(f"""
+            create or replace table items as
+            select item_id, trim(regexp_replace(title, '{YEAR}', '')) as title,
+                try_cast(regexp_extract(title, '{YEAR}', 1) as bigint) as year, {genres} as genres
+            from items""")
+    for file in people:
+        load_features(con, file, "users", "userId")
+        with in_a_sentence(file):  # 1m numbers the occupations
+            con.execute("alter table users drop zip")
+            con.execute("alter table users alter occupation type varchar")
+    return {}
 
 
 def _find(name: str, file: str, source: Path, scratch: Path) -> RawFile:
     """One file of the source: unpacked to `scratch` if that is a zip, and there in UTF-8, which DuckDB reads."""
     folder = "ml-10M100K" if name == "10m" else f"ml-{name}"  # in the zip
-    title = ""
+    title = f"{source}/{folder}/{file}"
     if source.is_file():
         path = _unpack(source, f"{folder}/{file}", scratch)
-        title = f"{source}/{folder}/{file}"
     else:
-        places = (source / file, source / folder / file)
-        path = next((place for place in places if place.is_file()), source / file)
-        if not path.is_file():
+        places = [source / file, source / folder / file]
+        path = next((place for place in places if place.is_file()), source)
+        title = str(path)
+        if path is source:
             raise UserError(f"{source} holds no {file}: is it really {folder}?")
-    delimiter, columns = FORMATS[file]
     if file == "u.item" or (name, file) == ("1m", "movies.dat"):  # titles in Latin-1
-        title = title or str(path)
         text = path.read_text("latin-1")
         path = scratch / file
         path.write_text(text, "utf-8")
+    delimiter, columns = FORMATS[file]
     quote = "" if columns else '"'
     return RawFile(path, delimiter, quote, tuple(columns.split()), title=title)
 
@@ -132,38 +126,34 @@ def _unpack(source: Path, member: str, scratch: Path) -> Path:
         raise UserError(f"{source} is no zip file, it seems to be {kind}: {hint}")
     try:
         with zipfile.ZipFile(source) as archive:
-            _check_member(source, archive, member)
+            if problem := _problem_of(archive, member):
+                raise UserError(f"{source} {problem}")
             return Path(archive.extract(member, scratch))
     except (*DAMAGES, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # the disk is full, say
             raise
-        raise UserError(
-            f"{source} is no intact zip file ({error}): delete it, then run the command again or"
-            " fetch it yourself"
-        ) from None
+        hint = "delete it, then run the command again or fetch it yourself"
+        raise UserError(f"{source} is no intact zip file ({error}): {hint}") from None
 
 
-def _check_member(source: Path, archive: zipfile.ZipFile, member: str) -> None:
-    """Raises UserError if a file of a zip is missing, encrypted, too large, or packed in a way unknown here."""
-    hint = "unpack it yourself and name the folder with --source"
+def _problem_of(archive: zipfile.ZipFile, member: str) -> str:
+    """Why a file of a zip cannot be unpacked: it is missing, encrypted, too large, or packed in a way unknown here."""
     if member not in archive.namelist():
         folder, _, file = member.partition("/")
         others = sorted({name.partition("/")[0] for name in archive.namelist()})
         listed = ", ".join(others[:3]) or "nothing"
-        raise UserError(
-            f"{source} holds no {file} of {folder}: is it really {folder}? It holds {listed}"
-        )
+        return f"holds no {file} of {folder}: is it really {folder}? It holds {listed}"
     info = archive.getinfo(member)
+    hint = "unpack it yourself and name the folder with --source"
     if info.flag_bits & 1:
-        raise UserError(f"{source} is an encrypted zip, as GroupLens' are not: {hint}")
+        return f"is an encrypted zip, as GroupLens' are not: {hint}"
     if info.compress_type not in METHODS:
         method = OTHER_METHODS.get(info.compress_type, f"method {info.compress_type}")
-        raise UserError(f"{source} is a zip packed by {method}, which Python cannot unpack: {hint}")
+        return f"is a zip packed by {method}, which Python cannot unpack: {hint}"
     if info.file_size > UNPACKED_LIMIT:
-        raise UserError(
-            f"{source}: {member} would unpack to {info.file_size:,} bytes, more than the"
-            f" {UNPACKED_LIMIT:,} that any MovieLens file needs: is it really MovieLens?"
-        )
+        size = f"{info.file_size:,} bytes, more than the {UNPACKED_LIMIT:,}"
+        return f"is no MovieLens: {member} would unpack to {size} that any file of it needs"
+    return ""
 
 
 def download(url: str, target: Path, sha256: str) -> None:
@@ -199,14 +189,12 @@ def _receive(url: str, part: Path) -> None:
         if error.code == 416:  # there is no more than we have
             return
         raise
-    with (
-        response,
-        open(part, "ab" if response.status == 206 else "wb") as file,
-    ):  # a server may not know ranges
-        total = file.tell() + int(response.headers.get("Content-Length") or 0)
-        with tqdm.wrapattr(
-            response, "read", desc=part.stem, initial=file.tell(), total=total
-        ) as received:
+    mode = "ab" if response.status == 206 else "wb"  # a server may not know ranges
+    with response, open(part, mode) as file:
+        start = file.tell()
+        total = start + int(response.headers.get("Content-Length") or 0)
+        bar = tqdm.wrapattr(response, "read", desc=part.stem, initial=start, total=total)
+        with bar as received:
             shutil.copyfileobj(received, file)
         if file.tell() < total:
             raise OSError(f"broken off after {file.tell():,} of {total:,} bytes")
@@ -231,17 +219,15 @@ def main() -> None:
         with sole_writer(source, wait=args.wait):
             if not source.exists():
                 download(f"{args.base_url}/{archive}", source, DIGESTS[args.name])
-    where = f"MovieLens {args.name}, https://grouplens.org/datasets/movielens/"
-    reader = functools.partial(load, name=args.name, source=source)
     prepare(
         args.output_dir,
-        reader,
-        f"ml-{args.name}",
-        where,
-        args.split,
-        0,
-        (args.min_rating, 1),
-        args.engine,
+        functools.partial(load, name=args.name, source=source),
+        name=f"ml-{args.name}",
+        source=f"MovieLens {args.name}, https://grouplens.org/datasets/movielens/",
+        strategy=args.split,
+        seed=0,
+        filters=Filters(min_rating=args.min_rating),
+        engine=args.engine,
         wait=args.wait,
     )
 

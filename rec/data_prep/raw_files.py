@@ -262,7 +262,9 @@ def check_kind(file: RawFile) -> None:
     if kind.startswith("UTF"):
         encoding = kind.split()[0]
         hint = f"convert it, such as by `iconv -f {encoding} -t UTF-8`"
-        raise UserError(f"{file}:1: the file seems to be {encoding}, and only UTF-8 is read: {hint}")
+        raise UserError(
+            f"{file}:1: the file seems to be {encoding}, and only UTF-8 is read: {hint}"
+        )
     is_parquet = kind == "a Parquet file"
     if file.is_text and kind:
         hint = "rename it to .parquet" if is_parquet else "export it as CSV"

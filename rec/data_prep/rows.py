@@ -131,11 +131,7 @@ def read_rows(
 
 
 def _create_raw(
-    con: Connection,
-    file: RawFile,
-    columns: dict[str, str],
-    features: bool,
-    time_format: str | None,
+    con: Connection, file: RawFile, columns: dict[str, str], features: bool, time_format: str | None
 ) -> None:
     """Creates `raw` of the rows that can be read: their number, values, and what makes them malformed if anything.
 
@@ -276,7 +272,9 @@ def _check_lines(con: Connection, file: RawFile, unreadable: int, features: bool
         raise UserError(_why_lines_are_lost(con, file, features, expected - read))
     if line_breaks:
         first = next(each.line for each in file.records() if each.last_line > each.line)
-        note(f"{file}:{first}: a field goes on to another line; {line_breaks:,} such line(s) in all")
+        note(
+            f"{file}:{first}: a field goes on to another line; {line_breaks:,} such line(s) in all"
+        )
 
 
 def _why_lines_are_lost(con: Connection, file: RawFile, features: bool, lost: int) -> str:
