@@ -27,8 +27,14 @@ FEW = 0.1  # share of a column's values: fewer that are no numbers are probably 
 INTEGERS = ("tinyint", "smallint", "integer", "bigint", "utinyint", "usmallint", "uinteger")
 LARGE = ("ubigint", "hugeint", "uhugeint", "decimal")  # may exceed int64
 FRACTIONS = ("float", "double")
-MOMENTS = ("date", "timestamp", "timestamp_s", "timestamp_ms", "timestamp_ns")
-MOMENTS += ("timestamp with time zone",)
+MOMENTS = (
+    "date",
+    "timestamp",
+    "timestamp_s",
+    "timestamp_ms",
+    "timestamp_ns",
+    "timestamp with time zone",
+)
 SPANS = ("time", "time_ns", "time with time zone", "interval")
 TEXTS = ("varchar", "enum", "uuid")
 LISTS = ("list", "array")
@@ -148,7 +154,8 @@ def _by_type(con: Connection, name: str, kind: DuckDBPyType) -> Typed:
         if bytes_only:
             return Typed("", f"{bytes_only:,} of its values are bytes that are not text")
         return Typed(f"decode({text})", f"{why}, all of them text")
-    element = kind.children[0][1].id if kind.id in LISTS else ""
+    parts: dict[str, Any] = dict(kind.children) if kind.id in LISTS else {}
+    element = parts["child"].id if parts else ""
     if element in ("null", *FORM, *LARGE):
         words = ": each number is read as a word" if element in INTEGERS + FRACTIONS else ""
         filled = f"list_filter(cast({text} as varchar[]), lambda part: part <> '')"

@@ -82,7 +82,8 @@ def _make_items(items: int, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
 
     # Each series has a name of its own among 680, then they come again.
     name = rng.permutation(series[-1] + 1)[series]
-    titles = [_title(*numbers) for numbers in zip(name, genre, volume, strict=True)]
+    numbers = np.stack([name, genre, volume], axis=1).tolist()
+    titles = [_title(*each) for each in numbers]
     price = rng.uniform(5.0, 40.0, len(GENRES))[genre] * rng.lognormal(0.0, 0.25, items)
     days_before = rng.integers(3650, size=items)[series]
     released = START - 3 * YEAR - days_before * DAY + (volume - 1) * 120 * DAY

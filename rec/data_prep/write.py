@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -84,7 +85,7 @@ def prepare(
     does the rest. Raises UserError for bad rows, an impossible split, an engine that does not start, an output
     directory that holds something else, or, unless `wait` is true, one that another command is writing.
     """
-    manifest = {"format_version": FORMAT_VERSION, "name": name, "source": source}
+    manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "name": name, "source": source}
     manifest["filters"] = dataclasses.asdict(filters)
     with staging(output_dir, wait=wait) as directory:
         scratch = directory.parent
