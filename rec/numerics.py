@@ -8,9 +8,11 @@ Therefore the served graph uses arrays of which LANES divides each user's part, 
 over a fixed width. tests/test_company.py holds the answers to it.
 """
 
+import numpy as np
 import tensorflow as tf
 
 LANES = 16
+LARGEST_COUNT = 10_000
 NOWHERE = -1e9  # a logit that has no weight
 
 
@@ -22,9 +24,16 @@ def at_least(rows: int, matrix: tf.Tensor) -> tf.Tensor:
 
 def fill_lanes(lists: tf.Tensor, value: float, multiple: int = LANES) -> tf.Tensor:
     """[.., N] -> [.., N rounded up to a multiple], with `value` behind."""
-    missing = -tf.shape(lists)[-1] % multiple
+    missing = -width_of(lists) % multiple
     empty = [[0, 0]] * (len(lists.shape) - 1) + [[0, missing]]
     return tf.pad(lists, empty, constant_values=tf.cast(value, lists.dtype))
+
+
+def width_of(lists: tf.Tensor) -> int | tf.Tensor:
+    """The last dimension: a number if the graph knows it, which saves the nodes that compute with it."""
+    if lists.shape[-1] is None:
+        return tf.shape(lists)[-1]
+    return lists.shape[-1]
 
 
 def softmax(logits: tf.Tensor) -> tf.Tensor:
@@ -32,7 +41,7 @@ def softmax(logits: tf.Tensor) -> tf.Tensor:
     filled = fill_lanes(logits, NOWHERE)
     exponentials = tf.exp(filled - tf.reduce_max(filled, -1, keepdims=True))
     shares = exponentials / tf.reduce_sum(exponentials, -1, keepdims=True)
-    return shares[..., : tf.shape(logits)[-1]]
+    return shares[..., : width_of(logits)]
 
 
 def log_softmax(logits: tf.Tensor) -> tf.Tensor:
@@ -41,12 +50,13 @@ def log_softmax(logits: tf.Tensor) -> tf.Tensor:
     shifted = filled - tf.reduce_max(filled, -1, keepdims=True)
     total = tf.reduce_sum(tf.exp(shifted), -1, keepdims=True)
     logarithms = shifted - tf.math.log(tf.broadcast_to(total, tf.shape(filled)))
-    return logarithms[..., : tf.shape(logits)[-1]]
+    return logarithms[..., : width_of(logits)]
 
 
-def log1p(values: tf.Tensor) -> tf.Tensor:
-    """tf.math.log1p of [B, N]."""
-    return tf.math.log1p(fill_lanes(values, 0.0))[:, : tf.shape(values)[1]]
+def log1p(counts: tf.Tensor) -> tf.Tensor:
+    """int32 counts of any shape -> log(1 + count), from a table. More than LARGEST_COUNT counts as that."""
+    table = tf.constant(np.log1p(np.arange(LARGEST_COUNT + 1)), tf.float32)
+    return tf.gather(table, tf.minimum(counts, LARGEST_COUNT))
 
 
 class LayerNormalization(tf.keras.layers.LayerNormalization):

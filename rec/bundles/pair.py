@@ -107,8 +107,9 @@ def rerank(
     cold = retrieved["cold"]
     scores = library.where(cold[:, None], found[:, :candidates], ranked)
     if candidates is not None:
-        others = library.zeros_like(found[:, candidates:]) + LOWEST
-        scores = library.concat([scores, others], 1)
+        others = found[:, candidates:]
+        if others.shape[1] != 0:  # each operation of a graph costs some time
+            scores = library.concat([scores, library.zeros_like(others) + LOWEST], 1)
     scores, places = arrays.sort(scores)
     return Candidates(
         rows=arrays.take(retrieved["row"], places),

@@ -382,14 +382,27 @@ class RankingModule(tf.Module):
         user = self.lookup.user_rows(user_id)
         history = self.lookup.history(user, self.lookup.item_rows(history), is_given)
         past = recent_items(history, self.model.get.window)
-        return score_candidates(self.model.get, self.counts, user, past, rows, retrieved)
+        return self._rank(user, past, rows, retrieved)
 
     @tf.function(input_signature=[IDS, ROW_LISTS, SCORES])
     def rank_known(self, user_id: tf.Tensor, rows: tf.Tensor, retrieved: tf.Tensor) -> tf.Tensor:
         """As `rank`, for users with their stored histories."""
         user = self.lookup.user_rows(user_id)
         past = self.lookup.stored(user, self.model.get.window)
-        return score_candidates(self.model.get, self.counts, user, past, rows, retrieved)
+        return self._rank(user, past, rows, retrieved)
+
+    def _rank(
+        self, user: tf.Tensor, past: tf.Tensor, rows: tf.Tensor, retrieved: tf.Tensor
+    ) -> tf.Tensor:
+        lists = [None, self.model.get.config.candidates]  # known widths save nodes
+        return score_candidates(
+            self.model.get,
+            self.counts,
+            user,
+            past,
+            tf.ensure_shape(rows, lists),
+            tf.ensure_shape(retrieved, lists),
+        )
 
     @tf.function(input_signature=[IDS])
     def rows(self, item_id: tf.Tensor) -> tf.Tensor:

@@ -24,15 +24,29 @@ WHOLE = "-?(0|[1-9][0-9]*)"
 NUMBER = "-?(0|[1-9][0-9]*)([.][0-9]+)?([eE][+-]?[0-9]{1,2})?"
 FEW = 0.1  # share of a column's values: fewer that are no numbers are probably mistakes
 
-INTEGERS = {"tinyint", "smallint", "integer", "bigint", "utinyint", "usmallint", "uinteger"}
-LARGE = {"ubigint", "hugeint", "uhugeint", "decimal"}  # may exceed int64
-FRACTIONS = {"float", "double"}
-MOMENTS = {"date", "timestamp", "timestamp_s", "timestamp_ms", "timestamp_ns"}
-MOMENTS |= {"timestamp with time zone"}
-SPANS = {"time", "time_ns", "time with time zone", "interval"}
-TEXTS = {"varchar", "enum", "uuid"}
-LISTS = {"list", "array"}
-PLAIN = {"boolean", "null", *INTEGERS, *LARGE, *FRACTIONS, *MOMENTS, *SPANS, *TEXTS}
+INTEGERS = ("tinyint", "smallint", "integer", "bigint", "utinyint", "usmallint", "uinteger")
+LARGE = ("ubigint", "hugeint", "uhugeint", "decimal")  # may exceed int64
+FRACTIONS = ("float", "double")
+MOMENTS = (
+    "date",
+    "timestamp",
+    "timestamp_s",
+    "timestamp_ms",
+    "timestamp_ns",
+    "timestamp with time zone",
+)
+SPANS = ("time", "time_ns", "time with time zone", "interval")
+TEXTS = ("varchar", "enum", "uuid")
+LISTS = ("list", "array")
+FORMS = {  # types of Parquet -> SQL of the value, and what there is to say of it
+    ("boolean",): ("{0}", ""),
+    INTEGERS: ("cast({0} as bigint)", ""),
+    FRACTIONS: ("case when not isnan({0}) then cast({0} as double) end", ""),
+    MOMENTS: ("cast(floor(epoch(cast({0} as timestamptz))) as bigint)", ": seconds since 1970"),
+    SPANS: ("cast(floor(epoch({0})) as bigint)", ": seconds"),
+    TEXTS: ("cast({0} as varchar)", ""),
+}
+FORM = {kind: form for kinds, form in FORMS.items() for kind in kinds}
 
 SAMPLE = 1000  # values that say what a string looks like
 DIGITS = "-?[0-9]+([.][0-9]*)?([eE][+-]?[0-9]+)?"
@@ -108,64 +122,45 @@ def _by_spelling(con: Connection, file: RawFile, name: str) -> Typed:
         return Typed(f"cast({text} as bigint)", "all values are whole numbers")
     if numbers == filled:
         return Typed(f"cast({text} as double)", f"{fraction!r} is not whole")
+    first = f"{word[:60]!r} on line {file.line_of(row)}"
     odd = filled - numbers
-    line = file.line_of(row)
     if odd <= FEW * filled:
         note(
             f"warning: {file}: column {name} is all numbers but for {odd:,} of {filled:,} values, "
-            f"the first {word[:60]!r} on line {line}. So it is text; empty those to have numbers"
+            f"the first {first}. So it is text; empty those to have numbers"
         )
-    return Typed(text, f"{word[:60]!r} on line {line} is not a number{_looks(con, name)}")
+    return Typed(text, f"{first} is not a number{_looks(con, name)}")
 
 
 def _by_type(con: Connection, name: str, kind: DuckDBPyType) -> Typed:
     """Of a Parquet file."""
-    text, why = quoted(name), f"Parquet holds {str(kind)[:60]}"
-    if kind.id == "boolean":
-        return Typed(text, why)
-    if kind.id in INTEGERS:
-        return Typed(f"cast({text} as bigint)", why)
-    if kind.id in LARGE:
-        return _large(con, name, kind)
-    if kind.id in FRACTIONS:
-        return Typed(f"case when not isnan({text}) then cast({text} as double) end", why)
-    if kind.id in MOMENTS:
-        seconds = f"cast(floor(epoch(cast({text} as timestamptz))) as bigint)"
-        return Typed(seconds, f"{why}: seconds since 1970")
-    if kind.id in SPANS:
-        return Typed(f"cast(floor(epoch({text})) as bigint)", f"{why}: seconds")
-    if kind.id in TEXTS:
-        return Typed(f"cast({text} as varchar)", f"{why}{_looks(con, name)}")
+    text = quoted(name)
+    why = f"Parquet holds {str(kind)[:60]}"
+    if kind.id in FORM:
+        value, more = FORM[kind.id]
+        looks = _looks(con, name) if kind.id in TEXTS else ""
+        return Typed(value.format(text), f"{why}{more}{looks}")
     if kind.id == "null":
         return Typed("cast(null as varchar)", "it is empty")
+    if kind.id in LARGE:
+        if kind.id == "decimal" and dict(kind.children)["scale"]:
+            return Typed(f"cast({text} as double)", why)
+        (large,) = _one(con, f"max({text}) filter (where try_cast({text} as bigint) is null)")
+        if large is None:
+            return Typed(f"cast({text} as bigint)", why)
+        return Typed(f"cast({text} as varchar)", f"{large} does not fit into int64")
     if kind.id == "blob":
         (bytes_only,) = _one(con, f"count_if({text} is not null and try(decode({text})) is null)")
         if bytes_only:
             return Typed("", f"{bytes_only:,} of its values are bytes that are not text")
         return Typed(f"decode({text})", f"{why}, all of them text")
-    if kind.id in LISTS and (element := _element(kind)) in PLAIN:
-        words = ": each number is read as a word" if element in INTEGERS | FRACTIONS else ""
+    parts: dict[str, Any] = dict(kind.children) if kind.id in LISTS else {}
+    element = parts["child"].id if parts else ""
+    if element in ("null", *FORM, *LARGE):
+        words = ": each number is read as a word" if element in INTEGERS + FRACTIONS else ""
         filled = f"list_filter(cast({text} as varchar[]), lambda part: part <> '')"
         return Typed(filled, f"{why}{words}")
     return Typed("", f"it holds {str(kind)[:60]}, and a feature is a value or a list of values")
-
-
-def _element(kind: DuckDBPyType) -> str:
-    """The type of a list's elements."""
-    element: Any = kind.children[0][1]
-    name: str = element.id
-    return name
-
-
-def _large(con: Connection, name: str, kind: DuckDBPyType) -> Typed:
-    """Of a type that may hold more than int64 does."""
-    text, why = quoted(name), f"Parquet holds {kind}"
-    if kind.id == "decimal" and dict(kind.children)["scale"]:
-        return Typed(f"cast({text} as double)", why)
-    (large,) = _one(con, f"max({text}) filter (where try_cast({text} as bigint) is null)")
-    if large is None:
-        return Typed(f"cast({text} as bigint)", why)
-    return Typed(f"cast({text} as varchar)", f"{large} does not fit into int64")
 
 
 def _split(
@@ -176,26 +171,22 @@ def _split(
         note(f"--list-col {name} has no effect: {file} holds lists there already ({kind})")
         return _by_type(con, name, kind)
     text = quoted(name)
-    first = _one(con, f"arg_min({text}, source_row)")[0]
+    (first,) = _one(con, f"arg_min({text}, source_row)")
     if kind.id not in TEXTS:
-        raise UserError(
-            f"--list-col {name}: {file} holds {kind} there, such as {first}, which has nothing to split"
-        )
+        problem = f"{file} holds {kind} there, such as {first}, which has nothing to split"
+        raise UserError(f"--list-col {name}: {problem}")
     separator = separator or _separator(con, name)
-    if separator == LITERAL:
-        how = "read as a written list"
-        parts = f"list_transform(regexp_extract_all({text}, {literal(ELEMENT)}), lambda part: {UNQUOTED})"
-    else:
-        how = f"split at {separator!r}"
-        parts = (
-            f"list_transform(string_split({text}, {literal(separator)}), lambda part: trim(part))"
-        )
+    is_literal = separator == LITERAL
+    how = "read as a written list" if is_literal else f"split at {separator!r}"
+    parts = f"list_transform(string_split({text}, {literal(separator)}), lambda part: trim(part))"
+    if is_literal:
+        elements = f"regexp_extract_all({text}, {literal(ELEMENT)})"
+        parts = f"list_transform({elements}, lambda part: {UNQUOTED})"
     value = f"list_filter(coalesce({parts}, []), lambda part: part <> '')"
-    least = 1 if separator == LITERAL else 2
     example, result = _one(
         con,
         f"arg_min({text}, source_row), arg_min({value}, source_row)",
-        where=f"len({value}) >= {least}",
+        where=f"len({value}) >= {1 if is_literal else 2}",
     )
     if result:
         note(f"{file}: column {name} is {how}: {example[:60]!r} becomes {result}")

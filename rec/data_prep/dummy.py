@@ -29,23 +29,17 @@ SEQUEL = 0.4  # how often an item is followed by its sequel, where it has one
 FOLLOW = 0.3  # otherwise: how often its genre is followed by that genre's usual successor, not by the user's taste
 
 SEGMENTS = ["student", "commuter", "parent", "collector", "gamer", "retiree"]
-GENRES = [
-    "Adventure",
-    "Comedy",
-    "Crime",
-    "Documentary",
-    "Drama",
-    "Fantasy",
-    "Horror",
-    "Mystery",
-    "Romance",
-    "Space",
-]
-GENRES += ["War", "Western"]
-ADJECTIVES = """Silver Crimson Hidden Broken Quiet Golden Savage Frozen Electric Lonely Wandering Midnight Velvet
-    Burning Distant Forgotten Restless Emerald Hollow Paper Iron Scarlet Sleeping Secret Wild Gentle Bitter Lucky Final
-    Endless Northern Invisible Crooked Amber Foolish Sacred Stolen Thirsty Painted Borrowed"""
-PLACES = "Oslo Lima Kyoto Cairo Havana Lisbon Quebec Delhi Samoa Tunis Prague Dakar Perth Riga Quito Malta"
+GENRES, ADJECTIVES, PLACES = map(
+    str.split,
+    (
+        "Adventure Comedy Crime Documentary Drama Fantasy Horror Mystery Romance Space War Western",
+        """Silver Crimson Hidden Broken Quiet Golden Savage Frozen Electric Lonely Wandering Midnight Velvet
+        Burning Distant Forgotten Restless Emerald Hollow Paper Iron Scarlet Sleeping Secret Wild Gentle Bitter Lucky
+        Final Endless Northern Invisible Crooked Amber Foolish Sacred Stolen Thirsty Painted Borrowed""",
+        "Oslo Lima Kyoto Cairo Havana Lisbon Quebec Delhi Samoa Tunis Prague Dakar Perth Riga Quito Malta",
+    ),
+)
+LEAST = {"users": 10, "items": 20, "interactions_per_user": 3, "seed": 0}  # of the options
 
 
 def generate(users: int, items: int, interactions_per_user: int, seed: int) -> dict[str, pa.Table]:
@@ -82,50 +76,50 @@ def _make_items(items: int, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
     sequel = np.where(np.diff(series, append=-1) == 0, np.arange(1, items + 1), -1)
 
     genre = rng.integers(len(GENRES), size=items)[series]
-    second = np.where(rng.random(items) < 0.4, rng.integers(len(GENRES), size=items), genre)[series]
-    genres = [
-        list(dict.fromkeys([GENRES[a], GENRES[b]])) for a, b in zip(genre, second, strict=True)
-    ]
+    has_second = rng.random(items) < 0.4
+    second = np.where(has_second, rng.integers(len(GENRES), size=items), genre)[series]
+    pairs = zip(genre, second, strict=True)
+    genres = [list(dict.fromkeys([GENRES[main], GENRES[other]])) for main, other in pairs]
 
-    adjectives, places = ADJECTIVES.split(), ["", *(f" of {place}" for place in PLACES.split())]
-    name_of = rng.permutation(series[-1] + 1)[
-        series
-    ]  # each series has its own among 680, then they come again
-    titles = [
-        adjectives[number % 40]
-        + f" {GENRES[kind]}{places[number // 40 % 17]}"
-        + (f" {nth}" if nth > 1 else "")
-        for number, kind, nth in zip(name_of, genre, volume, strict=True)
-    ]
+    # Each series has a name of its own among 680, then they come again.
+    name = rng.permutation(series[-1] + 1)[series]
+    numbers = np.stack([name, genre, volume], axis=1).tolist()
+    titles = [_title(*each) for each in numbers]
     price = rng.uniform(5.0, 40.0, len(GENRES))[genre] * rng.lognormal(0.0, 0.25, items)
-    released = (
-        START - 3 * YEAR - rng.integers(3650, size=items)[series] * DAY + (volume - 1) * 120 * DAY
-    )
-    columns = [
-        [f"i{number + 1}" for number in range(items)],
-        titles,
-        genres,
-        price.round(2),
-        released,
-    ]
-    return genre, sequel, pa.table(columns, ["item_id", "title", "genres", "price", "released"])
+    days_before = rng.integers(3650, size=items)[series]
+    released = START - 3 * YEAR - days_before * DAY + (volume - 1) * 120 * DAY
+    columns = {
+        "item_id": [f"i{number + 1}" for number in range(items)],
+        "title": titles,
+        "genres": genres,
+        "price": price.round(2),
+        "released": released,
+    }
+    return genre, sequel, pa.table(columns)
+
+
+def _title(name: int, genre: int, volume: int) -> str:
+    """Such as "Silver Western of Lima 2"."""
+    title = f"{ADJECTIVES[name % 40]} {GENRES[genre]}"
+    place = name // 40 % 17
+    if place:
+        title += f" of {PLACES[place - 1]}"
+    return f"{title} {volume}" if volume > 1 else title
 
 
 def _make_users(users: int, rng: np.random.Generator) -> tuple[np.ndarray, pa.Table]:
     """Taste [users, genres], rows of probabilities, and the table of features."""
     centre = rng.dirichlet(np.full(len(GENRES), 0.3), len(SEGMENTS))
     segment = rng.integers(len(SEGMENTS), size=users)
-    taste = (
-        rng.standard_gamma(8.0 * centre[segment] + 0.05) + 1e-3
-    )  # a Dirichlet draw, once normalised
-    taste /= taste.sum(axis=1, keepdims=True)
-    age = np.clip(np.linspace(20, 68, len(SEGMENTS))[segment] + rng.normal(0.0, 5.0, users), 14, 90)
-    columns = [
-        [f"u{number + 1}" for number in range(users)],
-        age.astype(np.int64),
-        np.array(SEGMENTS)[segment],
-    ]
-    return taste, pa.table(columns, ["user_id", "age", "segment"])
+    draws = rng.standard_gamma(8.0 * centre[segment] + 0.05) + 1e-3
+    taste = draws / draws.sum(axis=1, keepdims=True)  # of a Dirichlet distribution
+    age = np.linspace(20, 68, len(SEGMENTS))[segment] + rng.normal(0.0, 5.0, users)
+    columns = {
+        "user_id": [f"u{number + 1}" for number in range(users)],
+        "age": np.clip(age, 14, 90).astype(np.int64),
+        "segment": np.array(SEGMENTS)[segment],
+    }
+    return taste, pa.table(columns)
 
 
 def _walk(
@@ -161,17 +155,13 @@ def _walk(
         if step:
             follower = successor[genre[here]]
             wanted = np.where((chance[1] < FOLLOW) & has_items[follower], follower, wanted)
-        position = (
-            np.searchsorted(
-                cumulative, low[wanted] + chance[2] * (high - low)[wanted], side="right"
-            )
-            - 1
-        )
-        item[active] = by_genre[np.clip(position, starts[wanted], starts[wanted + 1] - 1)]
+        point = low[wanted] + chance[2] * (high - low)[wanted]
+        position = np.searchsorted(cumulative, point, side="right") - 1
+        drawn = by_genre[np.clip(position, starts[wanted], starts[wanted + 1] - 1)]
         if step:
-            item[active] = np.where(
-                (chance[3] < SEQUEL) & (sequel[here] >= 0), sequel[here], item[active]
-            )
+            is_sequel = (chance[3] < SEQUEL) & (sequel[here] >= 0)
+            drawn = np.where(is_sequel, sequel[here], drawn)
+        item[active] = drawn
         parts.append(pd.DataFrame({"user": active, "item": item[active]}))
     walk = pd.concat(parts).drop_duplicates().sort_values("user", kind="stable")
     walk = walk[(walk.groupby("user").cumcount() < per_user[walk["user"]]).to_numpy()]
@@ -181,9 +171,8 @@ def _walk(
 def _times(user: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Seconds since 1970, rising within a user (whose rows lie together): minutes in a session, days between."""
     minutes = 60.0 + rng.exponential(900.0, len(user))
-    gap = np.where(
-        rng.random(len(user)) < 0.75, minutes, rng.exponential(6.0 * DAY, len(user)) + 3600.0
-    )
+    is_same_session = rng.random(len(user)) < 0.75
+    gap = np.where(is_same_session, minutes, rng.exponential(6.0 * DAY, len(user)) + 3600.0)
     elapsed = np.cumsum(gap)
     begins, ends = np.searchsorted(user, user), np.searchsorted(user, user, side="right") - 1
     elapsed, span = elapsed - elapsed[begins], elapsed[ends] - elapsed[begins]
@@ -202,34 +191,29 @@ def main() -> None:
     add("--seed", type=int, default=42, help="the same seed and sizes give the same bytes")
     add("--split", choices=["temporal", "leave_one_out"], default="leave_one_out")
     args = parser.parse_args()
-    for name, least in (("users", 10), ("items", 20), ("interactions_per_user", 3), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise UserError(
-                f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}"
-            )
+    for name, least in LEAST.items():
+        size = getattr(args, name)
+        if size < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {size}")
+    per_user = args.interactions_per_user
+    most = most_per_user(args.items)
 
     def load(con: Connection, scratch: Path) -> dict[str, int]:
         note(f"generating {args.users:,} users and {args.items:,} items")
-        most = most_per_user(args.items)
-        if args.interactions_per_user > most:
-            note(
-                f"--interactions-per-user {args.interactions_per_user} is more than half of the "
-                f"{args.items} items: no user gets more than {most}"
-            )
-        for name, table in generate(
-            args.users, args.items, args.interactions_per_user, args.seed
-        ).items():
+        if per_user > most:
+            problem = f"is more than half of the {args.items} items: no user gets more than {most}"
+            note(f"--interactions-per-user {per_user} {problem}")
+        for name, table in generate(args.users, args.items, per_user, args.seed).items():
             con.from_arrow(table).create(name)
         return {}
 
-    source = f"synthetic: {args.users} users, {args.items} items, seed {args.seed}"
     prepare(
         args.output_dir,
         load,
-        "dummy",
-        source,
-        args.split,
-        args.seed,
+        name="dummy",
+        source=f"synthetic: {args.users} users, {args.items} items, seed {args.seed}",
+        strategy=args.split,
+        seed=args.seed,
         engine=ENGINES[args.engine],
         wait=args.wait,
     )

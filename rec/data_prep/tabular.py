@@ -22,6 +22,7 @@ Not covered: compressed CSV, quotes escaped otherwise than by doubling them.
 
 import argparse
 import difflib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,15 +33,22 @@ from rec.data_prep.checks import check_times
 from rec.data_prep.columns import ListColumns, type_columns
 from rec.data_prep.raw_files import RawFile, delimiter_of, literal, quoted
 from rec.data_prep.rows import VALUES, in_a_sentence, read_rows
-from rec.data_prep.split import SPLITS, STRATEGIES
+from rec.data_prep.split import SPLITS, STRATEGIES, Filters
 from rec.data_prep.write import output_parser, prepare
 from rec.errors import UserError, note, run_command
 from rec.ops.spark import ENGINES
 
+KEYS = {"users": "user_id", "items": "item_id"}  # tables of features -> their ids
+COLUMNS = ("user_col", "item_col", "timestamp_col", "rating_col")  # options, in the order of VALUES
+NEEDS = {  # option -> the one without which it has no effect
+    "min_rating": "rating_col",
+    "allow_any_time": "timestamp_col",
+    "timestamp_format": "timestamp_col",
+    "list_separator": "list_col",
+}
 NO_LISTS = ListColumns()
 
 
-@in_a_sentence
 def load_interactions(
     con: Connection,
     file: RawFile,
@@ -55,22 +63,15 @@ def load_interactions(
     `time_format` is how times are written, for strptime; None: as seconds or in ISO 8601. Raises UserError for a
     missing column, or a malformed row unless `skip`.
     """
-    skipped = read_rows(
-        con,
-        file,
-        {name: column for name, column in zip(VALUES, columns, strict=True) if column},
-        skip,
-        time_format=time_format,
-    )
+    named = {name: column for name, column in zip(VALUES, columns, strict=True) if column}
     rows = f"select *, '{split}' as split from raw" if split else "from raw"
-    con.execute(
-        f"create table if not exists interactions as {rows} limit 0; insert into interactions {rows}"
-    )
-    con.execute("drop table raw")
+    with in_a_sentence(file):
+        skipped = read_rows(con, file, named, skip, time_format=time_format)
+        con.execute(f"create table if not exists interactions as {rows} limit 0")
+        con.execute(f"insert into interactions {rows}; drop table raw")
     return skipped
 
 
-@in_a_sentence
 def load_features(
     con: Connection,
     file: RawFile,
@@ -85,50 +86,32 @@ def load_features(
     Raises UserError for no column of ids, a malformed row (an id that comes again is one) unless `skip`, or a list
     column that has nothing to split.
     """
-    key = {"users": "user_id", "items": "item_id"}[table]
-    skipped = read_rows(con, file, {key: column}, skip, features=True)
-    typed = type_columns(con, file, lists)
-    values = [key, *(f"{each.value} as {quoted(name)}" for name, each in typed.items())]
-    con.execute(f"create table {table} as select {', '.join(values)} from raw; drop table raw")
-    for name, each in typed.items():
-        con.execute(f"comment on column {table}.{quoted(name)} is {literal(each.why)}")
+    key = KEYS[table]
+    with in_a_sentence(file):
+        skipped = read_rows(con, file, {key: column}, skip, features=True)
+        typed = type_columns(con, file, lists)
+        values = [key, *(f"{each.value} as {quoted(name)}" for name, each in typed.items())]
+        con.execute(f"create table {table} as select {', '.join(values)} from raw; drop table raw")
+        for name, each in typed.items():
+            con.execute(f"comment on column {table}.{quoted(name)} is {literal(each.why)}")
     if not typed:
         note(f"{file} has no column beside {column}, so it adds no features")
     return skipped
 
 
-def _raw_files(args: argparse.Namespace, names: Sequence[str]) -> dict[str, RawFile]:
-    """The files that options name, by the options."""
-    delimiter = None if args.delimiter is None else delimiter_of(args.delimiter)
-    quote = "" if args.quote == "none" else args.quote
-    paths = {name: path for name in names if (path := getattr(args, name))}
-    return {name: RawFile.of(path, delimiter, quote) for name, path in paths.items()}
-
-
 def check_options(args: argparse.Namespace) -> None:
     """Raises UserError for an option that needs another one, or could have no effect."""
-    needs = {
-        "min_rating": "rating_col",
-        "allow_any_time": "timestamp_col",
-        "timestamp_format": "timestamp_col",
-        "list_separator": "list_col",
-    }
-    for option, other in needs.items():
+    for option, other in NEEDS.items():
         if getattr(args, option) not in (None, False) and not getattr(args, other):
-            raise UserError(f"--{_dashed(option)} needs --{_dashed(other)}")
+            raise UserError(f"{_flag(option)} needs {_flag(other)}")
     if args.timestamp_format:
         _check_time_format(args.timestamp_format)
     if args.min_interactions < 1:
         raise UserError(f"--min-interactions must be at least 1, not {args.min_interactions}")
-    columns = {
-        option: getattr(args, option)
-        for option in ("user_col", "item_col", "timestamp_col", "rating_col")
-        if getattr(args, option)
-    }
-    for name in columns.values():
-        same = [_dashed(other) for other, each in columns.items() if each == name]
-        if len(same) > 1:
-            raise UserError(f"--{same[0]} and --{same[1]} name the same column, {name}")
+    columns = {option: getattr(args, option) for option in COLUMNS if getattr(args, option)}
+    for (one, name), (other, same) in itertools.combinations(columns.items(), 2):
+        if name == same:
+            raise UserError(f"{_flag(one)} and {_flag(other)} name the same column, {name}")
 
 
 def _check_time_format(form: str) -> None:
@@ -142,129 +125,108 @@ def _check_time_format(form: str) -> None:
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
 
 
-def _dashed(option: str) -> str:
-    return option.replace("_", "-")
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
 
 
-def main() -> None:
-    """The command."""
+def _parser() -> argparse.ArgumentParser:
     parser = output_parser("rec.data_prep.tabular", __doc__)
     add = parser.add_argument
     add("--interactions", type=Path, help="all interactions, to be split")
     add("--train", type=Path, help="interactions that are split already; needs --test")
-    add(
-        "--val",
-        type=Path,
-        help="default: a tenth of --train, the latest if --test is later, else drawn",
-    )
+    val = "default: a tenth of --train, the latest if --test is later, else drawn"
+    add("--val", type=Path, help=val)
     add("--test", type=Path)
     add("--user-col", default="user_id", help="its name in every file that has it")
     add("--item-col", default="item_id", help="its name in every file that has it")
-    add(
-        "--timestamp-col", help="seconds since 1970, or ISO 8601; without it the data are unordered"
-    )
-    add(
-        "--timestamp-format",
-        help="how times are written, for strptime: '%%Y%%m%%d'; default: seconds or ISO 8601",
-    )
-    add(
-        "--allow-any-time",
-        action="store_true",
-        help="take times that end before 1990 or start after tomorrow",
-    )
+    add("--timestamp-col", help="without it the data are unordered")
+    time_format = "how times are written, for strptime: '%%Y%%m%%d'; default: seconds or ISO 8601"
+    add("--timestamp-format", help=time_format)
+    any_time = "take times that end before 1990 or start after tomorrow"
+    add("--allow-any-time", action="store_true", help=any_time)
     add("--rating-col", help="a number")
     add("--min-rating", type=float, help="drop interactions rated lower")
     add("--min-interactions", type=int, default=1, help="drop users with fewer, before the split")
     add("--users", type=Path, help="features of users; users without interactions are left out")
     add("--items", type=Path, help="features of items; all of them make up the catalogue")
-    add(
-        "--list-col",
-        action="append",
-        default=[],
-        help='a text feature with several values, such as "a|b|c"; repeatable',
-    )
-    add(
-        "--list-separator",
-        help="what separates the values of --list-col; default: |, else what is found, which is printed",
-    )
-    add(
-        "--split",
-        choices=list(STRATEGIES),
-        help="default: temporal, or given where there is --train",
-    )
-    add("--delimiter", help="separates the fields of text files; default: by the extension")
-    add(
-        "--quote",
-        choices=["none", '"'],
-        help='opens fields of text files that may hold separators; default: ", none in a .tsv',
-    )
+    lists = 'a text feature with several values, such as "a|b|c"; repeatable'
+    add("--list-col", action="append", default=[], help=lists)
+    separator = "separates the values of --list-col; default: |, else what is found, and printed"
+    add("--list-separator", help=separator)
+    split = "default: temporal, or given where there is --train"
+    add("--split", choices=list(STRATEGIES), help=split)
+    delimiter = "separates the fields of text files; default: by the extension"
+    add("--delimiter", help=delimiter)
+    quote = 'opens fields of text files that may hold separators; default: ", none in a .tsv'
+    add("--quote", choices=["none", '"'], help=quote)
     add("--seed", type=int, help="default: 42; of what is drawn where data without times are split")
-    add("--skip-bad-rows", dest="skip", action="store_true", help="drop and count malformed rows")
-    args = parser.parse_args()
+    skip = "drop and count malformed rows"
+    add("--skip-bad-rows", dest="skip", action="store_true", help=skip)
+    return parser
 
-    strategy, given = (
-        args.split or ("temporal" if args.interactions else "given"),
-        args.train or args.val or args.test,
-    )
-    if bool(given) == bool(args.interactions) or bool(given) != (strategy == "given"):
+
+def main() -> None:
+    """The command."""
+    args = _parser().parse_args()
+    is_given = bool(args.train or args.val or args.test)
+    strategy = args.split or ("given" if is_given else "temporal")
+    if is_given == bool(args.interactions) or is_given != (strategy == "given"):
         raise UserError("name --interactions, or --train and --test where the split is `given`")
-    if given and not (args.train and args.test):
-        raise UserError(
-            f"--{'test' if args.train else 'train'} is missing: a given split needs --train and --test"
-        )
+    if is_given and not (args.train and args.test):
+        missing = "--test" if args.train else "--train"
+        raise UserError(f"{missing} is missing: a given split needs --train and --test")
     check_options(args)
-    files = _raw_files(args, ("interactions", *SPLITS))
-    features = _raw_files(args, ("users", "items"))
-    if (args.delimiter or args.quote) and not any(
-        file.is_text for file in (*files.values(), *features.values())
-    ):
+    delimiter = None if args.delimiter is None else delimiter_of(args.delimiter)
+    quote = "" if args.quote == "none" else args.quote
+    files = {
+        name: RawFile.of(path, delimiter, quote)
+        for name in ("interactions", *SPLITS, *KEYS)
+        if (path := getattr(args, name))
+    }
+    has_text = any(file.is_text for file in files.values())
+    if (args.delimiter or args.quote) and not has_text:
         raise UserError("--delimiter and --quote are for text files, and all files are Parquet")
-    lists = ListColumns(args.list_col, args.list_separator)
-
-    def load(con: Connection, scratch: Path) -> dict[str, int]:
-        bad_rows, known = 0, []
-        columns = (args.user_col, args.item_col, args.timestamp_col, args.rating_col)
-        for part, file in files.items():
-            note(f"reading {file.path}")
-            name = part if given else None
-            bad_rows += load_interactions(
-                con, file, columns, name, args.skip, time_format=args.timestamp_format
-            )
-        if args.timestamp_col and not args.allow_any_time:
-            check_times(con)
-        for table, file in features.items():
-            key = args.user_col if table == "users" else args.item_col
-            bad_rows += load_features(con, file, table, key, lists, args.skip)
-            known += con.table(table).columns[1:]  # without the id
-        for name in set(args.list_col) - set(known):
-            near = "".join(
-                f": did you mean {near}?" for near in difflib.get_close_matches(name, known, 1)
-            )
-            raise UserError(
-                f"--list-col {name}: neither --users nor --items has such a feature{near}"
-            )
-        return {"bad_rows": bad_rows}
-
-    every = [file.path for file in (*files.values(), *features.values())]
-    source, filters = (
-        ", ".join(path.name for path in every),
-        (args.min_rating, args.min_interactions),
-    )
-    is_drawn = (given and not args.val) or (not given and not args.timestamp_col)
+    is_drawn = not args.val if is_given else not args.timestamp_col
     if args.seed is not None and not is_drawn:
         note(f"--seed {args.seed} has no effect: this split draws nothing at random")
-    seed = 42 if args.seed is None else args.seed
+    paths = [file.path for file in files.values()]
     prepare(
         args.output_dir,
-        load,
-        every[0].stem,
-        source,
-        strategy,
-        seed,
-        filters,
-        ENGINES[args.engine],
+        lambda con, scratch: {"bad_rows": _load(con, args, files)},
+        name=paths[0].stem,
+        source=", ".join(path.name for path in paths),
+        strategy=strategy,
+        seed=42 if args.seed is None else args.seed,
+        filters=Filters(args.min_rating, args.min_interactions),
+        engine=ENGINES[args.engine],
         wait=args.wait,
     )
+
+
+def _load(con: Connection, args: argparse.Namespace, files: dict[str, RawFile]) -> int:
+    """Creates the tables of all files; returns the number of malformed rows. `files` are by their options."""
+    bad_rows = 0
+    features = []
+    columns = [getattr(args, option) for option in COLUMNS]
+    for name, file in files.items():
+        if name not in KEYS:
+            note(f"reading {file.path}")
+            split = name if name in SPLITS else None
+            bad_rows += load_interactions(
+                con, file, columns, split, args.skip, args.timestamp_format
+            )
+    if args.timestamp_col and not args.allow_any_time:
+        check_times(con)
+    lists = ListColumns(args.list_col, args.list_separator)
+    for table in [name for name in KEYS if name in files]:
+        key = args.user_col if table == "users" else args.item_col
+        bad_rows += load_features(con, files[table], table, key, lists, args.skip)
+        features += con.table(table).columns[1:]  # without the id
+    for name in set(args.list_col) - set(features):
+        near = difflib.get_close_matches(name, features, 1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        raise UserError(f"--list-col {name}: neither --users nor --items has such a feature{hint}")
+    return bad_rows
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ Apart from dataset.py, since DuckDB warns of leaks when it shares a process with
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -23,8 +25,8 @@ import pyarrow.parquet as pq
 from rec.data_prep.checks import check_tables
 from rec.data_prep.dataset import FORMAT_VERSION, open_dataset
 from rec.data_prep.engine import Engine
-from rec.data_prep.split import SPLITS, filter_interactions, split_interactions
-from rec.errors import UserError, command_parser, note
+from rec.data_prep.split import SPLITS, Filters, filter_interactions, split_interactions
+from rec.errors import UserError, command_parser, note, warn
 from rec.files import add_wait_argument, digest, replace_directory, sole_writer
 from rec.tables import ColumnLine, describe_columns
 
@@ -34,7 +36,10 @@ SHARDS = {
     "min_rows_per_group": GROUP_ROWS,
     "max_rows_per_group": GROUP_ROWS,
 }
-MEMORY = "2GB"  # DuckDB spills to disk beyond this, so that a laptop prepares what a server does
+SETTINGS = """
+    set memory_limit = '2GB';  -- beyond this it spills to disk: a laptop prepares what a server does
+    set TimeZone = 'UTC';
+    set enable_progress_bar = false"""
 REASONS = {
     "bad_rows": "malformed rows",
     "below_min_rating": "interactions rated below --min-rating",
@@ -45,24 +50,17 @@ REASONS = {
 JOINS = {"users": "left", "items": "full"}
 CASTS = {"timestamp": "cast(floor(timestamp) as bigint)", "rating": "cast(rating as float)"}
 
+ALL = Filters()  # of the interactions
 Load = Callable[[duckdb.DuckDBPyConnection, Path], dict[str, int]]
-Filters = tuple[
-    float | None, int
-]  # the least rating of an interaction, and the fewest interactions of a user
 
 
 def output_parser(module: str, text: str | None) -> argparse.ArgumentParser:
     """The parser of a command that ends in `prepare`, with the options that all of them have."""
     parser = command_parser(module, text)
-    parser.add_argument(
-        "--output-dir", required=True, type=Path, help="the dataset directory to write"
-    )
-    parser.add_argument(
-        "--engine",
-        choices=("duckdb", "spark"),
-        default="duckdb",
-        help="filters, splits, sorts; default: duckdb",
-    )
+    add = parser.add_argument
+    add("--output-dir", required=True, type=Path, help="the dataset directory to write")
+    engine = "filters, splits, sorts; default: duckdb"
+    add("--engine", choices=("duckdb", "spark"), default="duckdb", help=engine)
     add_wait_argument(parser)
     return parser
 
@@ -74,7 +72,7 @@ def prepare(
     source: str,
     strategy: str,
     seed: int,
-    filters: Filters = (None, 1),
+    filters: Filters = ALL,
     engine: type[Engine] = Engine,
     *,
     wait: bool = False,
@@ -89,56 +87,39 @@ def prepare(
       UserError: bad rows, an impossible split, an engine that does not start, an output directory that holds something
         else, or, unless `wait` is true, one that another command is writing.
     """
+    manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "name": name, "source": source}
+    manifest["filters"] = dataclasses.asdict(filters)
     with staging(output_dir, wait=wait) as directory:
+        scratch = directory.parent
         try:
-            with duckdb.connect(directory.parent / "work.duckdb") as con:
-                con.execute(
-                    f"set memory_limit = '{MEMORY}'; set TimeZone = 'UTC'; set enable_progress_bar = false"
-                )
-                dropped = load(con, directory.parent)
+            with duckdb.connect(scratch / "work.duckdb") as con:
+                con.execute(SETTINGS)
+                dropped = load(con, scratch)
                 check_tables(con)
-                decided = _comments(con)
-                db = engine(con, directory.parent)
+                reasons = _comments(con)
+                db = engine(con, scratch)
                 note("filtering and splitting")
-                dropped |= filter_interactions(db, *filters)
-                split = split_interactions(db, strategy, seed)
-                known = "split = 'test' and user_id in (select user_id from interactions where split = 'train')"
-                if not db.count(known):
-                    note("warning: no user of test occurs in train, so all of them are new")
+                dropped |= filter_interactions(db, filters)
+                manifest["split"] = split_interactions(db, strategy, seed)
                 note("writing")
-                counts, columns = _write_tables(db, directory, decided)
-        except (
-            duckdb.IOException,
-            duckdb.OutOfMemoryException,
-        ) as error:  # above all: no space left on the disk
-            raise UserError(
-                f"preparing {output_dir} failed: {str(error).splitlines()[0]}"
-            ) from None
-        parts = sorted(
-            directory.rglob("*.parquet"), key=lambda file: (len(file.name), file)
-        )  # 00009 before 000010
-        files = {str(file.relative_to(directory)): digest(file) for file in parts}
-        manifest = {"format_version": FORMAT_VERSION, "name": name, "source": source}
-        manifest |= {"filters": {"min_rating": filters[0], "min_interactions": filters[1]}}
-        manifest |= {"split": split, "counts": counts, "columns": columns, "files": files}
+                manifest |= _write_tables(db, directory, reasons)
+        except (duckdb.IOException, duckdb.OutOfMemoryException) as error:  # the disk is full, say
+            reason = str(error).splitlines()[0]
+            raise UserError(f"preparing {output_dir} failed: {reason}") from None
+        parts = directory.rglob("*.parquet")
+        in_order = sorted(parts, key=lambda file: (len(file.name), file))  # 00009 before 000010
+        manifest["files"] = {str(part.relative_to(directory)): digest(part) for part in in_order}
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         (directory / "dataset.json").write_text(text, encoding="utf-8")
     for reason, count in dropped.items():
         if count:
             note(f"dropped: {count:,} {REASONS[reason]}")
-    note(f"{output_dir}: {name}, {split}")
+    note(f"{output_dir}: {name}, {manifest['split']}")
+    counts = manifest["counts"]
     for part, count in counts.items():
         note(f"  {part:<6}{count:>12,}")
-    print(
-        json.dumps(
-            {
-                "dataset": str(output_dir),
-                "id": open_dataset(output_dir).id,
-                **counts,
-                "dropped": dropped,
-            }
-        )
-    )
+    facts = {"dataset": str(output_dir), "id": open_dataset(output_dir).id}
+    print(json.dumps({**facts, **counts, "dropped": dropped}))
 
 
 @contextmanager
@@ -152,10 +133,11 @@ def staging(output_dir: Path, *, wait: bool = False) -> Iterator[Path]:
     temporary = final.with_name(f".{final.name}.tmp")
     with sole_writer(final, wait=wait):
         shutil.rmtree(temporary, ignore_errors=True)  # left by a command that was killed
-        if final.exists() and not (final / "dataset.json").is_file() and not _is_empty(final):
-            raise UserError(
-                f"{output_dir} exists and is no dataset: remove it, or choose another --output-dir"
-            )
+        is_dataset = (final / "dataset.json").is_file()
+        is_empty = final.is_dir() and not any(final.iterdir())
+        if final.exists() and not is_dataset and not is_empty:
+            hint = "remove it, or choose another --output-dir"
+            raise UserError(f"{output_dir} exists and is no dataset: {hint}")
         new = temporary / "new"
         new.mkdir(parents=True)
         try:
@@ -163,10 +145,6 @@ def staging(output_dir: Path, *, wait: bool = False) -> Iterator[Path]:
             replace_directory(new, final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _is_empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
 
 
 def _comments(con: duckdb.DuckDBPyConnection) -> dict[tuple[str, str], str]:
@@ -178,59 +156,52 @@ def _comments(con: duckdb.DuckDBPyConnection) -> dict[tuple[str, str], str]:
 
 
 def _write_tables(
-    engine: Engine, directory: Path, decided: dict[tuple[str, str], str]
-) -> tuple[dict[str, int], dict[str, dict[str, str]]]:
-    """Writes all three tables as Parquet; returns the counts of rows and the columns' types.
+    engine: Engine, directory: Path, reasons: dict[tuple[str, str], str]
+) -> dict[str, dict]:
+    """Writes all three tables as Parquet; returns the `counts` of rows and the `columns` with their types.
 
-    Prints a line per feature column; `decided` is why it has its type: (table, column) -> a few words.
+    Prints a line per feature column; `reasons` is why it has its type: (table, column) -> a few words.
     """
-    counts, schemas = {}, {}
+    counts, columns = {}, {}
     for table, join in JOINS.items():
         key = f"{table[:-1]}_id"
-        joined = f"(select distinct {key} from interactions) as occurring {join} join {table} using ({key})"
-        rows = (
-            engine.reader(f"select * from {joined} order by {key}", GROUP_ROWS)
-            .read_all()
-            .combine_chunks()
-        )
+        occurring = f"(select distinct {key} from interactions) as occurring"
+        select = f"select * from {occurring} {join} join {table} using ({key}) order by {key}"
+        rows = engine.reader(select, GROUP_ROWS).read_all().combine_chunks()
         pq.write_table(rows, directory / f"{table}.parquet")
-        counts[table], schemas[table] = len(rows), rows.schema
+        counts[table] = len(rows)
+        columns[table] = _types(rows.schema)
+        features = [name for name in rows.column_names if name != key]
         lines = [
-            _describe_column(name, rows[name], decided.get((table, name), ""))
-            for name in rows.column_names
-            if name != key
+            _describe_column(name, rows[name], reasons.get((table, name), "")) for name in features
         ]
         describe_columns(f"{table}: columns of {len(rows):,} rows", lines)
         for line in lines:
             if not line.filled:
-                note(f"warning: {table}: column {line.name} is empty in all {len(rows):,} rows")
+                warn(f"{table}: column {line.name} is empty in all {len(rows):,} rows")
     has = [name for name in engine.columns if name not in ("source_row", "split")]
     selected = ", ".join(f"{CASTS.get(name, name)} as {name}" for name in has)
     order = "interactions.timestamp, source_row" if "timestamp" in has else "source_row"
     for part in SPLITS:
-        rows = f"select {selected} from interactions where split = '{part}' order by {order}"
-        reader = engine.reader(rows, GROUP_ROWS)  # its batches end wherever the threads did
+        select = f"select {selected} from interactions where split = '{part}' order by {order}"
+        reader = engine.reader(select, GROUP_ROWS)  # its batches end wherever the threads did
+        folder = directory / "interactions" / part
         names = {"format": "parquet", "basename_template": "0000{i}.parquet"}
-        pyarrow.dataset.write_dataset(
-            reader, directory / "interactions" / part, preserve_order=True, **names, **SHARDS
-        )
-        files = (directory / "interactions" / part).iterdir()
-        counts[part], schemas["interactions"] = (
-            sum(pq.read_metadata(file).num_rows for file in files),
-            reader.schema,
-        )
-    columns = {}
-    for table, schema in schemas.items():
-        columns[table] = {field.name: _type_name(field.type) for field in schema}
-    return counts, columns
+        pyarrow.dataset.write_dataset(reader, folder, preserve_order=True, **names, **SHARDS)
+        counts[part] = sum(pq.read_metadata(file).num_rows for file in folder.iterdir())
+        columns["interactions"] = _types(reader.schema)
+    return {"counts": counts, "columns": columns}
+
+
+def _types(schema: pa.Schema) -> dict[str, str]:
+    return {field.name: _type_name(field.type) for field in schema}
 
 
 def _describe_column(name: str, values: pa.ChunkedArray, why: str) -> ColumnLine:
     """Of a feature column as it is written; an empty list is no value."""
+    is_filled = pc.is_valid(values)
     if pa.types.is_list(values.type):
         is_filled = pc.greater(pc.fill_null(pc.list_value_length(values), 0), 0)
-    else:
-        is_filled = pc.is_valid(values)
     first = pc.index(is_filled, True).as_py()
     filled = pc.mean(is_filled).as_py() or 0.0
     example = values[first].as_py() if first >= 0 else None

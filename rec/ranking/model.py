@@ -18,7 +18,7 @@ from rec import LOWEST
 from rec.config import Ranking
 from rec.corpus import Corpus
 from rec.features import PAD, UNKNOWN, UNKNOWN_USER, Encoder
-from rec.numerics import LANES, fill_lanes, log1p, log_softmax
+from rec.numerics import LANES, fill_lanes, log1p, log_softmax, width_of
 from rec.ranking.archs import ARCHS
 from rec.ranking.candidates import CandidateLists
 from rec.ranking.count_features import COUNT_FEATURES, RECENT, CountFeatures
@@ -134,9 +134,9 @@ class RankingModel(tfrs.Model):
         """[B, N, d]: the history as each candidate sees it; the more like the candidate and the newer, the more."""
         is_item = tf.cast(history != PAD, tf.float32)
         newer_items = tf.cast(tf.cumsum(is_item, 1, exclusive=True, reverse=True), tf.int32)
-        affinity = tf.einsum("bnd,bhd->bnh", candidates, past) / self._dim**0.5
-        affinity += tf.gather(self._recency, newer_items)[:, None]
-        affinity += (1 - is_item)[:, None] * NOT_THERE
+        from_place = tf.gather(self._recency, newer_items) + (1 - is_item) * NOT_THERE
+        affinity = tf.einsum("bnd,bhd->bnh", candidates, past / self._dim**0.5)
+        affinity += from_place[:, None]
         attention = tf.ensure_shape(tf.nn.softmax(affinity), [None, None, None])
         return tf.einsum("bnh,bhd->bnd", attention, past * is_item[..., None])
 
@@ -174,7 +174,7 @@ def retrieval_features(scores: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     is_candidate = scores > LOWEST
     log_probability = log_softmax(tf.where(is_candidate, scores, NOT_THERE))
     is_better = scores[:, None] > scores[:, :, None]
-    rank = tf.reduce_sum(tf.cast(is_better, tf.float32), 2)  # from 0
+    rank = tf.reduce_sum(tf.cast(is_better, tf.int32), 2)  # from 0
     return tf.where(is_candidate, log_probability, 0.0), log1p(rank)
 
 
@@ -187,8 +187,8 @@ def mean_of_history(past: tf.Tensor, history: tf.Tensor) -> tf.Tensor:
 
 def log_length(history: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
     """[B, N], the shape of `items`: the log of 1 + the number of items in each history [B, H]."""
-    length = tf.reduce_sum(tf.cast(history != PAD, tf.float32), 1)
-    return log1p(tf.broadcast_to(length[:, None], tf.shape(items)))
+    length = tf.reduce_sum(tf.cast(history != PAD, tf.int32), 1)
+    return tf.broadcast_to(log1p(length)[:, None], tf.shape(items))
 
 
 def score_candidates(
@@ -217,7 +217,7 @@ def score_candidates(
     filled_scores = fill_lanes(retrieval_scores, LOWEST, multiple)
     features = counts(past, candidates, time)
     scores = model.score(user, past, candidates, filled_scores, features)
-    return tf.where(items == PAD, LOWEST, scores[:, : tf.shape(items)[1]])
+    return tf.where(items == PAD, LOWEST, scores[:, : width_of(items)])
 
 
 def score_lists(

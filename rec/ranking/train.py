@@ -155,14 +155,7 @@ def fit_ranking(
     tracker: Tracker | None,
 ) -> TrainedRanking:
     """Trains a ranker into CHECKPOINTS/ranking, and keeps its best epoch."""
-    description = RankingRun(
-        dataset=retrieval.corpus.dataset_id,
-        seed=config.seed,
-        features=config.features,
-        ranking=config.ranking,
-        retrieval_run=retrieval.description,
-        init_from=init_name,
-    )
+    description = describe_ranking(config, retrieval, init_name)
     run = TrainingRun(
         model,
         Path(config.output.checkpoints) / "ranking",
@@ -183,6 +176,19 @@ def fit_ranking(
         return TrainedRanking(model, retrieval, run.state, description)
     run.restore_best()
     return TrainedRanking(model, retrieval, run.finish({}), description)
+
+
+def describe_ranking(
+    config: Config, retrieval: TrainedRetrieval, init_name: str | None
+) -> RankingRun:
+    return RankingRun(
+        dataset=retrieval.corpus.dataset_id,
+        seed=config.seed,
+        features=config.features,
+        ranking=config.ranking,
+        retrieval_run=retrieval.description,
+        init_from=init_name,
+    )
 
 
 # ranking.objective -> the class of its model

@@ -101,15 +101,12 @@ class Json(Response):
 # Addresses
 
 Serving = Annotated[Service, Depends(_service)]
-InPath = Annotated[
-    str, Path(min_length=1, max_length=512)
-]  # may hold slashes, as they are or as %2F
+InPath = Annotated[str, Path(min_length=1, max_length=512)]  # may hold slashes, plain or as %2F
 K = Annotated[int, Query(ge=1, description="How many items; at most max_k of /v1/models.")]
 Limit = Annotated[int, Query(ge=1, le=100)]
 
-PROBLEMS: dict[int | str, dict[str, Any]] = {
-    s: {"model": Problem} for s in (400, 401, 403, 404, 408, 409, 413, 414, 422, 431, 503)
-}
+REFUSALS = (400, 401, 403, 404, 408, 409, 413, 414, 422, 431, 503)
+PROBLEMS: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in REFUSALS}
 v1 = APIRouter(prefix="/v1", responses=PROBLEMS)
 around = APIRouter(responses={status: PROBLEMS[status] for status in (401, 403, 503)})
 
@@ -202,23 +199,17 @@ async def readyz(service: Serving) -> Response:
 @around.get("/", include_in_schema=False)
 def page() -> Response:
     """The demo page."""
-    return Response(
-        (FilePath(__file__).parent / "ui.html").read_bytes(),
-        200,
-        PAGE_HEADERS,
-        "text/html; charset=utf-8",
-    )
+    html = FilePath(__file__).with_name("ui.html").read_bytes()
+    return Response(html, 200, PAGE_HEADERS, "text/html; charset=utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Errors
 
-SENTENCES = {  # in place of the framework's two words
+SENTENCES = {  # instead of the framework's two words
     "Not Found": "there is nothing at this address; /docs lists what there is",
     "Method Not Allowed": "this address does not take that method; the header Allow names those it takes",
 }
-
-
 UNREADABLE = {  # why Python could not read a body as JSON
     RecursionError: "the body is nested too deeply",
     UnicodeDecodeError: "the body is not UTF-8 text",
@@ -234,31 +225,26 @@ async def refused(_: Request | None, error: Any) -> JSONResponse:
 
 
 async def _invalid(_: Request, error: Any) -> JSONResponse:
-    """The first thing that is wrong with a request. What is quoted from it is cut short, and escaped by repr."""
+    """The first thing that is wrong with a request."""
     first = error.errors()[0]
-    kind, message, place = (
-        first["type"],
-        first["msg"],
-        first["loc"][1:4],
-    )  # without the type of a union
-    if kind == "json_invalid":
-        return JSONResponse(
-            {"detail": f"the body is not JSON: {first['ctx']['error']} at character {place[0]}"},
-            400,
-        )
+    if first["type"] == "json_invalid":
+        reason = f"{first['ctx']['error']} at character {first['loc'][1]}"
+        return JSONResponse({"detail": f"the body is not JSON: {reason}"}, 400)
+    return JSONResponse({"detail": _sentence(first)}, 422)
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    """What pydantic says, with its place. What it quotes is cut short, and escaped by repr."""
+    place = error["loc"][1:4]  # without the type of a union
     if not place:
-        sentence = (
-            "the body must be a JSON object, sent with the header Content-Type: application/json"
-        )
-    elif kind == "extra_forbidden":
-        nearest = difflib.get_close_matches(
-            place[0][:64], RecommendRequest.model_fields, n=1, cutoff=0.0
-        )[0]
-        sentence = f"{place[0][:64]!r}: unknown key; did you mean {nearest}?"
-    else:
-        where = "".join(f"[{at if isinstance(at, int) else at[:64]!r}]" for at in place[1:])
-        sentence = f"{place[0]}{where}: {message[0].lower()}{message[1:]}"
-    return JSONResponse({"detail": sentence}, 422)
+        return "the body must be a JSON object, sent with the header Content-Type: application/json"
+    key = str(place[0])[:64]
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, RecommendRequest.model_fields, n=1, cutoff=0.0)
+        return f"{key!r}: unknown key; did you mean {near[0]}?"
+    where = "".join(f"[{at if isinstance(at, int) else at[:64]!r}]" for at in place[1:])
+    message = error["msg"]
+    return f"{place[0]}{where}: {message[0].lower()}{message[1:]}"
 
 
 async def failed(_: Request | None, error: Exception) -> JSONResponse:

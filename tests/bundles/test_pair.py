@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from rec.bundles.pair import LOWEST, NUMPY, Arrays, pad_left, rerank
+from rec import LOWEST
+from rec.bundles.pair import NUMPY, Arrays, pad_left, rerank
 from rec.bundles.recommender import TENSORS
 
 ROWS = np.array([[4, 2, 7, 1], [5, 3, -1, -1], [0, 1, 2, 3]])

@@ -15,6 +15,7 @@ import pytest
 from rec.data_prep import movielens
 from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError
+from rec.ops import archives
 
 RATINGS = [("1", "10", "5", "100"), ("1", "20", "3", "200"), ("1", "30", "4", "300")]
 RATINGS += [("2", "30", "2", "100"), ("2", "20", "1", "200"), ("2", "10", "5", "300")]
@@ -226,7 +227,7 @@ def test_a_zip_that_cannot_be_unpacked_is_named_by_what_it_is(
     spoil: Callable[[bytes], bytes],
     problem: str,
 ) -> None:
-    monkeypatch.setattr(movielens, "UNPACKED_LIMIT", 2**31)
+    monkeypatch.setattr(archives, "UNPACKED_LIMIT", 2**31)
     (tmp_path / "m.zip").write_bytes(spoil(zipped("ml-25m", csv_files())))
     with pytest.raises(UserError, match=f"m.zip.*{problem}"):
         run("--name", "25m", "--source", str(tmp_path / "m.zip"))
@@ -236,7 +237,7 @@ def test_a_zip_that_cannot_be_unpacked_is_named_by_what_it_is(
 def test_a_bomb_is_refused_by_what_it_would_unpack_to(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(movielens, "UNPACKED_LIMIT", 10**6)
+    monkeypatch.setattr(archives, "UNPACKED_LIMIT", 10**6)
     files = csv_files() | {"ratings.csv": b"0" * (10**6 + 1)}
     (tmp_path / "m.zip").write_bytes(zipped("ml-25m", files))
     with pytest.raises(UserError, match="would unpack to 1,000,001 bytes"):

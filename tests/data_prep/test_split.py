@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from rec.data_prep.engine import Engine
-from rec.data_prep.split import filter_interactions, split_interactions
+from rec.data_prep.split import Filters, filter_interactions, split_interactions
 from rec.errors import UserError
 
 Row = tuple[str | float | int | None, ...]
@@ -29,7 +29,7 @@ GIVEN = "user_id varchar, item_id varchar, split varchar"
 
 def split_of(engine: Engine, strategy: str, seed: int = 0) -> dict[str, set[str]]:
     """Split -> its interactions, written "user item"."""
-    filter_interactions(engine, None, 1)
+    filter_interactions(engine, Filters())
     split_interactions(engine, strategy, seed)
     rows = engine.rows("select split, user_id || ' ' || item_id from interactions")
     return {
@@ -64,7 +64,7 @@ def test_temporal_cut_never_falls_between_equal_times() -> None:
     engine = database(
         ORDERED, [(f"u{number}", "i", float(time)) for number, time in enumerate(times)]
     )
-    filter_interactions(engine, None, 1)
+    filter_interactions(engine, Filters())
     assert split_interactions(engine, "temporal", 0) == {
         "strategy": "temporal",
         "val_from": 9,
@@ -148,7 +148,7 @@ def test_given_split_keeps_a_pair_only_in_its_earliest_split() -> None:
         ("u", "b", "val"),
     ]
     engine = database(GIVEN, [*rows, ("v", "b", "train"), ("v", "a", "test")])
-    assert filter_interactions(engine, None, 1)["duplicates"] == 2
+    assert filter_interactions(engine, Filters())["duplicates"] == 2
     split_interactions(engine, "given", 0)
     kept = engine.rows("select split, user_id, item_id from interactions order by all")
     assert kept == [
@@ -198,7 +198,7 @@ def test_test_set_without_an_item_of_train_is_refused() -> None:
 
 def test_duplicates_keep_the_earliest_time_and_are_counted() -> None:
     engine = database(ORDERED, [("u", "a", 5.0), ("u", "a", 2.0), ("u", "b", 3.0), ("u", "a", 2.0)])
-    assert filter_interactions(engine, None, 1) == {
+    assert filter_interactions(engine, Filters()) == {
         "below_min_rating": 0,
         "duplicates": 2,
         "of_inactive_users": 0,
@@ -218,7 +218,7 @@ def test_min_rating_applies_before_duplicates_and_min_interactions_after() -> No
         ("v", "b", 2.0),
     ]
     engine = database(columns, rows)
-    dropped = filter_interactions(engine, 3.0, 2)
+    dropped = filter_interactions(engine, Filters(3.0, 2))
     assert dropped == {
         "below_min_rating": 2,
         "duplicates": 1,
@@ -236,11 +236,11 @@ def test_a_filter_that_drops_everything_is_refused_with_a_value() -> None:
     with pytest.raises(
         UserError, match="^--min-rating 4 drops all 3 interactions: the highest rating is 3.5$"
     ):
-        filter_interactions(database(columns, rows), 4.0, 1)
+        filter_interactions(database(columns, rows), Filters(4.0, 1))
     with pytest.raises(
         UserError, match="^--min-interactions 3 drops all users: the most active one has 2$"
     ):
-        filter_interactions(database(columns, rows), None, 3)
+        filter_interactions(database(columns, rows), Filters(None, 3))
 
 
 def test_a_filter_that_drops_nothing_is_said_with_a_value(
@@ -248,12 +248,12 @@ def test_a_filter_that_drops_nothing_is_said_with_a_value(
 ) -> None:
     columns = "user_id varchar, item_id varchar, rating float"
     rows: list[Row] = [("u", "a", 1.0), ("u", "b", 3.5), ("v", "a", 2.0), ("v", "b", 2.0)]
-    filter_interactions(database(columns, rows), 0.5, 2)
+    filter_interactions(database(columns, rows), Filters(0.5, 2))
     assert capsys.readouterr().err.splitlines() == [
         "--min-rating 0.5 drops nothing: the lowest rating is 1",
         "--min-interactions 2 drops nothing: every user has as many",
     ]
-    filter_interactions(database(columns, rows), 1.5, 2)
+    filter_interactions(database(columns, rows), Filters(1.5, 2))
     assert capsys.readouterr().err == ""
 
 
@@ -262,5 +262,5 @@ def test_min_rating_compares_as_the_ratings_are_stored() -> None:
         "user_id varchar, item_id varchar, rating float", [("u", "a", 3.3), ("u", "b", 3.2)]
     )
     assert (
-        filter_interactions(engine, 3.3, 1)["below_min_rating"] == 1
+        filter_interactions(engine, Filters(3.3, 1))["below_min_rating"] == 1
     )  # 3.3 in 32 bits is less than in 64
