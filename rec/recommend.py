@@ -117,8 +117,8 @@ def main() -> None:
     add_config_arguments(parser)
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)
-    pair = files.find_pair(Path(config.output.savedmodels), args.alias)
-    recommender = Recommender.load(*pair)
+    retrieval, ranking = files.find_pair(Path(config.output.savedmodels), args.alias)
+    recommender = Recommender.load(retrieval, ranking)
     if args.user or args.history:
         users = args.user or [None]
     else:

@@ -79,4 +79,5 @@ def find_state_file(path: Path, root: Path, name: str) -> Path | None:
 
 
 def state_numbers(root: Path) -> list[int]:
-    return [int(path.name) for path in (root / STATES).glob("*") if path.name.isdigit()]
+    names = [path.name for path in (root / STATES).glob("*")]
+    return [int(name) for name in names if name.isdigit()]

@@ -187,7 +187,8 @@ def publish(directory: Path, stage_dir: Path, metadata: BundleMetadata) -> int:
     """
     paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
     sums = {str(path.relative_to(directory)): digest(path) for path in paths}
-    identity = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
+    text = json.dumps(sums, sort_keys=True)
+    identity = hashlib.sha256(text.encode()).hexdigest()[:16]
     with sole_writer(stage_dir, wait=True):
         version = 1 + _last_version(stage_dir)
         complete = replace(metadata, version=version, id=identity, files=sums)

@@ -22,6 +22,7 @@ from rec.bundles.pair import Arrays, Candidates, pad_left, rerank
 from rec.errors import UserError
 
 Tensors = dict[str, tf.Tensor]  # what a function gives, by name
+Request = tuple[str, list[str] | None, list[str]]  # user_id, history and exclusions
 Found = tuple[Tensors, tf.Tensor | None]  # what retrieval has found, the ranker's scores of it
 IDS = tf.TensorSpec([None], tf.string)
 LISTS = tf.TensorSpec([None, None], tf.string)
@@ -84,7 +85,9 @@ class RecommenderModule(AnswersUsers):
         `items`: the ids of items.parquet, in its order.
         """
         super().__init__(name="recommender")
-        self.retrieval, self.ranking, self._candidates = retrieval, ranking, candidates
+        self.retrieval = retrieval
+        self.ranking = ranking
+        self._candidates = candidates
         if ranking is not None:  # the ranking bundle's rows; the first is of an empty place, -1
             self._rows = tf.Variable(
                 ranking.rows(tf.constant(["", *items])), trainable=False, name="rows"
@@ -155,8 +158,10 @@ class RecommenderModule(AnswersUsers):
 
     def _show(self, found: Tensors, ranked: tf.Tensor | None) -> Tensors:
         """The candidates alone, as the signatures give them."""
-        ordered, n = self._order(found, ranked), self._candidates
-        items = tf.gather(found["item_id"], ordered["ranks"][:, :n] - 1, batch_dims=1)
+        n = self._candidates
+        ordered = self._order(found, ranked)
+        places = ordered["ranks"][:, :n] - 1
+        items = tf.gather(found["item_id"], places, batch_dims=1)
         return {"item_id": items, "score": ordered["scores"][:, :n]}
 
 
@@ -181,11 +186,11 @@ class Recommender:
         """
         metadata = read_pair(Path(retrieval), ranking and Path(ranking), allow_mismatch)
         verify(Path(retrieval))
-        retrieval_module = load_bundle(Path(retrieval), "answer")
+        retrieval_module = load_bundle(Path(retrieval), "answer_known")
         ranking_module = None
         if ranking is not None:
             verify(Path(ranking))
-            ranking_module = load_bundle(Path(ranking), "rank")
+            ranking_module = load_bundle(Path(ranking), "rank_known")
         items, users = read_catalogue(Path(retrieval))
         module = RecommenderModule(
             retrieval_module, ranking_module, metadata.candidates, items.index
@@ -213,24 +218,22 @@ class Recommender:
         if not any(is_searched):
             return self._look_up(user_ids)
         if all(is_searched):
-            return self._search(user_ids, histories, excluded)
+            return self._search(requests)
         searched = np.flatnonzero(is_searched).tolist()
         known = np.flatnonzero(np.logical_not(is_searched)).tolist()
-        found = self._search(*zip(*(requests[at] for at in searched), strict=True))
+        found = self._search([requests[at] for at in searched])
         looked_up = self._look_up([user_ids[at] for at in known])
         order = np.argsort(searched + known)
         parts = zip(found, looked_up, strict=True)
         return Candidates(*(np.concatenate(part)[order] for part in parts))
 
-    def _search(
-        self,
-        user_ids: Sequence[str],
-        histories: Sequence[list[str] | None],
-        excluded: Sequence[list[str]],
-    ) -> Candidates:
-        given = tf.constant([history is not None for history in histories])
-        lists = pad_lists([history or [] for history in histories])
-        answer = self._answer(tf.constant(user_ids), lists, given, pad_lists(excluded))
+    def _search(self, requests: Sequence[Request]) -> Candidates:
+        answer = self._answer(
+            tf.constant([user_id for user_id, _, _ in requests]),
+            pad_lists([history or [] for _, history, _ in requests]),
+            tf.constant([history is not None for _, history, _ in requests]),
+            pad_lists([exclude for _, _, exclude in requests]),
+        )
         return _candidates(answer)
 
     def _look_up(self, user_ids: Sequence[str]) -> Candidates:
@@ -256,9 +259,9 @@ class Recommender:
         return [[item for item in row if item] for row in stored.tolist()]
 
     def cosines(self, items: list[str], others: list[str]) -> np.ndarray:
-        return self.module.retrieval.cosines(
-            tf.constant(items, tf.string), tf.constant(others, tf.string)
-        ).numpy()
+        ids = tf.constant(items, tf.string)
+        other_ids = tf.constant(others, tf.string)
+        return self.module.retrieval.cosines(ids, other_ids).numpy()
 
 
 def load_bundle(path: Path, needed: str = "serving_default") -> tf.Module:
@@ -284,7 +287,8 @@ def pad_lists(lists: Sequence[list[str]]) -> tf.Tensor:
     """Ragged lists of ids -> [B, widest] string, "" on the left."""
     rows = pad_left(lists)
     width = len(rows[0]) if rows else 0
-    return tf.constant(np.array(rows, object).reshape(len(rows), width), tf.string)
+    ids = np.array(rows, object).reshape(len(rows), width)
+    return tf.constant(ids, tf.string)
 
 
 def _candidates(answer: Tensors) -> Candidates:

@@ -46,7 +46,7 @@ from rec.sequences import Sequences
 
 ROW_LISTS = tf.TensorSpec([None, None], tf.int32)
 SCORES = tf.TensorSpec([None, None], tf.float32)
-Found = tuple[tf.Tensor, tf.Tensor]  # scores and item rows, [B, N] each
+Found = tuple[tf.Tensor, tf.Tensor]  # scores and item rows
 USERS_AT_ONCE = 256  # queries that are computed together
 
 
@@ -63,8 +63,8 @@ class Lookup(tf.Module):
             tf.constant(ids.tolist(), tf.string), trainable=False, name="item_ids"
         )
         lengths = np.minimum(history.lengths, max_seen)
-        kept = np.arange(len(history.items)) >= (history.offsets[1:] - lengths)[history.users]
-        stored = history.select(kept)
+        first = (history.offsets[1:] - lengths)[history.users]  # of each interaction's user
+        stored = history.select(np.arange(len(history.items)) >= first)
         self.users = len(stored.lengths)
         self._offsets = tf.Variable(stored.offsets, trainable=False, name="history_offsets")
         # One item more than there is, so that gathering for a user without a history stays in bounds.
@@ -100,18 +100,27 @@ class Lookup(tf.Module):
             columns = tf.range(width, dtype=begin.dtype)
         at = begin[:, None] + columns
         inside = at < end[:, None]
-        return tf.where(inside, tf.gather(self._history, tf.where(inside, at, 0)), PAD)
+        items = tf.gather(self._history, tf.where(inside, at, 0))
+        return tf.where(inside, items, PAD)
 
     def history(self, user: tf.Tensor, rows: tf.Tensor, is_given: tf.Tensor) -> tf.Tensor:
-        """[B, H + S]: the caller's history, `rows` [B, H], where it is given, else the stored one; PAD anywhere."""
-        told = tf.where(is_given[:, None], rows, PAD)
-        return tf.concat([told, tf.where(is_given[:, None], PAD, self.stored(user))], 1)
+        """[B, H + S]: the caller's history, `rows` [B, H], if it is given, otherwise the stored one; PAD anywhere."""
+        given = tf.where(is_given[:, None], rows, PAD)
+        stored = tf.where(is_given[:, None], PAD, self.stored(user))
+        return tf.concat([given, stored], 1)
 
 
 def _table(vocabulary: Vocabulary, path: Path) -> tf.lookup.StaticHashTable:
-    path.write_text("".join(f"{word}\n" for word in vocabulary.ids), encoding="utf-8", newline="\n")
-    word, line = tf.lookup.TextFileIndex.WHOLE_LINE, tf.lookup.TextFileIndex.LINE_NUMBER
-    initializer = tf.lookup.TextFileInitializer(str(path), tf.string, word, tf.int64, line)
+    """A table from words to their numbers; -1 for an unknown word."""
+    lines = "".join(f"{word}\n" for word in vocabulary.ids)
+    path.write_text(lines, encoding="utf-8", newline="\n")
+    initializer = tf.lookup.TextFileInitializer(
+        str(path),
+        key_dtype=tf.string,
+        key_index=tf.lookup.TextFileIndex.WHOLE_LINE,
+        value_dtype=tf.int64,
+        value_index=tf.lookup.TextFileIndex.LINE_NUMBER,
+    )
     return tf.lookup.StaticHashTable(initializer, default_value=-1)
 
 
@@ -128,8 +137,9 @@ class _Untracked:
 def _frozen(variables: list[tf.Variable], encoders: list[Encoder]) -> list[tf.Variable]:
     """Freezes the encoders: the variables with their tables in place of their weights."""
     replaced = {id(variable) for encoder in encoders for variable in encoder.variables}
-    kept = [variable for variable in variables if id(variable) not in replaced]
-    return kept + [encoder.freeze() for encoder in encoders]
+    others = [variable for variable in variables if id(variable) not in replaced]
+    tables = [encoder.freeze() for encoder in encoders]
+    return others + tables
 
 
 class RetrievalModule(AnswersUsers):
@@ -148,7 +158,9 @@ class RetrievalModule(AnswersUsers):
         self, model: RetrievalModel, index: ExactIndex | ScannIndex, lookup: Lookup, k: int
     ) -> None:
         super().__init__(name="retrieval")
-        self.index, self.lookup, self.k = index, lookup, k
+        self.index = index
+        self.lookup = lookup
+        self.k = k
         self.model = _Untracked(model)
         self.weights = _frozen(model.variables, model.encoders)
         self.popular = tf.Variable(model.most_popular(), trainable=False, name="popular")
@@ -164,13 +176,15 @@ class RetrievalModule(AnswersUsers):
         users = np.arange(self.lookup.users, dtype=np.int32)
         batches = np.array_split(users, 1 + len(users) // USERS_AT_ONCE)
         search = tf.function(self._search_for_stored, [ROWS])
-        found = [search(batch) for batch in tqdm(batches, "all users", unit="batch", leave=False)]
-        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+        progress = tqdm(batches, "all users", unit="batch", leave=False)
+        parts = [search(batch) for batch in progress]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _search_for_stored(self, user: tf.Tensor) -> Tensors:
         history = self.lookup.stored(user)
         query = self.model.get.query(user, history)
-        return self._places(*self._best(query, user, history, history), user, history)
+        scores, rows = self._best(query, user, history, history)
+        return self._places(scores, rows, user, history)
 
     def _find(self, *request: tf.Tensor) -> tuple[Tensors, None]:
         return self.answer(*request), None
@@ -192,33 +206,38 @@ class RetrievalModule(AnswersUsers):
         found = tf.where(found < 0, PAD, found + FIRST_ITEM)
         near = tf.math.l2_normalize(self.model.get.candidate_tower.items(found), 2)
         scores = tf.where(found == PAD, LOWEST, tf.einsum("bd,bnd->bn", vector, near))
-        scores = tf.where((found == row[:, None]) | (row == PAD)[:, None], LOWEST, scores)
-        return self._named(*self._top(scores, found))
+        is_itself = found == row[:, None]
+        is_unknown = (row == PAD)[:, None]
+        scores, found = self._top(tf.where(is_itself | is_unknown, LOWEST, scores), found)
+        return self._named(scores, found)
 
     @tf.function(input_signature=[IDS, LISTS, LISTS, TIMES])
     def retrieve(
         self, user_id: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor
     ) -> Tensors:
         """Like from_history, at a given time, without exactly `seen` [B, S]: what an evaluation needs. As `answer`."""
-        user, rows = self.lookup.user_rows(user_id), self.lookup.item_rows(history)
+        user = self.lookup.user_rows(user_id)
+        rows = self.lookup.item_rows(history)
         query = self.model.get.query(user, rows, time)
-        return self._described(
-            *self._best(query, user, rows, self.lookup.item_rows(seen)), user, rows
-        )
+        scores, best = self._best(query, user, rows, self.lookup.item_rows(seen))
+        return self._described(scores, best, user, rows)
 
     @tf.function(input_signature=[IDS, LISTS, LISTS, TIMES])
     def retrieve_exactly(
         self, user_id: tf.Tensor, history: tf.Tensor, seen: tf.Tensor, time: tf.Tensor
     ) -> Tensors:
         """Like `retrieve`, by brute force over the whole catalogue: what the index approximates."""
-        user, rows = self.lookup.user_rows(user_id), self.lookup.item_rows(history)
+        user = self.lookup.user_rows(user_id)
+        rows = self.lookup.item_rows(history)
         scores = self.model.get.score_catalogue(user, rows, self.model.get.candidates(), time)
-        return self._named(*best_unseen(scores, self.lookup.item_rows(seen), self.k))
+        scores, best = best_unseen(scores, self.lookup.item_rows(seen), self.k)
+        return self._named(scores, best)
 
     @tf.function(input_signature=[IDS])
     def history(self, user_id: tf.Tensor) -> tf.Tensor:
         """[B, S] string: the stored history, oldest first, "" behind."""
-        return self.lookup.item_ids(self.lookup.stored(self.lookup.user_rows(user_id)))
+        user = self.lookup.user_rows(user_id)
+        return self.lookup.item_ids(self.lookup.stored(user))
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, LISTS])
     def answer(
@@ -233,11 +252,15 @@ class RetrievalModule(AnswersUsers):
         Returns:
           item_id, score [B, k]; row [B, k], the items' places in items.parquet, -1 where there is none; cold [B] bool.
         """
-        user, rows = self.lookup.user_rows(user_id), self.lookup.item_rows(history)
-        seen = tf.concat([rows, self.lookup.stored(user), self.lookup.item_rows(exclude)], 1)
+        user = self.lookup.user_rows(user_id)
+        rows = self.lookup.item_rows(history)
+        excluded = self.lookup.item_rows(exclude)
+        seen = tf.concat([rows, self.lookup.stored(user), excluded], 1)
         history = self.lookup.history(user, rows, is_given)
-        query = self.model.get.query(at_least(2, user), at_least(2, history))[: tf.size(user)]
-        return self._described(*self._best(query, user, history, seen), user, history)
+        query = self.model.get.query(at_least(2, user), at_least(2, history))
+        query = query[: tf.size(user)]
+        scores, best = self._best(query, user, history, seen)
+        return self._described(scores, best, user, history)
 
     @tf.function(input_signature=[IDS])
     def answer_known(self, user_id: tf.Tensor) -> Tensors:
@@ -256,15 +279,17 @@ class RetrievalModule(AnswersUsers):
         user = self.lookup.user_rows(user_id)
         history = self.lookup.history(user, self.lookup.item_rows(history), is_given)
         within = tf.pad(within + FIRST_ITEM, [[0, self.k]], constant_values=PAD)
-        within = tf.broadcast_to(within, [tf.shape(user)[0], tf.shape(within)[0]])
-        return self._described(
-            *self._top(self.model.get.score(user, history, within), within), user, history
-        )
+        shape = [tf.shape(user)[0], tf.shape(within)[0]]
+        within = tf.broadcast_to(within, shape)
+        scores = self.model.get.score(user, history, within)
+        scores, best = self._top(scores, within)
+        return self._described(scores, best, user, history)
 
     def _described(
         self, scores: tf.Tensor, rows: tf.Tensor, user: tf.Tensor, history: tf.Tensor
     ) -> Tensors:
-        return {"item_id": self.lookup.item_ids(rows), **self._places(scores, rows, user, history)}
+        places = self._places(scores, rows, user, history)
+        return {"item_id": self.lookup.item_ids(rows), **places}
 
     def _places(
         self, scores: tf.Tensor, rows: tf.Tensor, user: tf.Tensor, history: tf.Tensor
@@ -278,13 +303,12 @@ class RetrievalModule(AnswersUsers):
     @tf.function(input_signature=[IDS, IDS])
     def cosines(self, item_id: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
         """[N] and [H] items -> [N, H] cosines of their vectors, LOWEST where an item is unknown."""
-        rows, others = self.lookup.item_rows(item_id), self.lookup.item_rows(other)
-        a, b = (
-            tf.math.l2_normalize(self.model.get.candidate_tower.items(x), 1) for x in (rows, others)
-        )
-        return tf.where(
-            (rows == PAD)[:, None] | (others == PAD), LOWEST, tf.matmul(a, b, transpose_b=True)
-        )
+        rows = self.lookup.item_rows(item_id)
+        others = self.lookup.item_rows(other)
+        vectors = tf.math.l2_normalize(self.model.get.candidate_tower.items(rows), 1)
+        other_vectors = tf.math.l2_normalize(self.model.get.candidate_tower.items(others), 1)
+        is_unknown = (rows == PAD)[:, None] | (others == PAD)
+        return tf.where(is_unknown, LOWEST, tf.matmul(vectors, other_vectors, transpose_b=True))
 
     def _best(
         self, query: tf.Tensor, user: tf.Tensor, history: tf.Tensor, seen: tf.Tensor
@@ -292,16 +316,19 @@ class RetrievalModule(AnswersUsers):
         """query [B, d + 1]; user [B], history [B, H], seen [B, S] as rows -> scores and rows of the k best, [B, k]."""
         scores, found = self.index.search_each(query, self._depths(seen))
         found = tf.where(found < 0, PAD, found + FIRST_ITEM)
-        popular = self.popular[: tf.shape(found)[1]]
-        popular = tf.pad(popular, [[0, tf.shape(found)[1] - tf.size(popular)]], constant_values=PAD)
-        prior = tf.where(popular == PAD, LOWEST, self.model.get.cold_start_score(popular))
+        prior, popular = self._most_popular(tf.shape(found)[1])
         cold = self.model.get.is_cold(user, history)[:, None]
-        scores, found = tf.where(cold, prior, scores), tf.where(cold, popular, found)
-        # A sorted list of what was seen, binary-searched: [B, depth] x log S instead of [B, depth, S].
-        ordered = tf.sort(tf.pad(seen, [[0, 0], [0, 1]], constant_values=PAD), 1)
-        at = tf.minimum(tf.searchsorted(ordered, found), tf.shape(ordered)[1] - 1)
-        was_seen = tf.gather(ordered, at, batch_dims=1) == found
-        return self._top(tf.where(was_seen, LOWEST, scores), found)
+        scores = tf.where(cold, prior, scores)
+        found = tf.where(cold, popular, found)
+        return self._top(tf.where(_are_among(found, seen), LOWEST, scores), found)
+
+    def _most_popular(self, n: tf.Tensor) -> Found:
+        """The scores [n] and the rows [n] of what a cold user gets, PAD behind."""
+        rows = self.popular[:n]
+        missing = n - tf.size(rows)
+        rows = tf.pad(rows, [[0, missing]], constant_values=PAD)
+        scores = tf.where(rows == PAD, LOWEST, self.model.get.cold_start_score(rows))
+        return scores, rows
 
     def _depths(self, seen: tf.Tensor) -> tf.Tensor:
         """seen [B, S] -> [B] int32: how deep to search for k items that the user has not seen.
@@ -312,14 +339,25 @@ class RetrievalModule(AnswersUsers):
         count = tf.reduce_sum(tf.cast(seen != PAD, tf.int32), 1)
         powers = np.arange((32 - self.k.bit_length()) // 2)
         rooms = tf.constant(self.k * 4**powers, tf.int32)
-        return self.k + tf.gather(rooms, tf.searchsorted(rooms, count))
+        size = tf.searchsorted(rooms, count)
+        return self.k + tf.gather(rooms, size)
 
     def _top(self, scores: tf.Tensor, rows: tf.Tensor) -> Found:
         best, at = tf.math.top_k(scores, self.k)
-        return best, tf.where(best > LOWEST, tf.gather(rows, at, batch_dims=1), PAD)
+        rows = tf.gather(rows, at, batch_dims=1)
+        return best, tf.where(best > LOWEST, rows, PAD)
 
     def _named(self, scores: tf.Tensor, rows: tf.Tensor) -> Tensors:
         return {"item_id": self.lookup.item_ids(rows), "score": scores}
+
+
+def _are_among(rows: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
+    """[B, N] bool: which rows [B, N] are among the others [B, S], by binary search."""
+    padded = tf.pad(others, [[0, 0], [0, 1]], constant_values=PAD)
+    ordered = tf.sort(padded, 1)
+    last = tf.shape(ordered)[1] - 1
+    at = tf.minimum(tf.searchsorted(ordered, rows), last)
+    return tf.gather(ordered, at, batch_dims=1) == rows
 
 
 class RankingModule(tf.Module):
@@ -334,8 +372,10 @@ class RankingModule(tf.Module):
         self, model: RankingModel, retrieval: RetrievalModel, counts: CountFeatures, lookup: Lookup
     ) -> None:
         super().__init__(name="ranking")
-        self.counts, self.lookup = counts, lookup
-        self.model, self.retrieval = _Untracked(model), _Untracked(retrieval)
+        self.counts = counts
+        self.lookup = lookup
+        self.model = _Untracked(model)
+        self.retrieval = _Untracked(retrieval)
         encoders = [model.items, model.users, *retrieval.encoders]
         self.weights = _frozen(model.variables + retrieval.variables, encoders)
 
@@ -348,16 +388,16 @@ class RankingModule(tf.Module):
     @tf.function(input_signature=[IDS, LISTS, LISTS])
     def from_history(self, user_id: tf.Tensor, history: tf.Tensor, item_id: tf.Tensor) -> Tensors:
         """Scores from the caller's history. An item that the bundle does not know scores lowest."""
-        return self._answer(self.lookup.user_rows(user_id), self.lookup.item_rows(history), item_id)
+        user = self.lookup.user_rows(user_id)
+        return self._answer(user, self.lookup.item_rows(history), item_id)
 
     @tf.function(input_signature=[IDS, LISTS, LISTS, TIMES])
     def score_at(
         self, user_id: tf.Tensor, history: tf.Tensor, item_id: tf.Tensor, time: tf.Tensor
     ) -> Tensors:
         """Like from_history, at a given time: what an evaluation needs."""
-        return self._answer(
-            self.lookup.user_rows(user_id), self.lookup.item_rows(history), item_id, time
-        )
+        user = self.lookup.user_rows(user_id)
+        return self._answer(user, self.lookup.item_rows(history), item_id, time)
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, LISTS])
     def answer(
@@ -365,9 +405,8 @@ class RankingModule(tf.Module):
     ) -> Tensors:
         """What a server asks: scores from `history` [B, H] where it is given, else from the stored one."""
         user = self.lookup.user_rows(user_id)
-        return self._answer(
-            user, self.lookup.history(user, self.lookup.item_rows(history), is_given), item_id
-        )
+        history = self.lookup.history(user, self.lookup.item_rows(history), is_given)
+        return self._answer(user, history, item_id)
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, ROW_LISTS, SCORES])
     def rank(

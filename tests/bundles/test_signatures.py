@@ -373,6 +373,11 @@ def test_a_pair_that_does_not_match_is_refused(trained: Trained):
         Recommender.load(trained.config.parent)
 
 
+def test_a_bundle_that_lacks_a_function_is_refused(trained: Trained):
+    with pytest.raises(UserError, match="is from an older version of rec: export the bundle again"):
+        load_bundle(bundle_of(trained, "retrieval"), "rank_known")
+
+
 def test_histories_are_padded_on_the_left():
     assert pad_lists([["a"], ["b", "c"]]).numpy().tolist() == [[b"", b"a"], [b"b", b"c"]]
     assert pad_lists([[], []]).shape == (2, 0)
