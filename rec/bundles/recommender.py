@@ -148,7 +148,8 @@ class RecommenderModule(AnswersUsers):
     def _offered(self, found: Tensors) -> tuple[tf.Tensor, tf.Tensor]:
         """What the ranker gets: the first candidates' rows and retrieval scores."""
         places = found["row"][:, : self._candidates]
-        return tf.gather(self._rows, places + 1), found["score"][:, : self._candidates]
+        scores = found["score"][:, : self._candidates]
+        return tf.gather(self._rows, places + 1), scores
 
     def _order(self, found: Tensors, ranked: tf.Tensor | None) -> Tensors:
         """All that was retrieved, reordered by the ranker's scores (`Candidates` by name)."""
@@ -255,7 +256,8 @@ class Recommender:
         return rows.reshape(ids.shape), answer["score"].numpy()
 
     def histories(self, user_ids: list[str]) -> list[list[str]]:
-        stored = _strings(self.module.retrieval.history(tf.constant(user_ids, tf.string)))
+        ids = tf.constant(user_ids, tf.string)
+        stored = _strings(self.module.retrieval.history(ids))
         return [[item for item in row if item] for row in stored.tolist()]
 
     def cosines(self, items: list[str], others: list[str]) -> np.ndarray:

@@ -199,13 +199,16 @@ class RetrievalModule(AnswersUsers):
     def similar_items(self, item_id: tf.Tensor) -> Tensors:
         """The items with the nearest vectors by cosine, the item itself left out; nothing for an unknown item."""
         row = self.lookup.item_rows(item_id)
-        vector = tf.math.l2_normalize(self.model.get.candidate_tower.items(row), 1)
+        vector = self.model.get.candidate_tower.items(row)
+        vector = tf.math.l2_normalize(vector, 1)
         query = tf.concat([vector, tf.zeros_like(vector[:, :1])], 1)
         # The index ranks by dot product, which long vectors win: look deeper, then order by cosine.
         _, found = self.index.search(query, 4 * self.k + 1)
         found = tf.where(found < 0, PAD, found + FIRST_ITEM)
-        near = tf.math.l2_normalize(self.model.get.candidate_tower.items(found), 2)
-        scores = tf.where(found == PAD, LOWEST, tf.einsum("bd,bnd->bn", vector, near))
+        near = self.model.get.candidate_tower.items(found)
+        near = tf.math.l2_normalize(near, 2)
+        scores = tf.einsum("bd,bnd->bn", vector, near)
+        scores = tf.where(found == PAD, LOWEST, scores)
         is_itself = found == row[:, None]
         is_unknown = (row == PAD)[:, None]
         scores, found = self._top(tf.where(is_itself | is_unknown, LOWEST, scores), found)
@@ -269,7 +272,8 @@ class RetrievalModule(AnswersUsers):
             return self.answer(user_id, *nothing_given(user_id))
         user = self.lookup.user_rows(user_id)
         found = {name: tf.gather(values, user) for name, values in self.known.items()}
-        return {"item_id": self.lookup.item_ids(found["row"] + FIRST_ITEM), **found}
+        rows = found["row"] + FIRST_ITEM
+        return {"item_id": self.lookup.item_ids(rows), **found}
 
     @tf.function(input_signature=[IDS, LISTS, FLAGS, ROWS])
     def answer_within(
@@ -307,8 +311,9 @@ class RetrievalModule(AnswersUsers):
         others = self.lookup.item_rows(other)
         vectors = tf.math.l2_normalize(self.model.get.candidate_tower.items(rows), 1)
         other_vectors = tf.math.l2_normalize(self.model.get.candidate_tower.items(others), 1)
+        cosines = tf.matmul(vectors, other_vectors, transpose_b=True)
         is_unknown = (rows == PAD)[:, None] | (others == PAD)
-        return tf.where(is_unknown, LOWEST, tf.matmul(vectors, other_vectors, transpose_b=True))
+        return tf.where(is_unknown, LOWEST, cosines)
 
     def _best(
         self, query: tf.Tensor, user: tf.Tensor, history: tf.Tensor, seen: tf.Tensor
@@ -336,7 +341,8 @@ class RetrievalModule(AnswersUsers):
         The room for what was seen comes in few sizes, k times a power of four: each depth in a batch costs a search of
         its own, which is more than to search deeper.
         """
-        count = tf.reduce_sum(tf.cast(seen != PAD, tf.int32), 1)
+        is_item = tf.cast(seen != PAD, tf.int32)
+        count = tf.reduce_sum(is_item, 1)
         powers = np.arange((32 - self.k.bit_length()) // 2)
         rooms = tf.constant(self.k * 4**powers, tf.int32)
         size = tf.searchsorted(rooms, count)
