@@ -61,7 +61,8 @@ def recommend(
         if row >= 0:  # -1 is an empty place: no more items are left
             item_id = recommender.items.index[row]
             title = title_of(recommender.items, item_id)
-            items.append(RecommendedItem(item_id, float(score) if score > LOWEST else None, title))
+            known_score = float(score) if score > LOWEST else None
+            items.append(RecommendedItem(item_id, known_score, title))
     return Answer(user_id, bool(candidates.cold[0]), items)
 
 

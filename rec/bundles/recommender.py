@@ -250,7 +250,8 @@ class Recommender:
         return _candidates(self.module.answer_within(tf.constant([user_id]), lists, given, places))
 
     def similar(self, item_ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        answer = self.module.retrieval.similar_items(tf.constant(item_ids, tf.string))
+        queries = tf.constant(item_ids, tf.string)
+        answer = self.module.retrieval.similar_items(queries)
         ids = _strings(answer["item_id"])
         rows = self.items.index.get_indexer(pd.Index(ids.ravel()))
         return rows.reshape(ids.shape), answer["score"].numpy()

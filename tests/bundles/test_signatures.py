@@ -72,6 +72,7 @@ def test_the_signatures_are_those_of_the_contract(bundles: dict[str, Any]):
     }
     ids, lists = ("string", 1), ("string", 2)
     listed = {"item_id": lists, "score": ("float32", 2)}
+    answered = {**listed, "row": ("int32", 2), "cold": ("bool", 1)}
     scored = {"score": ("float32", 2)}
     assert found == {
         "retrieval": {
@@ -80,8 +81,9 @@ def test_the_signatures_are_those_of_the_contract(bundles: dict[str, Any]):
             "similar_items": ({"item_id": ids}, listed),
             "answer": (
                 {"user_id": ids, "history": lists, "is_given": ("bool", 1), "exclude": lists},
-                {**listed, "row": ("int32", 2), "cold": ("bool", 1)},
+                answered,
             ),
+            "answer_known": ({"user_id": ids}, answered),
             "history": ({"user_id": ids}, {"output_0": lists}),
         },
         "ranking": {
