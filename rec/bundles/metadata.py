@@ -145,7 +145,8 @@ def metadata_to_json(metadata: BundleMetadata) -> Json:
 def checksum(content: Json) -> str:
     """A hash of all metadata except the checksum itself."""
     others = {key: value for key, value in content.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(others, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def verify(bundle: Path, stage: str | None = None) -> BundleMetadata:
