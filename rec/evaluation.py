@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
+from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
 from rec import baselines, metrics
@@ -111,7 +112,7 @@ class Task:
 
     def ranked(self, function: Callable[..., dict[str, tf.Tensor]]) -> np.ndarray:
         """[U, K] catalogue rows that a bundle's function recommends, -1 behind."""
-        parts: list[Any] = []
+        parts: list[np.ndarray] = []
         for batch in self.requests():
             answer = function(batch.user_id, batch.history, batch.history, batch.time)
             parts.append(answer["item_id"].numpy())
@@ -248,7 +249,7 @@ def _tuned_baselines(task: Task) -> dict[str, np.ndarray]:
     return ranked
 
 
-def _train_matrix(corpus: Corpus) -> Any:
+def _train_matrix(corpus: Corpus) -> csr_matrix:
     users = np.arange(corpus.users.rows)
     return corpus.train.matrix(users, corpus.items.rows)[:, FIRST_ITEM:]
 

@@ -154,7 +154,7 @@ def _token_lists(values: pd.Series, kind: str) -> list[list[str]]:
     return [[] if np.ndim(v) == 0 and pd.isna(v) else TOKENIZERS[kind](v) for v in values]
 
 
-def _token(value: Any) -> str:
+def _token(value: object) -> str:
     """A value as a token; booleans are written as in JSON."""
     return str(value).lower() if isinstance(value, (bool, np.bool_)) else str(value)
 

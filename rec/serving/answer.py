@@ -64,7 +64,7 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -176,7 +176,7 @@ class Catalogue:
             name: value for name, value in self.item(row).items() if name not in Item.model_fields
         }
 
-    def matching(self, wanted: dict[str, list[Any]]) -> np.ndarray:
+    def matching(self, wanted: Mapping[str, Sequence[object]]) -> np.ndarray:
         """[M] rows, ascending, that have one of the values in every one of the columns. Not to be written to."""
         text = to_json(wanted)
         return self._matching(text) if len(text) < LONG else self._intersect(text)
