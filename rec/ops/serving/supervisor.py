@@ -218,7 +218,7 @@ class Supervisor:
                 elif worker.end_by is not None and time.monotonic() > worker.end_by:
                     worker.process.kill()
 
-    def _send(self, worker: Worker, kind: str, value: Any) -> None:
+    def _send(self, worker: Worker, kind: str, value: object) -> None:
         with suppress(OSError):  # it has died
             worker.connection.send((kind, value))
 

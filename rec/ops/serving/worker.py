@@ -20,7 +20,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
-from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -73,7 +72,7 @@ class Supervision:
         self._reloading = threading.Lock()
         self._outcomes: queue.SimpleQueue[dict[str, int] | str] = queue.SimpleQueue()
 
-    def send(self, kind: str, value: Any = None) -> None:
+    def send(self, kind: str, value: object = None) -> None:
         try:
             with self._sending:
                 self._connection.send((kind, value))
