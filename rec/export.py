@@ -102,7 +102,8 @@ def export_ranking(trained: TrainedRanking, config: Config, source: Path) -> Pat
     counts = CountFeatures(corpus.train, corpus.items.rows)
     with tempfile.TemporaryDirectory() as assets:
         lookup = Lookup(corpus, corpus.history("test"), config.index.max_seen, Path(assets))
-        module = RankingModule(trained.model, retrieval.model, counts, lookup)
+        candidates = config.ranking.candidates
+        module = RankingModule(trained.model, retrieval.model, counts, lookup, candidates)
         sources = {"retrieval": read_metadata(source).reference}
         metadata = replace(_metadata("ranking", trained, corpus, config), built_from=sources)
         return _save(module, metadata, _item_table(corpus), config)

@@ -58,7 +58,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     items = pd.DataFrame({"item_id": ids, "genre": [GENRES[row % 3] for row in range(ITEMS)]})
     module = RecommenderModule(
         RetrievalModule(model, index, lookup, K),
-        RankingModule(ranker, model, counts, lookup),
+        RankingModule(ranker, model, counts, lookup, K),
         candidates=K,
         items=ids,
     )

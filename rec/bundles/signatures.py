@@ -375,9 +375,16 @@ class RankingModule(tf.Module):
     SIGNATURES = ("serving_default", "from_history", "answer")
 
     def __init__(
-        self, model: RankingModel, retrieval: RetrievalModel, counts: CountFeatures, lookup: Lookup
+        self,
+        model: RankingModel,
+        retrieval: RetrievalModel,
+        counts: CountFeatures,
+        lookup: Lookup,
+        candidates: int,
     ) -> None:
+        """`candidates`: the length of the lists in service, which may differ from that in training."""
         super().__init__(name="ranking")
+        self._candidates = candidates
         self.counts = counts
         self.lookup = lookup
         self.model = _Untracked(model)
@@ -439,7 +446,7 @@ class RankingModule(tf.Module):
     def _rank(
         self, user: tf.Tensor, past: tf.Tensor, rows: tf.Tensor, retrieved: tf.Tensor
     ) -> tf.Tensor:
-        lists = [None, self.model.get.config.candidates]  # known widths save nodes
+        lists = [None, self._candidates]  # known widths save nodes
         return score_candidates(
             self.model.get,
             self.counts,
