@@ -63,7 +63,7 @@ def dummy(users: int, items: int, per_user: int, seed: int) -> Corpus:
 def epoch_seconds(corpus: Corpus, seed: int) -> float:
     """Seconds of one epoch of training."""
     config = with_data_defaults(
-        Retrieval(arch="two_tower"), corpus.ordered, len(corpus.train.items)
+        Retrieval(arch="two_tower"), corpus.facts
     )
     model = RetrievalModel(config, corpus)
     model.compile(LazyAdam(config.learning_rate))
@@ -115,7 +115,7 @@ def main() -> None:
         corpus = dummy(max(args.users), MANY_ITEMS, FEW_PER_USER, args.seed)
         model = RetrievalModel(
             with_data_defaults(
-                Retrieval(arch="two_tower"), corpus.ordered, len(corpus.train.items)
+                Retrieval(arch="two_tower"), corpus.facts
             ),
             corpus,
         )

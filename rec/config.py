@@ -70,6 +70,10 @@ class Retrieval:
     embedding_dim: Count = 64
     """Width of the vectors of users and items."""
 
+    taste_dim: Auto | CountOr0 = "auto"
+    """Width of the taste part of a query, a matrix factorisation that validation data weigh against the towers
+    (rec/retrieval/taste.py). 0: none. auto: 256, or less for a small catalogue."""
+
     layers: Count = 2
     """Transformer blocks or recurrent layers."""
 
@@ -123,6 +127,7 @@ class ResolvedRetrieval(Retrieval):
     """`Retrieval` without `auto`: what a model is built and trained with. `with_data_defaults` makes it."""
 
     arch: str = "sasrec"
+    taste_dim: CountOr0 = 0
     window: Count = 50
     epochs: Count = 12
     uniform_negatives: CountOr0 = 2048
@@ -324,15 +329,27 @@ def to_dict(config: Config) -> dict[str, Any]:
 # auto
 
 
-def with_data_defaults(config: Retrieval, ordered: bool, interactions: int) -> ResolvedRetrieval:
-    """`auto` replaced by what suits a data set, with or without timestamps, of so many training interactions."""
+@dataclass(frozen=True, config=STRICT)
+class DataFacts:
+    """What of a data set decides the keys that are `auto`, and whether a key has an effect."""
+
+    ordered: bool  # interactions have timestamps
+    interactions: int  # of training
+    trained_items: int  # that occur in training
+    items: int  # of the whole catalogue
+    has_user_features: bool
+
+
+def with_data_defaults(config: Retrieval, data: DataFacts) -> ResolvedRetrieval:
+    """`auto` replaced by what suits the data."""
     choices: dict[str, Any] = {
-        "arch": "sasrec" if ordered else "autoencoder",
-        "window": 50 if ordered else 1000,
-        "epochs": min(max(round(5_000_000 / interactions), 12), 100),
+        "arch": "sasrec" if data.ordered else "autoencoder",
+        "taste_dim": min(256, data.trained_items // 128 * 16),
+        "window": 50 if data.ordered else 1000,
+        "epochs": min(max(round(5_000_000 / data.interactions), 12), 100),
     }
     settings = asdict(config)
-    settings["query_time"] = config.query_time and ordered
+    settings["query_time"] = config.query_time and data.ordered
     settings |= {key: value for key, value in choices.items() if settings[key] == "auto"}
     if config.uniform_negatives == "auto":
         settings["uniform_negatives"] = 16384 if settings["arch"] == "autoencoder" else 2048
@@ -375,20 +392,9 @@ UNREAD: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-@dataclass(frozen=True, config=STRICT)
-class DataFacts:
-    """What of a data set decides whether a key has an effect."""
-
-    ordered: bool  # interactions have timestamps
-    interactions: int  # of training
-    trained_items: int  # that occur in training
-    items: int  # of the whole catalogue
-    has_user_features: bool
-
-
 def without_effect(config: Config, data: DataFacts, sections: Sequence[str]) -> list[str]:
     """A sentence for each key of these sections that was set, to other than its default, and has no effect."""
-    retrieval = with_data_defaults(config.retrieval, data.ordered, data.interactions)
+    retrieval = with_data_defaults(config.retrieval, data)
     chosen = replace(config, retrieval=retrieval)
     reasons = _unread(chosen) | _decided_by_data(chosen, retrieval, data)
     return [

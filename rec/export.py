@@ -64,7 +64,7 @@ def export_retrieval(trained: TrainedRetrieval, config: Config) -> Path:
     history = corpus.history("test")
     users = np.flatnonzero(corpus.train.lengths).astype(np.int32)
     users = np.random.default_rng(config.seed).permutation(users)[:TUNING_USERS]
-    queries = model.query_compiled(users, history.last(users, model.config.window)).numpy()
+    queries = model.query_compiled(users, history.last(users)).numpy()
     candidates, kind, k, target = (
         model.candidates().numpy(),
         wanted.kind,

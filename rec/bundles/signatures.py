@@ -146,7 +146,7 @@ class RetrievalModule(AnswersUsers):
         """The items with the nearest vectors by cosine, the item itself left out; nothing for an unknown item."""
         row = self.lookup.item_rows(item_id)
         vector = tf.math.l2_normalize(self.model.get.candidate_tower.items(row), 1)
-        query = tf.concat([vector, tf.zeros_like(vector[:, :1])], 1)
+        query = self.model.get.item_query(vector)
         # The index ranks by dot product, which long vectors win: look deeper, then order by cosine.
         _, found = self.index.search(query, 4 * self.k + 1)
         found = tf.where(found < 0, PAD, found + FIRST_ITEM)
