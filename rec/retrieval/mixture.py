@@ -64,9 +64,7 @@ def _neighbours(place: tuple[int, int]) -> list[tuple[int, int]]:
     """The places around `place` on the grid, and itself."""
     steps = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1))
     places = [(place[0] + step[0], place[1] + step[1]) for step in steps]
-    return [
-        (i, j) for i, j in places if 0 <= i < len(ALPHAS) and 0 <= j < len(REGULARIZATIONS)
-    ]
+    return [(i, j) for i, j in places if 0 <= i < len(ALPHAS) and 0 <= j < len(REGULARIZATIONS)]
 
 
 def _setting(place: tuple[int, int]) -> TasteSetting:
@@ -103,11 +101,14 @@ def _best_weight(model: RetrievalModel, corpus: Corpus, users: np.ndarray) -> fl
         if unit is None:
             unit = float(tf.math.reduce_std(by_towers) / tf.math.reduce_std(by_taste))
         parts.append(
-            [ndcg_of_scores(by_towers + weight * unit * by_taste, corpus, part) for weight in WEIGHTS]
+            [
+                ndcg_of_scores(by_towers + weight * unit * by_taste, corpus, part)
+                for weight in WEIGHTS
+            ]
         )
     quality = np.concatenate(parts, axis=1)  # [weights, U]
     gain = quality - quality[0]
-    print([f"{w}: {q:.4f}" for w, q in zip(WEIGHTS, quality.mean(1))], file=sys.stderr)
+    print(np.round(quality.mean(1), 4), file=sys.stderr)
     best = int(np.argmax(gain.mean(1) - gain.std(1) / len(users) ** 0.5))
     return WEIGHTS[best] * (unit or 0.0)
 

@@ -186,9 +186,7 @@ class RetrievalModel(tfrs.Model):
         self, user: tf.Tensor, history: tf.Tensor, rows: tf.Tensor, time: tf.Tensor | None = None
     ) -> tf.Tensor:
         """The scores of given items: rows [B, N] -> [B, N], LOWEST for PAD. The rest as for `query`."""
-        scores = tf.einsum(
-            "bd,bnd->bn", self.query(user, history, time), self.candidates_of(rows)
-        )
+        scores = tf.einsum("bd,bnd->bn", self.query(user, history, time), self.candidates_of(rows))
         is_cold = self.is_cold(user, history)[:, None]
         scores = tf.where(is_cold, self.cold_start_score(rows), scores)
         return tf.where(rows == PAD, LOWEST, scores)

@@ -8,7 +8,8 @@ product of longer vectors: [towers ; weight x taste] with [towers ; item factors
 
       (V'V + (alpha - 1) sum of v v' + regularization I) u = alpha sum of v,  over the items of the history
 
-- What validation data decide: alpha, regularization, and the weight of the sum. If taste does not help, the weight is 0.
+- Validation data decide on alpha, regularization and the weight of the sum (mixture.py). The weight is 0 if taste does
+  not help.
 """
 
 from dataclasses import dataclass
@@ -16,10 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 from implicit.cpu.als import AlternatingLeastSquares
-from scipy.sparse import csr_matrix
 from threadpoolctl import threadpool_limits
 
-from rec.features import FIRST_ITEM, START, UNKNOWN
+from rec.features import FIRST_ITEM, UNKNOWN, recent_items
 from rec.sequences import Sequences
 
 BLOCK = 64  # items of a history that are summed at a time
@@ -71,31 +71,26 @@ class Taste(tf.keras.layers.Layer):
 
     def _user_factors(self, history: tf.Tensor) -> tf.Tensor:
         """[B, H] -> [B, width]. The sums run over BLOCK items at a time, so that empty places change no bit."""
-        items = tf.where(history > START, self._known(history), UNKNOWN)
-        blocks = tf.shape(items)[1] // BLOCK + 1
-        items = tf.pad(items, [[0, 0], [0, blocks * BLOCK - tf.shape(items)[1]]], constant_values=UNKNOWN)
-        count = tf.shape(items)[0]
+        blocks = tf.shape(history)[1] // BLOCK + 1
+        items = self._known(recent_items(history, blocks * BLOCK))
+        count = tf.shape(history)[0]
 
-        def add_block(block: tf.Tensor, outer: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        def add_block(
+            block: tf.Tensor, outer: tf.Tensor, total: tf.Tensor
+        ) -> tuple[tf.Tensor, ...]:
             rows = items[:, block * BLOCK : (block + 1) * BLOCK]
             vectors = tf.ensure_shape(self.candidates(rows), [None, BLOCK, self._width])
             outer += tf.matmul(vectors, vectors, transpose_a=True)
             return block + 1, outer, total + tf.reduce_sum(vectors, 1)
 
+        no_outer = tf.zeros([count, self._width, self._width])
+        no_total = tf.zeros([count, self._width])
         _, outer, total = tf.while_loop(
-            lambda block, *_: block < blocks,
-            add_block,
-            (
-                0,
-                tf.zeros([count, self._width, self._width]),
-                tf.zeros([count, self._width]),
-            ),
+            lambda block, *_: block < blocks, add_block, (0, no_outer, no_total)
         )
         system = self._precision + (self._alpha - 1) * outer
-        factors = tf.linalg.cholesky_solve(
-            tf.linalg.cholesky(system), (self._alpha * total)[..., None]
-        )
-        return factors[..., 0]
+        target = (self._alpha * total)[..., None]
+        return tf.linalg.cholesky_solve(tf.linalg.cholesky(system), target)[..., 0]
 
     def fit(self, train: Sequences, setting: TasteSetting, seed: int) -> None:
         """Learns item factors from `train` and takes over the setting."""
@@ -127,15 +122,15 @@ def fit_item_factors(
     interactions = train.matrix(users, rows)
     interactions.sum_duplicates()
     interactions.data[:] = 1
-    model = AlternatingLeastSquares(
-        factors=width,
-        alpha=setting.alpha,
-        regularization=setting.regularization,
-        iterations=ITERATIONS,
-        random_state=seed,
-    )
     # The library's own threads share the users out. Those of BLAS would slow them down.
     with threadpool_limits(1, "blas"):
+        model = AlternatingLeastSquares(
+            factors=width,
+            alpha=setting.alpha,
+            regularization=setting.regularization,
+            iterations=ITERATIONS,
+            random_state=seed,
+        )
         model.fit(interactions, show_progress=False)
     factors = model.item_factors.copy()
     factors[:FIRST_ITEM] = 0  # the rows that are no items

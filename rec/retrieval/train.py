@@ -18,8 +18,8 @@ from rec.config import Config, ResolvedRetrieval, section_of_run, with_data_defa
 from rec.corpus import Corpus
 from rec.data_prep.dataset import Dataset
 from rec.files import read_whole
-from rec.retrieval.model import RetrievalModel
 from rec.retrieval.mixture import fit_taste
+from rec.retrieval.model import RetrievalModel
 from rec.retrieval.popularity import fit_cold_start, fit_popularity_bias
 from rec.retrieval.validation import RetrievalValidation
 from rec.sequences import Sequences
