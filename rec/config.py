@@ -80,21 +80,23 @@ class Retrieval:
     heads: Count = 2
     """Attention heads of sasrec."""
 
-    dropout: Rate = 0.2
-    """Share of the query tower's activations that a training step drops."""
+    dropout: Auto | Rate = "auto"
+    """Share of the query tower's activations that a training step drops. auto: 0.2; 0.4 if histories are short (fewer
+    than 20 interactions per user on average)."""
 
     window: Auto | Count = "auto"
     """Positions per training example, and the longest history that is read. auto: 50; without timestamps 1,000."""
 
     epochs: Auto | Count = "auto"
-    """The most epochs; early stopping is on val/ndcg@10. auto: 12 to 100, for about 1,500 steps."""
+    """The most epochs; early stopping is on val/ndcg@10. auto: 12 to 100, for about 1,500 steps; for about 7,500 if
+    histories are short."""
 
     patience: Count = 15
     """Epochs without a better val/ndcg@10 before training stops. The best epoch often comes late."""
 
-    batch_size: Count = 64
+    batch_size: Auto | Count = "auto"
     """Windows per step, counted at 50 positions each: a step has 50 x batch_size positions, in more windows if they are
-    shorter."""
+    shorter. auto: 64; 16 if histories are short."""
 
     learning_rate: Positive = 0.002
     """Learning rate of the first epoch. It falls to 0 along a cosine."""
@@ -128,8 +130,10 @@ class ResolvedRetrieval(Retrieval):
 
     arch: str = "sasrec"
     taste_dim: CountOr0 = 0
+    dropout: Rate = 0.2
     window: Count = 50
     epochs: Count = 12
+    batch_size: Count = 64
     uniform_negatives: CountOr0 = 2048
 
 
@@ -335,24 +339,33 @@ class DataFacts:
 
     ordered: bool  # interactions have timestamps
     interactions: int  # of training
+    mean_history: float  # training interactions per user who has any
     trained_items: int  # that occur in training
     items: int  # of the whole catalogue
     has_user_features: bool
 
 
+SHORT_HISTORY = 20  # training interactions per user, on average
+
+
 def with_data_defaults(config: Retrieval, data: DataFacts) -> ResolvedRetrieval:
     """`auto` replaced by what suits the data."""
-    choices: dict[str, Any] = {
-        "arch": "sasrec" if data.ordered else "autoencoder",
-        "taste_dim": min(256, data.trained_items // 128 * 16),
-        "window": 50 if data.ordered else 1000,
-        "epochs": min(max(round(5_000_000 / data.interactions), 12), 100),
-    }
     settings = asdict(config)
     settings["query_time"] = config.query_time and data.ordered
+    if config.arch == "auto":
+        settings["arch"] = "sasrec" if data.ordered else "autoencoder"
+    reads_sets = settings["arch"] == "autoencoder"
+    is_short = data.mean_history < SHORT_HISTORY and not reads_sets
+    positions = 6_000_000 if is_short else 5_000_000
+    choices: dict[str, Any] = {
+        "taste_dim": min(256, data.trained_items // 128 * 16),
+        "dropout": 0.4 if is_short else 0.2,
+        "window": 50 if data.ordered else 1000,
+        "epochs": min(max(round(positions / data.interactions), 12), 100),
+        "batch_size": 16 if is_short else 64,
+        "uniform_negatives": 16384 if reads_sets else 2048,
+    }
     settings |= {key: value for key, value in choices.items() if settings[key] == "auto"}
-    if config.uniform_negatives == "auto":
-        settings["uniform_negatives"] = 16384 if settings["arch"] == "autoencoder" else 2048
     return ResolvedRetrieval(**settings)
 
 
