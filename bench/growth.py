@@ -62,9 +62,7 @@ def dummy(users: int, items: int, per_user: int, seed: int) -> Corpus:
 
 def epoch_seconds(corpus: Corpus, seed: int) -> float:
     """Seconds of one epoch of training."""
-    config = with_data_defaults(
-        Retrieval(arch="two_tower"), corpus.ordered, len(corpus.train.items)
-    )
+    config = with_data_defaults(Retrieval(arch="two_tower"), corpus.facts)
     model = RetrievalModel(config, corpus)
     model.compile(LazyAdam(config.learning_rate))
     model.fit(window_batches(corpus, config, corpus.train, seed, 1).take(5), verbose=0)
@@ -114,10 +112,7 @@ def main() -> None:
     if args.users:
         corpus = dummy(max(args.users), MANY_ITEMS, FEW_PER_USER, args.seed)
         model = RetrievalModel(
-            with_data_defaults(
-                Retrieval(arch="two_tower"), corpus.ordered, len(corpus.train.items)
-            ),
-            corpus,
+            with_data_defaults(Retrieval(arch="two_tower"), corpus.facts), corpus
         )
         evaluation_seconds(model, corpus, 300)  # traces the graph
         for users in sorted(args.users):

@@ -54,7 +54,7 @@ def catalogue(config: Config) -> None:
     trained = load_retrieval(
         Path(config.output.checkpoints) / "retrieval", open_dataset(config.dataset)
     )
-    vectors = trained.model.candidates().numpy()[:, :-1]  # without the bias
+    vectors = trained.model.candidates().numpy()[:, : trained.model.config.embedding_dim]
     centred = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     centred -= centred.mean(axis=0)
     points = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T

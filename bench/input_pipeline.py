@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     corpus = load_corpus(open_dataset(args.dataset), Features())
-    config = with_data_defaults(Retrieval(arch=args.arch), corpus.ordered, len(corpus.train.items))
+    config = with_data_defaults(Retrieval(arch=args.arch), corpus.facts)
     model = RetrievalModel(config, corpus)
     model.compile(LazyAdam(config.learning_rate))
     step = tf.function(model.train_step, reduce_retracing=True)

@@ -153,7 +153,7 @@ def load(dataset: str, where: str) -> dict[str, Any]:
     start, cpu = time.perf_counter(), time.process_time()
     corpus = load_corpus(open_dataset(dataset), Features())
     loaded, load_peak, cpu = time.perf_counter(), peak_mb(), time.process_time() - cpu
-    config = with_data_defaults(Retrieval(), corpus.ordered, len(corpus.train.items))
+    config = with_data_defaults(Retrieval(), corpus.facts)
     targets = sum(
         int(np.count_nonzero(batch["tokens"][:, 1:]))
         for batch in window_batches(corpus, config, corpus.train, 0, 0).as_numpy_iterator()

@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 
 from rec.batches import window_batches
-from rec.config import Retrieval, with_data_defaults
+from rec.config import ResolvedRetrieval
 from rec.corpus import Corpus
 from rec.errors import UserError, run_command
 from rec.features import FIRST_ITEM, FIRST_USER, Vocabulary
@@ -76,7 +76,7 @@ class Subject:
     def __init__(
         self, items: int, steps: int, optimizer: Callable[[float], Any], seed: int
     ) -> None:
-        config = with_data_defaults(Retrieval(arch="two_tower"), ordered=True, interactions=10**6)
+        config = ResolvedRetrieval(arch="two_tower")
         users = config.batch_size * (steps + WARM_UP + 1)
         corpus = synthetic_corpus(items, users, config.window, seed)
         model = RetrievalModel(config, corpus)

@@ -1,4 +1,4 @@
-"""Baselines on the same splits as the models: popularity (all-time and recent), iALS and EASE.
+"""Baselines on the same splits as the models: popularity (all-time and recent), ItemKNN, RP3beta, iALS and EASE.
 
 - Each is `fit` on training interactions and then scores *histories*: users and interactions that came later count too.
 - `tune` chooses hyper-parameters on validation data only, from `GRIDS`.
@@ -13,14 +13,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import ClassVar
 
 import numpy as np
 import tensorflow as tf
 from implicit.cpu.als import AlternatingLeastSquares
 from scipy.linalg import inv
-from scipy.sparse import csr_matrix
+from scipy.sparse import coo_matrix, csr_matrix, diags_array
 from threadpoolctl import threadpool_limits
 
 from rec.errors import UserError
@@ -81,6 +81,80 @@ class RecentPopularity(Baseline):
 
     def scores(self, histories: csr_matrix) -> np.ndarray:
         return np.broadcast_to(self.item_scores, histories.shape)
+
+
+@dataclass
+class ItemKNN(Baseline):
+    """Each item of the history votes for the items whose users are most like its own (Sarwar et al. 2001).
+
+    The similarity is the cosine with a shrink term, which holds down items with few users: the number of common users,
+    divided by (the root of the product of both numbers of users + shrink).
+    """
+
+    neighbours: int
+    shrink: float
+    name = "item_knn"
+
+    def fit(self, train: csr_matrix, timestamps: np.ndarray | None = None) -> None:
+        self._popularity = count_interactions(train)
+        X = binary(train)
+        common = (X.T @ X).tocoo()
+        root = np.sqrt(np.asarray(X.sum(0)).ravel())
+        similarity = common.data / (root[common.row] * root[common.col] + self.shrink)
+        self.weights = keep_largest(with_values(common, similarity), self.neighbours)
+
+    def scores(self, histories: csr_matrix) -> np.ndarray:
+        return popular_if_unknown((binary(histories) @ self.weights).toarray(), self._popularity)
+
+
+@dataclass
+class RP3beta(Baseline):
+    """A random walk of three steps, user, item, user, item, less drawn to popular items (Paudel et al. 2017).
+
+    An item's transition probability to another one, divided by the other one's number of users to the power of beta.
+    """
+
+    neighbours: int
+    alpha: float
+    beta: float
+    name = "rp3beta"
+
+    def fit(self, train: csr_matrix, timestamps: np.ndarray | None = None) -> None:
+        self._popularity = count_interactions(train)
+        X = binary(train)
+        to_users = transition_probability(X.T).power(self.alpha)
+        to_items = transition_probability(X).power(self.alpha)
+        walk = (to_users @ to_items).tocoo()
+        popularity = np.asarray(X.sum(0)).ravel()
+        drawn = walk.data / popularity[walk.col] ** self.beta
+        self.weights = keep_largest(with_values(walk, drawn), self.neighbours)
+
+    def scores(self, histories: csr_matrix) -> np.ndarray:
+        return popular_if_unknown((binary(histories) @ self.weights).toarray(), self._popularity)
+
+
+def transition_probability(X: csr_matrix) -> csr_matrix:
+    """Each row divided by its sum; a row of zeros stays."""
+    total = np.asarray(X.sum(1)).ravel()
+    return csr_matrix(diags_array(1 / np.maximum(total, 1)) @ X)
+
+
+def with_values(matrix: coo_matrix, values: np.ndarray) -> csr_matrix:
+    """Other values in the places of a square matrix, and none on its diagonal."""
+    values = np.where(matrix.row == matrix.col, 0.0, values)
+    changed = csr_matrix((values, (matrix.row, matrix.col)), shape=matrix.shape, dtype=np.float32)
+    changed.eliminate_zeros()
+    return changed
+
+
+def keep_largest(matrix: csr_matrix, n: int) -> csr_matrix:
+    """Only the `n` largest values of each row; of several that are equal to the smallest of them, all."""
+    for begin, end in pairwise(matrix.indptr):
+        row = matrix.data[begin:end]
+        if len(row) > n:
+            row[row < np.partition(row, -n)[-n]] = 0
+    matrix.eliminate_zeros()
+    return matrix
 
 
 @dataclass
@@ -216,6 +290,8 @@ def grid(**values: Sequence[float]) -> list[dict[str, float]]:
 GRIDS: dict[type[Baseline], list[dict[str, float]]] = {
     Popularity: grid(),
     RecentPopularity: grid(days=(1, 7, 30, 90, 365)),
+    ItemKNN: grid(neighbours=(20, 100, 500), shrink=(0.0, 10.0, 100.0)),
+    RP3beta: grid(neighbours=(100, 500), alpha=(0.7, 1.0), beta=(0.2, 0.4, 0.6)),
     IALS: grid(factors=(32, 128), alpha=(1.0, 3.0, 10.0, 30.0), regularization=(1.0, 10.0, 30.0)),
     EASE: grid(regularization=(30.0, 100.0, 300.0, 1000.0)),
 }

@@ -70,27 +70,33 @@ class Retrieval:
     embedding_dim: Count = 64
     """Width of the vectors of users and items."""
 
+    taste_dim: Auto | CountOr0 = "auto"
+    """Width of the taste part of a query, a matrix factorisation that validation data weigh against the towers
+    (rec/retrieval/taste.py). 0: none. auto: 256, or less for a small catalogue."""
+
     layers: Count = 2
     """Transformer blocks or recurrent layers."""
 
     heads: Count = 2
     """Attention heads of sasrec."""
 
-    dropout: Rate = 0.2
-    """Share of the query tower's activations that a training step drops."""
+    dropout: Auto | Rate = "auto"
+    """Share of the query tower's activations that a training step drops. auto: 0.2; 0.4 if histories are short (fewer
+    than 20 interactions per user on average)."""
 
     window: Auto | Count = "auto"
     """Positions per training example, and the longest history that is read. auto: 50; without timestamps 1,000."""
 
     epochs: Auto | Count = "auto"
-    """The most epochs; early stopping is on val/ndcg@10. auto: 12 to 100, for about 1,500 steps."""
+    """The most epochs; early stopping is on val/ndcg@10. auto: 12 to 100, for about 1,500 steps; for about 7,500 if
+    histories are short."""
 
     patience: Count = 15
     """Epochs without a better val/ndcg@10 before training stops. The best epoch often comes late."""
 
-    batch_size: Count = 64
+    batch_size: Auto | Count = "auto"
     """Windows per step, counted at 50 positions each: a step has 50 x batch_size positions, in more windows if they are
-    shorter."""
+    shorter. auto: 64; 16 if histories are short."""
 
     learning_rate: Positive = 0.002
     """Learning rate of the first epoch. It falls to 0 along a cosine."""
@@ -123,8 +129,11 @@ class ResolvedRetrieval(Retrieval):
     """`Retrieval` without `auto`: what a model is built and trained with. `with_data_defaults` makes it."""
 
     arch: str = "sasrec"
+    taste_dim: CountOr0 = 0
+    dropout: Rate = 0.2
     window: Count = 50
     epochs: Count = 12
+    batch_size: Count = 64
     uniform_negatives: CountOr0 = 2048
 
 
@@ -321,18 +330,39 @@ def to_dict(config: Config) -> dict[str, Any]:
 # auto
 
 
-def with_data_defaults(config: Retrieval, ordered: bool, interactions: int) -> ResolvedRetrieval:
-    """`auto` replaced by what suits a data set, with or without timestamps, of so many training interactions."""
-    choices: dict[str, object] = {
-        "arch": "sasrec" if ordered else "autoencoder",
-        "window": 50 if ordered else 1000,
-        "epochs": min(max(round(5_000_000 / interactions), 12), 100),
-    }
+@dataclass(frozen=True, config=STRICT)
+class DataFacts:
+    """What of a data set decides the keys that are `auto`, and whether a key has an effect."""
+
+    ordered: bool  # interactions have timestamps
+    interactions: int  # of training
+    mean_history: float  # training interactions per user who has any
+    trained_items: int  # that occur in training
+    items: int  # of the whole catalogue
+    has_user_features: bool
+
+
+SHORT_HISTORY = 20  # training interactions per user, on average
+
+
+def with_data_defaults(config: Retrieval, data: DataFacts) -> ResolvedRetrieval:
+    """`auto` replaced by what suits the data."""
     settings = asdict(config)
-    settings["query_time"] = config.query_time and ordered
+    settings["query_time"] = config.query_time and data.ordered
+    if config.arch == "auto":
+        settings["arch"] = "sasrec" if data.ordered else "autoencoder"
+    reads_sets = settings["arch"] == "autoencoder"
+    is_short = data.mean_history < SHORT_HISTORY and not reads_sets
+    positions = 6_000_000 if is_short else 5_000_000
+    choices: dict[str, Any] = {
+        "taste_dim": min(256, data.trained_items // 128 * 16),
+        "dropout": 0.4 if is_short else 0.2,
+        "window": 50 if data.ordered else 1000,
+        "epochs": min(max(round(positions / data.interactions), 12), 100),
+        "batch_size": 16 if is_short else 64,
+        "uniform_negatives": 16384 if reads_sets else 2048,
+    }
     settings |= {key: value for key, value in choices.items() if settings[key] == "auto"}
-    if config.uniform_negatives == "auto":
-        settings["uniform_negatives"] = 16384 if settings["arch"] == "autoencoder" else 2048
     return ResolvedRetrieval(**settings)
 
 
@@ -372,20 +402,9 @@ UNREAD: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-@dataclass(frozen=True, config=STRICT)
-class DataFacts:
-    """What of a data set decides whether a key has an effect."""
-
-    ordered: bool  # interactions have timestamps
-    interactions: int  # of training
-    trained_items: int  # that occur in training
-    items: int  # of the whole catalogue
-    has_user_features: bool
-
-
 def without_effect(config: Config, data: DataFacts, sections: Sequence[str]) -> list[str]:
     """A sentence for each key of these sections that was set, to other than its default, and has no effect."""
-    retrieval = with_data_defaults(config.retrieval, data.ordered, data.interactions)
+    retrieval = with_data_defaults(config.retrieval, data)
     chosen = replace(config, retrieval=retrieval)
     reasons = _unread(chosen) | _decided_by_data(chosen, retrieval, data)
     return [

@@ -48,6 +48,7 @@ class Corpus:
         return DataFacts(
             ordered=self.ordered,
             interactions=len(self.train.items),
+            mean_history=len(self.train.items) / max(int((self.train.lengths > 0).sum()), 1),
             trained_items=self.items.trained,
             items=len(self.items.ids),
             has_user_features=bool(self.user_columns),

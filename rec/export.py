@@ -77,7 +77,7 @@ def _build_index(
     """The index over the catalogue, tuned on queries of users in the training data, and what was measured."""
     users = np.flatnonzero(trained.corpus.train.lengths).astype(np.int32)
     users = np.random.default_rng(config.seed).permutation(users)[:TUNING_USERS]
-    histories = history.last(users, trained.model.config.window)
+    histories = history.last(users)
     index, report = build_index(
         trained.model.candidates().numpy(),
         trained.model.query_compiled(users, histories).numpy(),

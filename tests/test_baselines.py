@@ -14,8 +14,11 @@ from rec.baselines import (
     IALS,
     SECONDS_PER_DAY,
     Baseline,
+    ItemKNN,
     Popularity,
     RecentPopularity,
+    RP3beta,
+    keep_largest,
     rank,
     top_k,
     tune,
@@ -40,6 +43,28 @@ def two_tastes(seed: int = 0) -> csr_matrix:
 
 # --------------------------------------------------------------------------------------------------
 # The baselines
+
+
+def test_item_knn_is_the_shrunk_cosine() -> None:
+    baseline = ItemKNN(neighbours=9, shrink=2.0)
+    baseline.fit(csr([[1, 1, 0], [1, 1, 0], [1, 0, 1]]))
+    scores = baseline.scores(csr([[1, 0, 0]]))[0]  # items with 3, 2 and 1 users
+    assert scores == pytest.approx([0, 2 / (6**0.5 + 2), 1 / (3**0.5 + 2)])
+
+
+def test_rp3beta_is_a_walk_over_users_drawn_away_from_popular_items() -> None:
+    baseline = RP3beta(neighbours=9, alpha=1.0, beta=0.5)
+    baseline.fit(csr([[1, 1, 0], [1, 1, 0], [1, 0, 1]]))
+    scores = baseline.scores(csr([[1, 0, 0]]))[0]
+    # From item 0 to each of its three users with 1/3, and on to each of their two items with 1/2.
+    assert scores == pytest.approx([0, 2 / 6 / 2**0.5, 1 / 6])
+
+
+def test_only_the_nearest_neighbours_vote() -> None:
+    matrix = csr([[0.1, 0.5, 0.3], [0, 0.2, 0], [0.4, 0.4, 0.1]])
+    assert keep_largest(matrix, 1).toarray() == pytest.approx(
+        np.array([[0, 0.5, 0], [0, 0.2, 0], [0.4, 0.4, 0]])
+    )
 
 
 def test_popularity_counts_interactions_for_everybody() -> None:
@@ -202,7 +227,14 @@ def test_tune_takes_the_best_on_validation_and_returns_it_fitted(
 
 
 def test_the_first_of_each_grid_fits() -> None:
-    assert [make.name for make in GRIDS] == ["popularity", "recent_popularity", "ials", "ease"]
+    assert [make.name for make in GRIDS] == [
+        "popularity",
+        "recent_popularity",
+        "item_knn",
+        "rp3beta",
+        "ials",
+        "ease",
+    ]
     for make, grid in GRIDS.items():
         baseline = make(**grid[0])
         baseline.fit(two_tastes(), np.zeros(300))
@@ -213,4 +245,6 @@ def test_recency_is_left_out_where_there_are_no_timestamps() -> None:
     users = [[3, 4, 5], [4, 5, 6], [5, 6, 3]]
     for ordered, extra in ((True, {"recent_popularity"}), (False, set())):
         data = corpus(users, val=[[6], [7], [8]], test=[[7], [8], [4]], ordered=ordered)
-        assert set(_tuned_baselines(Task(data, "test"))) == {"popularity", "ials", "ease"} | extra
+        assert set(_tuned_baselines(Task(data, "test"))) == (
+            {"popularity", "item_knn", "rp3beta", "ials", "ease"} | extra
+        )

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from rec.checkpoint import RankingRun, RetrievalRun, read_run, write_run
-from rec.config import Config, Features, Ranking, Retrieval, overruled, with_data_defaults
+from rec.config import Config, Features, Ranking, ResolvedRetrieval, Retrieval, overruled
 from rec.errors import UserError
 
-SETTINGS = with_data_defaults(Retrieval(arch="gru4rec", epochs=3), ordered=True, interactions=100)
+SETTINGS = ResolvedRetrieval(arch="gru4rec", epochs=3)
 RETRIEVAL = RetrievalRun(
     dataset="d", seed=7, features=Features(users={}), retrieval=SETTINGS, interactions=100
 )

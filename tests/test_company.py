@@ -19,6 +19,7 @@ from rec.ranking.model import RankingModel
 from rec.retrieval.encoders import ENCODERS
 from rec.retrieval.index import build_index
 from rec.retrieval.model import RetrievalModel
+from rec.retrieval.taste import TasteSetting
 from rec.serving.answer import Catalogue, Engine
 from rec.serving.schemas import RecommendRequest
 from tests import small
@@ -42,8 +43,9 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     corpus = small.corpus(
         [(3 + rng.permutation(ITEMS)[:length]).tolist() for length in lengths], items=ITEMS
     )
-    config = with_data_defaults(Retrieval(embedding_dim=16), ordered=True, interactions=1000)
+    config = with_data_defaults(Retrieval(embedding_dim=16, taste_dim=32), corpus.facts)
     model = RetrievalModel(config, corpus)
+    model.taste.fit(corpus.train, TasteSetting(alpha=10.0, regularization=10.0, weight=5.0), seed=0)
     randomize(model, seed=1)
     queries = model.query_compiled(*queries_of(corpus)).numpy()
     index, report = build_index(
@@ -142,15 +144,15 @@ def test_a_batch_of_any_size_has_the_answers_of_its_requests(engine: Engine, siz
 
 @pytest.mark.parametrize("arch", ENCODERS)
 def test_a_query_is_the_same_to_the_last_bit_beside_longer_histories(arch: str) -> None:
-    corpus = small.corpus([[3, 4], [5]], items=300)
-    config = with_data_defaults(
-        Retrieval(arch=arch, embedding_dim=16), ordered=True, interactions=1000
-    )
+    rng = np.random.default_rng(6)
+    corpus = small.corpus([(3 + rng.permutation(300)[:20]).tolist() for _ in range(99)], items=300)
+    config = with_data_defaults(Retrieval(arch=arch, embedding_dim=16, taste_dim=32), corpus.facts)
     model = RetrievalModel(config, corpus)
+    model.taste.fit(corpus.train, TasteSetting(alpha=10.0, regularization=10.0, weight=5.0), seed=0)
     randomize(model, seed=4)
     rng = np.random.default_rng(5)
-    history = rng.integers(3, 303, size=(33, 70)).astype(np.int32)
-    history[np.arange(70) >= rng.integers(0, 71, size=33)[:, None]] = 0
+    history = rng.integers(3, 303, size=(33, 150)).astype(np.int32)
+    history[np.arange(150) >= rng.integers(0, 151, size=33)[:, None]] = 0
     users = np.zeros(33, np.int32)
     together = model.query_compiled(users, history).numpy()
     for first in range(0, 33, 2):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -249,7 +250,7 @@ def test_a_value_of_the_wrong_type_is_refused(write: Path, text: str, message: s
         ),
         (
             "retrieval: {dropout: 1}",
-            "retrieval.dropout: expected a number of 0 or more and below 1, got 1",
+            "retrieval.dropout: expected auto or a number of 0 or more and below 1, got 1",
         ),
         ("ranking: {holdout: 0}", "ranking.holdout: expected a number above 0 and below 1, got 0"),
         (
@@ -295,7 +296,7 @@ def test_0_does_not_mean_choose_for_me(write: Path, key: str) -> None:
 def test_training_needs_negatives(write: Path) -> None:
     write.write_text("dataset: d\nretrieval: {uniform_negatives: 0}")
     config = load_config(write).retrieval
-    resolved = with_data_defaults(config, ordered=True, interactions=1000)
+    resolved = with_data_defaults(config, DATA)
     assert resolved.uniform_negatives == 0
     message = error(write, write.read_text(), "retrieval.in_batch_negatives=0")
     assert message == (
@@ -391,23 +392,44 @@ def test_values_from_python_are_checked_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ordered", "interactions", "expected"),
+    ("facts", "expected"),
     [
-        (True, 100_000, ("sasrec", 50, 50, 2048)),
-        (True, 10**9, ("sasrec", 50, 12, 2048)),
-        (False, 1000, ("autoencoder", 1000, 100, 16384)),
+        (
+            {"interactions": 100_000, "mean_history": 100.0},
+            {"arch": "sasrec", "window": 50, "epochs": 50, "batch_size": 64, "dropout": 0.2},
+        ),
+        (
+            {"interactions": 150_000, "mean_history": 7.0},
+            {"arch": "sasrec", "epochs": 40, "batch_size": 16, "dropout": 0.4},
+        ),
+        ({"interactions": 10**9}, {"epochs": 12}),
+        (
+            {"ordered": False, "mean_history": 7.0},
+            {"arch": "autoencoder", "window": 1000, "uniform_negatives": 16384, "batch_size": 64},
+        ),
+        ({"trained_items": 100}, {"taste_dim": 0}),
+        ({"trained_items": 1682}, {"taste_dim": 208}),
+        ({"trained_items": 10**6}, {"taste_dim": 256}),
     ],
 )
 def test_auto_is_replaced_by_what_the_data_suggest(
-    ordered: bool, interactions: int, expected: tuple[str, int, int, int]
+    facts: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    chosen = with_data_defaults(Retrieval(), ordered, interactions)
-    assert (chosen.arch, chosen.window, chosen.epochs, chosen.uniform_negatives) == expected
+    chosen = asdict(with_data_defaults(Retrieval(), replace(DATA, **facts)))
+    assert {key: chosen[key] for key in expected} == expected
 
 
 def test_what_is_set_is_what_is_used() -> None:
-    asked = Retrieval(arch="gru4rec", window=7, epochs=3, uniform_negatives=5, dropout=0.1)
-    chosen = with_data_defaults(asked, ordered=True, interactions=1000)
+    asked = Retrieval(
+        arch="gru4rec",
+        taste_dim=3,
+        window=7,
+        epochs=3,
+        batch_size=9,
+        uniform_negatives=5,
+        dropout=0.1,
+    )
+    chosen = with_data_defaults(asked, DATA)
     assert asdict(chosen) == asdict(asked)
     rating = Ranking(objective="rating", batch_size=64, learning_rate=0.001, window=9)
     assert asdict(with_ranking_defaults(rating, 50)) == asdict(rating)
@@ -435,7 +457,12 @@ def test_auto_of_the_ranker_is_replaced_by_what_suits_its_objective(
 YOUR_DATA = Path(__file__).parent.parent / "config" / "your_data.yaml"  # sets nothing else
 ALL_SECTIONS = ("features", "retrieval", "ranking", "index")
 DATA = DataFacts(
-    ordered=True, interactions=10**6, trained_items=5000, items=6000, has_user_features=False
+    mean_history=50.0,
+    ordered=True,
+    interactions=10**6,
+    trained_items=5000,
+    items=6000,
+    has_user_features=False,
 )
 SETS = replace(DATA, ordered=False)  # what the autoencoder is for
 

@@ -201,7 +201,7 @@ class RetrievalModule(AnswersUsers):
         row = self.lookup.item_rows(item_id)
         vector = self.model.get.candidate_tower.items(row)
         vector = tf.math.l2_normalize(vector, 1)
-        query = tf.concat([vector, tf.zeros_like(vector[:, :1])], 1)
+        query = self.model.get.item_query(vector)
         # The index ranks by dot product, which long vectors win: look deeper, then order by cosine.
         _, found = self.index.search(query, 4 * self.k + 1)
         found = tf.where(found < 0, PAD, found + FIRST_ITEM)

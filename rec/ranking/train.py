@@ -239,7 +239,7 @@ def mine_training_lists(
 def _train_miner(
     config: Config, retrieval: TrainedRetrieval, past: Sequences, distribution: Distribution
 ) -> RetrievalModel:
-    """The retrieval model's twin that has seen `past` only, with the same popularity bias."""
+    """The retrieval model's twin that has seen `past` only, with the same taste weight and popularity bias."""
     print(
         "training a retrieval model without the ranker's labels, to mine its candidates",
         file=sys.stderr,
@@ -251,6 +251,9 @@ def _train_miner(
         epochs=max(1, retrieval.state.best_epoch),
         distribution=distribution,
     )
+    taste = retrieval.model.taste.setting
+    if taste.weight > 0:
+        miner.taste.fit(past, taste, config.seed)
     bias = retrieval.model.candidate_tower.popularity_bias.setting
     set_popularity_bias(miner, past, **bias)
     return miner

@@ -51,12 +51,11 @@ class PooledHistory(HistoryEncoder):
     ) -> tf.Tensor:
         position = tf.range(tf.shape(tokens)[1])
         until = position[:, None] if last is None else last[:, None, None]
-        # One matrix of weights: tf.cumsum takes three times as long on a CPU.
         is_read = (position <= until) & (tokens > START)[:, None]
-        weights = tf.cast(is_read, tf.float32)
-        count = tf.reduce_sum(weights, 2, keepdims=True)
-        pooled = tf.matmul(weights / tf.sqrt(tf.maximum(count, 1.0)), vectors)
-        return tf.where(count > 0, pooled, vectors[:, :1])
+        count = tf.reduce_sum(tf.cast(is_read, tf.int32), 2, keepdims=True)
+        # One matrix of weights: tf.cumsum takes three times as long on a CPU.
+        weights = tf.where(is_read, _power_of_count(count, -0.5, tokens), 0.0)
+        return tf.where(count > 0, tf.matmul(weights, vectors), vectors[:, :1])
 
 
 class Autoencoder(HistoryEncoder):
@@ -79,11 +78,18 @@ class Autoencoder(HistoryEncoder):
     ) -> tf.Tensor:
         is_item = tokens > START
         count = tf.reduce_sum(tf.cast(is_item, tf.int32), 1, keepdims=True)
-        # A table of all powers: a power must not depend on its place in the batch (see numerics.py).
-        possible = tf.maximum(tf.range(tf.shape(tokens)[1] + 1), 1)
-        scale = tf.gather(tf.cast(possible, tf.float32) ** -LENGTH_POWER, count)
+        scale = _power_of_count(count, -LENGTH_POWER, tokens)
         summed = tf.einsum("bl,bld->bd", tf.where(is_item, scale, 0.0), vectors)
         return self._dense(summed)[:, None]
+
+
+def _power_of_count(count: tf.Tensor, power: float, tokens: tf.Tensor) -> tf.Tensor:
+    """A power of counts of `tokens` [B, L]; that of 0 is 1.
+
+    It comes from a table: a power that is computed for each depends on its place in the batch (see numerics.py).
+    """
+    possible = tf.maximum(tf.range(tf.shape(tokens)[1] + 1), 1)
+    return tf.gather(tf.cast(possible, tf.float32) ** power, count)
 
 
 class Gru(HistoryEncoder):

@@ -28,9 +28,12 @@ from rec.errors import UserError
 from rec.numerics import at_least
 
 MIN_SCANN_ROWS = 16  # ScaNN trains 16 centres a block and fails with fewer rows
-# Up to 5 queries go another way through ScaNN, and find other rows where quantised scores are equal (1.7 % of 1,300
-# queries). Filling up to 6 costs a lone query 60 to 190 microseconds.
+# Few queries go another way through ScaNN, and find other rows where quantised scores are equal (1.7 % of 1,300
+# queries). In catalogues below MANY_ROWS, few grows with the width: up to 8 queries of 65 dimensions, 16 of 321. Others
+# differed up to 5 queries at most. Filling up to 6 costs a lone query 60 to 190 microseconds.
+MANY_ROWS = 16_000
 FEWEST_QUERIES = 6
+FEWEST_QUERIES_OF_FEW_ROWS = 32
 SAMPLE = (
     500  # queries to search settings on, and as many to measure with: standard error about 0.004
 )
@@ -88,6 +91,8 @@ class ScannIndex(tf.Module):
         super().__init__(name="scann_index")
         self.tensors = [tf.Variable(tensor, trainable=False) for tensor in tensors]
         self.rows, self.leaves, self.k = tensors[-1].shape[0], leaves, k
+        has_few_rows = self.rows < MANY_ROWS
+        self._fewest_queries = FEWEST_QUERIES_OF_FEW_ROWS if has_few_rows else FEWEST_QUERIES
         self.settings = tf.Variable(
             [leaves, self.rows], trainable=False, dtype=tf.int32, name="settings"
         )
@@ -107,9 +112,9 @@ class ScannIndex(tf.Module):
         count = tf.shape(queries)[0]
         # A whole batch fails by one NaN: it gets zeros instead.
         clean = tf.where(tf.math.is_finite(queries), queries, 0.0)
-        # Not search_batched_parallel: it splits by 256 queries, and what is left may be fewer than FEWEST_QUERIES.
+        # Not search_batched_parallel: it splits by 256 queries, and what is left may be fewer than that.
         found = self._searcher().search_batched(
-            at_least(FEWEST_QUERIES, clean),
+            at_least(self._fewest_queries, clean),
             final_num_neighbors=tf.minimum(depth, self.rows),
             pre_reorder_num_neighbors=reorder,
             leaves_to_search=tf.maximum(leaves, _fewest_leaves(depth, self.rows, self.leaves)),

@@ -15,6 +15,7 @@ from rec.corpus import Corpus
 from rec.features import FIRST_ITEM, PAD, UNKNOWN, UNKNOWN_USER, Encoder
 from rec.retrieval.encoders import LENGTH_POWER
 from rec.retrieval.loss import HiddenItems, SampledSoftmax
+from rec.retrieval.taste import Taste
 from rec.retrieval.towers import CandidateTower, QueryTower, history_tokens
 from rec.sequences import Sequences
 
@@ -39,6 +40,7 @@ class RetrievalModel(tfrs.Model):
         self.sampled_softmax = SampledSoftmax(config.temperature, corrects_sampling=config.logq)
         self.n_items = len(corpus.items.ids)
         self.trained_items = corpus.items.first + corpus.items.trained
+        self.taste = Taste(config.taste_dim, self.trained_items)
         self._trained_users = corpus.users.first + corpus.users.trained
         self._probability = tf.Variable(
             sampling_probability(corpus, config, corpus.train if train is None else train),
@@ -62,6 +64,7 @@ class RetrievalModel(tfrs.Model):
         row = tf.ones([1, 1], tf.int32)
         self.query_tower(row[0], row, tf.zeros([1, 1], tf.int64))
         self.candidate_tower(row)
+        self.taste(row)
 
     @property
     def encoders(self) -> list[Encoder]:
@@ -72,7 +75,8 @@ class RetrievalModel(tfrs.Model):
     @property
     def fitted_variables(self) -> list[tf.Variable]:
         """What is set after training and not by gradients: see popularity.py."""
-        return [*self.candidate_tower.popularity_bias.variables, self._cold_start_popularity]
+        bias = self.candidate_tower.popularity_bias.variables
+        return [*bias, *self.taste.variables, self._cold_start_popularity]
 
     # ------------------------------------------------------------------------------------------------------------
     # Training
@@ -158,23 +162,31 @@ class RetrievalModel(tfrs.Model):
           time: [B] int64 seconds, of the request. Default: now.
 
         Returns:
-          [B, d + 1] float32.
+          [B, D] float32: the query tower's d + 1 dimensions, and those of the taste.
         """
         tokens, last = history_tokens(history, self.config.window)
         time = current_time(user) if time is None else time
-        return self.query_tower(user, tokens, time[:, None], last)[:, 0]
+        query = self.query_tower(user, tokens, time[:, None], last)[:, 0]
+        return tf.concat([query, self.taste(history)], 1)
 
     def candidates(self) -> tf.Tensor:
-        """[catalogue, d + 1] float32: the vectors of all items, from row FIRST_ITEM on."""
-        return self.candidate_tower(tf.range(FIRST_ITEM, FIRST_ITEM + self.n_items))
+        """[catalogue, D] float32: the vectors of all items, from row FIRST_ITEM on."""
+        return self.candidates_of(tf.range(FIRST_ITEM, FIRST_ITEM + self.n_items))
+
+    def candidates_of(self, rows: tf.Tensor) -> tf.Tensor:
+        """int32 item rows [...] -> [..., D] float32, what a query is multiplied with."""
+        return tf.concat([self.candidate_tower(rows), self.taste.candidates(rows)], -1)
+
+    def item_query(self, vectors: tf.Tensor) -> tf.Tensor:
+        """[B, d] vectors of items as queries for items like them: [B, D], without bias and taste."""
+        others = 1 + self.config.taste_dim
+        return tf.pad(vectors, [[0, 0], [0, others]])
 
     def score(
         self, user: tf.Tensor, history: tf.Tensor, rows: tf.Tensor, time: tf.Tensor | None = None
     ) -> tf.Tensor:
         """The scores of given items: rows [B, N] -> [B, N], LOWEST for PAD. The rest as for `query`."""
-        scores = tf.einsum(
-            "bd,bnd->bn", self.query(user, history, time), self.candidate_tower(rows)
-        )
+        scores = tf.einsum("bd,bnd->bn", self.query(user, history, time), self.candidates_of(rows))
         is_cold = self.is_cold(user, history)[:, None]
         scores = tf.where(is_cold, self.cold_start_score(rows), scores)
         return tf.where(rows == PAD, LOWEST, scores)

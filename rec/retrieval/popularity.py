@@ -59,8 +59,7 @@ def fit_popularity_bias(model: RetrievalModel, corpus: Corpus) -> None:
     The best of many choices is often luck. What counts is the mean gain over no bias, less one standard error.
     """
     train = corpus.train
-    users = np.flatnonzero((corpus.val.lengths > 0) & (train.lengths > 0)).astype(np.int32)
-    users = np.random.default_rng(0).permutation(users)[:MAX_USERS]
+    users = validation_users(corpus)
     choices = [(1.0, 0.0), *product(_shares(train), WEIGHTS)]
     best = 0
     if len(users):
@@ -69,6 +68,12 @@ def fit_popularity_bias(model: RetrievalModel, corpus: Corpus) -> None:
         best = int(np.argmax(gain.mean(1) - gain.std(1) / len(users) ** 0.5))
     share, weight = choices[best]
     set_popularity_bias(model, train, share=share, weight=weight)
+
+
+def validation_users(corpus: Corpus) -> np.ndarray:
+    """[U] user rows: up to MAX_USERS validation users with a history."""
+    users = np.flatnonzero((corpus.val.lengths > 0) & (corpus.train.lengths > 0)).astype(np.int32)
+    return np.random.default_rng(0).permutation(users)[:MAX_USERS]
 
 
 def set_popularity_bias(
@@ -113,16 +118,15 @@ def _ndcg_of_biases(
     parts = []
     step = users_per_batch(len(corpus.items.ids))
     for part in np.array_split(users, np.arange(step, len(users), step)):
-        history = train.last(part, model.config.window)
+        history = train.last(part)
         scores = model.score_catalogue_compiled(part, history, candidates, current_time(part))
-        seen = train.last(part)
-        relevant = corpus.val.matrix(part, corpus.items.rows)
-        parts.append([_ndcg(scores + bias, seen, relevant) for bias in biases])
+        parts.append([ndcg_of_scores(scores + bias, corpus, part) for bias in biases])
     return np.concatenate(parts, axis=1)
 
 
-def _ndcg(scores: tf.Tensor, seen: np.ndarray, relevant: object) -> np.ndarray:
-    """[B] NDCG@100 of scores [B, catalogue]."""
-    _, rows = best_unseen(scores, seen, DEPTH)
+def ndcg_of_scores(scores: tf.Tensor, corpus: Corpus, users: np.ndarray) -> np.ndarray:
+    """[U] NDCG@100 on validation data of scores [U, catalogue], without what these users have seen in training."""
+    _, rows = best_unseen(scores, corpus.train.last(users), DEPTH)
     ranked = np.where(rows.numpy() == PAD, -1, rows.numpy())
+    relevant = corpus.val.matrix(users, corpus.items.rows)
     return metrics.per_user(ranked, relevant, ks=(DEPTH,))[f"ndcg@{DEPTH}"]

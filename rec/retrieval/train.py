@@ -3,7 +3,7 @@
 1. Choose what the data decide (`with_data_defaults`), build the model.
 2. Fit what cold users get, which needs no training.
 3. Train epoch by epoch; validation data say when to stop and which epoch is the best.
-4. Fit the popularity bias of the best epoch.
+4. Add the taste part to the best epoch's towers, then the popularity bias.
 """
 
 from dataclasses import dataclass, replace
@@ -17,6 +17,7 @@ from rec.config import Config, with_data_defaults
 from rec.corpus import Corpus
 from rec.data_prep.dataset import Dataset
 from rec.files import read_whole
+from rec.retrieval.mixture import fit_taste
 from rec.retrieval.model import RetrievalModel
 from rec.retrieval.popularity import fit_cold_start, fit_popularity_bias
 from rec.retrieval.validation import RetrievalValidation
@@ -100,7 +101,7 @@ def _train(
     distribution: Distribution,
     tracker: Tracker,
 ) -> TrainedRetrieval:
-    settings = with_data_defaults(config.retrieval, corpus.ordered, len(corpus.train.items))
+    settings = with_data_defaults(config.retrieval, corpus.facts)
     config = replace(config, retrieval=settings)
     description = RetrievalRun(
         dataset=corpus.dataset_id,
@@ -160,6 +161,7 @@ def _train(
         return TrainedRetrieval(model, corpus, run.state, description)
     run.restore_best()
     if validation is not None:
+        fit_taste(model, corpus, config.seed)
         fit_popularity_bias(model, corpus)
     state = run.finish(measure())
     return TrainedRetrieval(model, corpus, state, description)

@@ -78,7 +78,7 @@ def factorized_top_k(model: RetrievalModel, corpus: Corpus) -> dict[str, float]:
     step = users_per_batch(model.n_items)
     for at in np.array_split(drawn, np.arange(step, len(drawn), step)):
         users = owners[at]
-        queries = model.query_compiled(users, corpus.train.last(users, model.config.window))
+        queries = model.query_compiled(users, corpus.train.last(users))
         chosen = val.items[at]
         positive = tf.gather(candidates, chosen - FIRST_ITEM)
         metric.update_state(queries, positive, tf.strings.as_string(chosen)[:, None])

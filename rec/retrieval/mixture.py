@@ -1,0 +1,111 @@
+"""How much taste counts beside the towers: chosen on validation data.
+
+1. Taste alone: alpha and regularization, by a walk over a grid with narrow factors, which are fitted in seconds.
+2. The full width with these two, and its weight in the sum.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import tensorflow as tf
+
+from rec.corpus import Corpus
+from rec.features import FIRST_ITEM
+from rec.retrieval.model import ROW_LISTS, RetrievalModel
+from rec.retrieval.popularity import ndcg_of_scores, validation_users
+from rec.retrieval.scoring import users_per_batch
+from rec.retrieval.taste import Taste, TasteSetting
+
+ALPHAS = (1.0, 3.0, 10.0, 30.0, 100.0)
+REGULARIZATIONS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+FIRST_PLACE = (2, 2)  # where the walk over both begins
+STEPS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1))
+SEARCH_WIDTH = 64
+# Of the taste's scores, in units that make them spread like the towers' scores. 50 is nearly taste alone.
+WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 50.0)
+
+Place = tuple[int, int]  # in ALPHAS and REGULARIZATIONS
+
+
+def fit_taste(model: RetrievalModel, corpus: Corpus, seed: int) -> None:
+    """Fits the taste part of a trained model, and its weight by NDCG@100 on validation users with a history."""
+    users = validation_users(corpus)
+    if model.config.taste_dim == 0 or not len(users):
+        return
+    model.taste.fit(corpus.train, _best_setting(model, corpus, users, seed), seed)
+    model.taste.set_weight(_best_weight(model, corpus, users))
+    print(f"taste: {model.taste.setting}", file=sys.stderr)
+
+
+def _best_setting(
+    model: RetrievalModel, corpus: Corpus, users: np.ndarray, seed: int
+) -> TasteSetting:
+    """The alpha and regularization with the best NDCG of taste alone: uphill on the grid until all around is lower."""
+    taste = Taste(min(model.config.taste_dim, SEARCH_WIDTH), model.trained_items)
+    user_factors = tf.function(taste.call, [ROW_LISTS])
+
+    @cache
+    def measure(place: Place) -> float:
+        taste.fit(corpus.train, _setting(place), seed)
+        return _mean_ndcg(taste, user_factors, corpus, users)
+
+    best = FIRST_PLACE
+    while True:
+        uphill = max([best, *_neighbours(best)], key=measure)
+        if uphill == best:
+            return _setting(best)
+        best = uphill
+
+
+def _setting(place: Place) -> TasteSetting:
+    alpha, regularization = place
+    return TasteSetting(ALPHAS[alpha], REGULARIZATIONS[regularization], weight=1.0)
+
+
+def _neighbours(place: Place) -> list[Place]:
+    around = [(place[0] + step[0], place[1] + step[1]) for step in STEPS]
+    alphas = range(len(ALPHAS))
+    regularizations = range(len(REGULARIZATIONS))
+    return [(i, j) for i, j in around if i in alphas and j in regularizations]
+
+
+def _mean_ndcg(
+    taste: Taste, user_factors: Callable[..., tf.Tensor], corpus: Corpus, users: np.ndarray
+) -> float:
+    """Of taste alone. `user_factors` is `taste` as a compiled function."""
+    items = len(corpus.items.ids)
+    candidates = taste.candidates(tf.range(FIRST_ITEM, FIRST_ITEM + items))
+    parts = []
+    for part in _slices(users, items):
+        factors = user_factors(corpus.train.last(part))
+        scores = tf.matmul(factors, candidates, transpose_b=True)
+        parts.append(ndcg_of_scores(scores, corpus, part))
+    return float(np.concatenate(parts).mean())
+
+
+def _best_weight(model: RetrievalModel, corpus: Corpus, users: np.ndarray) -> float:
+    """The weight with the best mean gain over no taste, less one standard error."""
+    candidates = model.candidates()
+    width = model.config.taste_dim
+    unit = 0.0  # of WEIGHTS; from the first users
+    parts = []
+    for part in _slices(users, model.n_items):
+        queries = model.query_compiled(part, corpus.train.last(part))
+        by_towers = tf.matmul(queries[:, :-width], candidates[:, :-width], transpose_b=True)
+        by_taste = tf.matmul(queries[:, -width:], candidates[:, -width:], transpose_b=True)
+        unit = unit or float(tf.math.reduce_std(by_towers) / tf.math.reduce_std(by_taste))
+        sums = (by_towers + weight * unit * by_taste for weight in WEIGHTS)
+        parts.append([ndcg_of_scores(scores, corpus, part) for scores in sums])
+    quality = np.concatenate(parts, axis=1)  # [weights, U]
+    gain = quality - quality[0]
+    best = int(np.argmax(gain.mean(1) - gain.std(1) / len(users) ** 0.5))
+    before, after = quality.mean(1)[[0, best]]
+    print(f"taste: val/ndcg@100 {before:.4f} without, {after:.4f} with it", file=sys.stderr)
+    return WEIGHTS[best] * unit
+
+
+def _slices(users: np.ndarray, items: int) -> list[np.ndarray]:
+    step = users_per_batch(items)
+    return np.array_split(users, np.arange(step, len(users), step))
