@@ -1,7 +1,7 @@
 """How much taste counts beside the towers: chosen on validation data.
 
-1. Taste alone: alpha and regularization, by a walk over a grid with narrow factors, which are fitted in seconds.
-2. The full width with these two, and its weight in the sum.
+1. Taste alone: alpha and regularization, by a walk over a grid. Wide factors want more of both than narrow ones.
+2. The weight in the sum.
 """
 
 import sys
@@ -22,7 +22,10 @@ ALPHAS = (1.0, 3.0, 10.0, 30.0, 100.0)
 REGULARIZATIONS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 FIRST_PLACE = (2, 2)  # where the walk over both begins
 STEPS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1))
-SEARCH_WIDTH = 64
+SEARCH_WIDTH = 64  # of the walk, if full width takes too long
+MANY_INTERACTIONS = 1_000_000
+DEPTH = 10  # NDCG@10. By NDCG@100 taste counts too little: the towers are better further down
+MAX_USERS = 10_000  # validation users that decide
 # Of the taste's scores, in units that make them spread like the towers' scores. 50 is nearly taste alone.
 WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 50.0)
 
@@ -30,8 +33,8 @@ Place = tuple[int, int]  # in ALPHAS and REGULARIZATIONS
 
 
 def fit_taste(model: RetrievalModel, corpus: Corpus, seed: int) -> None:
-    """Fits the taste part of a trained model, and its weight by NDCG@100 on validation users with a history."""
-    users = validation_users(corpus)
+    """Fits the taste part of a trained model, and its weight by NDCG@10 on validation users with a history."""
+    users = validation_users(corpus, MAX_USERS)
     if model.config.taste_dim == 0 or not len(users):
         return
     model.taste.fit(corpus.train, _best_setting(model, corpus, users, seed), seed)
@@ -43,7 +46,9 @@ def _best_setting(
     model: RetrievalModel, corpus: Corpus, users: np.ndarray, seed: int
 ) -> TasteSetting:
     """The alpha and regularization with the best NDCG of taste alone: uphill on the grid until all around is lower."""
-    taste = Taste(min(model.config.taste_dim, SEARCH_WIDTH), model.trained_items)
+    is_large = len(corpus.train.items) > MANY_INTERACTIONS
+    width = min(model.config.taste_dim, SEARCH_WIDTH) if is_large else model.config.taste_dim
+    taste = Taste(width, model.trained_items)
     user_factors = tf.function(taste.call, [ROW_LISTS])
 
     @cache
@@ -81,7 +86,7 @@ def _mean_ndcg(
     for part in _slices(users, items):
         factors = user_factors(corpus.train.last(part))
         scores = tf.matmul(factors, candidates, transpose_b=True)
-        parts.append(ndcg_of_scores(scores, corpus, part))
+        parts.append(ndcg_of_scores(scores, corpus, part, DEPTH))
     return float(np.concatenate(parts).mean())
 
 
@@ -97,12 +102,12 @@ def _best_weight(model: RetrievalModel, corpus: Corpus, users: np.ndarray) -> fl
         by_taste = tf.matmul(queries[:, -width:], candidates[:, -width:], transpose_b=True)
         unit = unit or float(tf.math.reduce_std(by_towers) / tf.math.reduce_std(by_taste))
         sums = (by_towers + weight * unit * by_taste for weight in WEIGHTS)
-        parts.append([ndcg_of_scores(scores, corpus, part) for scores in sums])
+        parts.append([ndcg_of_scores(scores, corpus, part, DEPTH) for scores in sums])
     quality = np.concatenate(parts, axis=1)  # [weights, U]
     gain = quality - quality[0]
     best = int(np.argmax(gain.mean(1) - gain.std(1) / len(users) ** 0.5))
     before, after = quality.mean(1)[[0, best]]
-    print(f"taste: val/ndcg@100 {before:.4f} without, {after:.4f} with it", file=sys.stderr)
+    print(f"taste: val/ndcg@10 {before:.4f} without, {after:.4f} with it", file=sys.stderr)
     return WEIGHTS[best] * unit
 
 

@@ -59,7 +59,7 @@ def fit_popularity_bias(model: RetrievalModel, corpus: Corpus) -> None:
     The best of many choices is often luck. What counts is the mean gain over no bias, less one standard error.
     """
     train = corpus.train
-    users = validation_users(corpus)
+    users = validation_users(corpus, MAX_USERS)
     choices = [(1.0, 0.0), *product(_shares(train), WEIGHTS)]
     best = 0
     if len(users):
@@ -70,10 +70,10 @@ def fit_popularity_bias(model: RetrievalModel, corpus: Corpus) -> None:
     set_popularity_bias(model, train, share=share, weight=weight)
 
 
-def validation_users(corpus: Corpus) -> np.ndarray:
-    """[U] user rows: up to MAX_USERS validation users with a history."""
+def validation_users(corpus: Corpus, most: int) -> np.ndarray:
+    """[U] user rows: up to `most` validation users with a history, drawn at random."""
     users = np.flatnonzero((corpus.val.lengths > 0) & (corpus.train.lengths > 0)).astype(np.int32)
-    return np.random.default_rng(0).permutation(users)[:MAX_USERS]
+    return np.random.default_rng(0).permutation(users)[:most]
 
 
 def set_popularity_bias(
@@ -120,13 +120,13 @@ def _ndcg_of_biases(
     for part in np.array_split(users, np.arange(step, len(users), step)):
         history = train.last(part)
         scores = model.score_catalogue_compiled(part, history, candidates, current_time(part))
-        parts.append([ndcg_of_scores(scores + bias, corpus, part) for bias in biases])
+        parts.append([ndcg_of_scores(scores + bias, corpus, part, DEPTH) for bias in biases])
     return np.concatenate(parts, axis=1)
 
 
-def ndcg_of_scores(scores: tf.Tensor, corpus: Corpus, users: np.ndarray) -> np.ndarray:
-    """[U] NDCG@100 on validation data of scores [U, catalogue], without what these users have seen in training."""
-    _, rows = best_unseen(scores, corpus.train.last(users), DEPTH)
+def ndcg_of_scores(scores: tf.Tensor, corpus: Corpus, users: np.ndarray, k: int) -> np.ndarray:
+    """[U] NDCG@k on validation data of scores [U, catalogue], without what these users have seen in training."""
+    _, rows = best_unseen(scores, corpus.train.last(users), k)
     ranked = np.where(rows.numpy() == PAD, -1, rows.numpy())
     relevant = corpus.val.matrix(users, corpus.items.rows)
-    return metrics.per_user(ranked, relevant, ks=(DEPTH,))[f"ndcg@{DEPTH}"]
+    return metrics.per_user(ranked, relevant, ks=(k,))[f"ndcg@{k}"]
