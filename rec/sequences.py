@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 from rec.errors import UserError
@@ -91,6 +92,11 @@ class Sequences:
             times=None if self.times is None else self.times[keep],
             ratings=None if self.ratings is None else self.ratings[keep],
         )
+
+    def without_repeats(self) -> "Sequences":
+        """The first interaction of each user with each item."""
+        pairs = pd.DataFrame({"user": self.users, "item": self.items})
+        return self.select(~pairs.duplicated().to_numpy())
 
     def shuffled(self, rng: np.random.Generator) -> "Sequences":
         """Each user's interactions of the same second in a new random order; without times, all of the user's."""

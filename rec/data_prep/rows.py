@@ -36,12 +36,15 @@ ID_TYPES = r"U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|VARCHAR|UUID|ENUM.*|DECIMAL\(\
 ID = "case when regexp_matches({0}, '\\S') and not regexp_matches({0}, '[\\r\\n]') then {0} end"  # a vocabulary's line
 SECONDS = "coalesce(try_cast(timestamp as double), epoch(try_cast(timestamp as timestamptz)))"
 TIME = f"case when {SECONDS} between -62135596800 and 253402300799 then {SECONDS} end"  # the years 1 to 9999
-RATING = "case when isfinite(try_cast(rating as float)) then cast(rating as float) end"
+NUMBER = "case when isfinite(try_cast({0} as float)) then cast({0} as float) end"
+WEIGHT = f"case when try_cast(weight as float) >= 0 then {NUMBER.format('weight')} end"
 VALUES = {  # column of `interactions` -> its value, null if the text is malformed, and what is wrong then
     "user_id": (ID.format("user_id"), "is empty or holds a line break"),
     "item_id": (ID.format("item_id"), "is empty or holds a line break"),
     "timestamp": (TIME, "is neither seconds since 1970 nor an ISO 8601 time"),
-    "rating": (RATING, "is not a number"),
+    "rating": (NUMBER.format("rating"), "is not a number"),
+    "event": (ID.format("event"), "is empty or holds a line break"),
+    "weight": (WEIGHT, "is not a number of at least 0"),
 }
 UNREADABLE = {  # DuckDB's type of error -> what is wrong with the line
     "MISSING COLUMNS": "has fewer fields than the file has columns",

@@ -24,6 +24,8 @@ import argparse
 import difflib
 import itertools
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import duckdb
@@ -31,6 +33,7 @@ from duckdb import DuckDBPyConnection as Connection
 
 from rec.data_prep.checks import check_times
 from rec.data_prep.columns import ListColumns, type_columns
+from rec.data_prep.events import Events, parse_names, parse_weights, weigh_events
 from rec.data_prep.raw_files import RawFile, delimiter_of, literal, quoted
 from rec.data_prep.rows import VALUES, in_a_sentence, read_rows
 from rec.data_prep.split import SPLITS, STRATEGIES, Filters
@@ -38,12 +41,24 @@ from rec.data_prep.write import output_parser, prepare
 from rec.errors import UserError, note, run_command
 
 KEYS = {"users": "user_id", "items": "item_id"}  # tables of features -> their ids
-COLUMNS = ("user_col", "item_col", "timestamp_col", "rating_col")  # options, in the order of VALUES
+COLUMNS = (  # options, in the order of VALUES
+    "user_col",
+    "item_col",
+    "timestamp_col",
+    "rating_col",
+    "event_col",
+    "weight_col",
+)
 NEEDS = {  # option -> the one without which it has no effect
     "min_rating": "rating_col",
     "allow_any_time": "timestamp_col",
     "timestamp_format": "timestamp_col",
     "list_separator": "list_col",
+    "since": "timestamp_col",
+    "until": "timestamp_col",
+    "event_weights": "event_col",
+    "negative_events": "event_col",
+    "target_events": "event_col",
 }
 NO_LISTS = ListColumns()
 
@@ -58,11 +73,11 @@ def load_interactions(
 ) -> int:
     """Adds a file's rows to table `interactions`, under `split` if given; returns how many malformed ones it skipped.
 
-    `columns` is what the file calls the user id, item id, time and rating; None for what it does not have.
+    `columns` is what the file calls the user id, item id, time, rating, event and weight, None for what it lacks.
     `time_format` is how times are written, for strptime; None: as seconds or in ISO 8601. Raises UserError for a
     missing column, or a malformed row unless `skip`.
     """
-    named = {name: column for name, column in zip(VALUES, columns, strict=True) if column}
+    named = {name: column for name, column in zip(VALUES, columns, strict=False) if column}
     rows = f"select *, '{split}' as split from raw" if split else "from raw"
     with in_a_sentence(file):
         skipped = read_rows(con, file, named, skip, time_format=time_format)
@@ -105,8 +120,10 @@ def check_options(args: argparse.Namespace) -> None:
             raise UserError(f"{_flag(option)} needs {_flag(other)}")
     if args.timestamp_format:
         _check_time_format(args.timestamp_format)
-    if args.min_interactions < 1:
-        raise UserError(f"--min-interactions must be at least 1, not {args.min_interactions}")
+    for option in ("min_interactions", "min_item_interactions"):
+        least = getattr(args, option)
+        if least < 1:
+            raise UserError(f"{_flag(option)} must be at least 1, not {least}")
     columns = {option: getattr(args, option) for option in COLUMNS if getattr(args, option)}
     for (one, name), (other, same) in itertools.combinations(columns.items(), 2):
         if name == same:
@@ -146,6 +163,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--rating-col", help="a number")
     add("--min-rating", type=float, help="drop interactions rated lower")
     add("--min-interactions", type=int, default=1, help="drop users with fewer, before the split")
+    add("--min-item-interactions", type=int, default=1, help="the same for items, until both hold")
+    add("--since", help="drop interactions before this date, such as 2024-01-31, or second")
+    add("--until", help="drop interactions at this date or second, and later ones")
+    repeats = "what stays of a user and item that come again; default: first"
+    add("--repeats", choices=["first", "last", "keep"], default="first", help=repeats)
+    add("--event-col", help="what a user did, such as view or purchase")
+    add("--event-weights", help="view=1,cart=3,purchase=10: for all events; 0 drops one")
+    add("--weight-col", help="a number per interaction, which its event's weight multiplies")
+    add("--negative-events", help="dislike,skip: events that say what a user does not want")
+    add("--target-events", help="purchase: what val and test ask for; the others are history")
     add("--users", type=Path, help="features of users; users without interactions are left out")
     add("--items", type=Path, help="features of items; all of them make up the catalogue")
     lists = 'a text feature with several values, such as "a|b|c"; repeatable'
@@ -188,22 +215,51 @@ def main() -> None:
     is_drawn = not args.val if is_given else not args.timestamp_col
     if args.seed is not None and not is_drawn:
         note(f"--seed {args.seed} has no effect: this split draws nothing at random")
+    events = Events(
+        weights=parse_weights(args.event_weights) if args.event_weights else {},
+        negatives=parse_names(args.negative_events or ""),
+        targets=parse_names(args.target_events or ""),
+    )
     paths = [file.path for file in files.values()]
     prepare(
         args.output_dir,
-        lambda con, scratch: {"bad_rows": _load(con, args, files)},
+        lambda con, scratch: _load(con, args, files, events),
         name=paths[0].stem,
         source=", ".join(path.name for path in paths),
         strategy=strategy,
         seed=42 if args.seed is None else args.seed,
-        filters=Filters(args.min_rating, args.min_interactions),
+        filters=Filters(
+            args.min_rating,
+            args.min_interactions,
+            args.min_item_interactions,
+            since=_seconds(args.since),
+            until=_seconds(args.until),
+            repeats=args.repeats,
+        ),
+        events=events,
         engine=args.engine,
         wait=args.wait,
     )
 
 
-def _load(con: Connection, args: argparse.Namespace, files: dict[str, RawFile]) -> int:
-    """Creates the tables of all files; returns the number of malformed rows. `files` are by their options."""
+def _seconds(text: str | None) -> float | None:
+    """Seconds since 1970 of a date, a time in ISO 8601, or themselves. Raises UserError for anything else."""
+    if text is None:
+        return None
+    with suppress(ValueError):
+        return float(text)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        hint = "write 2024-01-31, 2024-01-31T12:00:00, or seconds since 1970"
+        raise UserError(f"{text!r} is no time for --since or --until: {hint}") from None
+    return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
+
+
+def _load(
+    con: Connection, args: argparse.Namespace, files: dict[str, RawFile], events: Events
+) -> dict[str, int]:
+    """Creates the tables of all files, which are by their options; returns the number of rows dropped, by reason."""
     bad_rows = 0
     features = []
     columns = [getattr(args, option) for option in COLUMNS]
@@ -225,7 +281,10 @@ def _load(con: Connection, args: argparse.Namespace, files: dict[str, RawFile]) 
         near = difflib.get_close_matches(name, features, 1)
         hint = f": did you mean {near[0]}?" if near else ""
         raise UserError(f"--list-col {name}: neither --users nor --items has such a feature{hint}")
-    return bad_rows
+    dropped = {"bad_rows": bad_rows}
+    if args.event_weights or args.weight_col or args.event_col:
+        dropped["of_weight_0"] = weigh_events(con, events)
+    return dropped
 
 
 if __name__ == "__main__":

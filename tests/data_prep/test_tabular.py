@@ -293,7 +293,14 @@ def test_min_rating_and_min_interactions(run: Run, capsys: pytest.CaptureFixture
     out, err = capsys.readouterr()
     assert json.loads(out)["dropped"]["below_min_rating"] == 1
     assert "dropped: 1 interactions of users with fewer than --min-interactions" in err
-    assert dataset.manifest["filters"] == {"min_rating": 3.5, "min_interactions": 2}
+    assert dataset.manifest["filters"] == {
+        "min_rating": 3.5,
+        "min_interactions": 2,
+        "min_item_interactions": 1,
+        "since": None,
+        "until": None,
+    }
+    assert dataset.manifest["repeats"] == "first"
 
 
 def test_features_of_csv_are_typed_by_how_they_are_written(run: Run) -> None:
