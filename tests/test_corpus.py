@@ -55,7 +55,7 @@ def test_the_history_of_test_is_everything_before_it(corpus: Corpus) -> None:
 
 
 def test_what_training_does_not_use_yet_is_said(
-    corpus: Corpus, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str], corpus: Corpus
 ) -> None:
     err = capsys.readouterr().err
     assert "warning: training does not use weights yet" in err

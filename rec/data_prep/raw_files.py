@@ -1,11 +1,13 @@
-"""A file as a person has it: CSV, TSV or Parquet, and how it is written.
+"""A file as a person has it: CSV, TSV, JSON lines or Parquet, and how it is written.
 
 - The fields of a text file are separated by what its name or --delimiter says. If that is not in the first line, and
   another usual separator gives the columns that the command needs, that one is taken, and said.
 - A quote opens a field that may hold separators, and is doubled inside it. In a .tsv, or with --quote none, it is a
   character like any other.
 - Lines end in \\n, \\r\\n or \\r, all of a file alike; the last one may have no end. Blank lines are no rows.
-- Another encoding than UTF-8, or another kind of file, is refused by the name of what it seems to be.
+- A compressed file (.gz, .zst) and one in the encoding that --encoding names are first copied as plain UTF-8.
+- A line of a .jsonl or .ndjson is an object. A field inside another is named by a dotted path, such as user.id.
+- Another encoding, or another kind of file, is refused by the name of what it seems to be.
 
 What becomes of its rows is in rows.py.
 """
@@ -14,20 +16,25 @@ import codecs
 import csv
 import glob
 import itertools
+import json
 import re
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import duckdb
+import pyarrow as pa
 from duckdb import DuckDBPyConnection as Connection
 
 from rec.errors import UserError, note
 
-DELIMITERS = {".csv": ",", ".tsv": "\t", ".parquet": ""}
-QUOTES = {".csv": '"', ".tsv": "", ".parquet": ""}
+JSON = "\0"  # the delimiter of JSON lines, which have one field: no text holds it
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": JSON, ".ndjson": JSON, ".parquet": ""}
+QUOTES = {".csv": '"'}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SEPARATORS = (",", ";", "\t", "|")  # those that are looked for
 # The first bytes of files that are neither text nor what their name says. Longer ones come first.
 BEGINNINGS = {
@@ -71,26 +78,33 @@ class RawFile:
     header: tuple[str, ...] = ()  # column names; none: the first line holds them
     has_options: bool = False  # whether its command has --delimiter, --quote and --skip-bad-rows
     title: str = ""  # how messages call it; none: its path
+    decimal: str = "."  # what numbers have before their fraction
 
     @classmethod
-    def of(cls, path: Path, delimiter: str | None = None, quote: str | None = None) -> "RawFile":
+    def of(
+        cls, path: Path, delimiter: str | None = None, quote: str | None = None, decimal: str = "."
+    ) -> "RawFile":
         """A user's file; `delimiter` and `quote` replace what is usual for its extension.
 
         Raises UserError if the extension does not tell the format, or the file is empty or none.
         """
-        kind = path.suffix.lower()
-        if kind not in DELIMITERS:
-            known = "the name must end in .csv, .tsv or .parquet, so that the format is known"
-            raise UserError(f"{path}: {known}")
+        name = path.stem if path.suffix.lower() in COMPRESSIONS else path.name
+        kind = Path(name).suffix.lower()
+        if kind not in DELIMITERS or kind == ".parquet" != path.suffix.lower():
+            known = "end in .csv, .tsv, .jsonl (or one of these and .gz or .zst) or .parquet"
+            raise UserError(f"{path}: the name must {known}, so that the format is known")
         if not path.is_file():
             raise UserError(f"{path} is not a file")
         if not path.stat().st_size:
             raise UserError(f"{path} is empty")
-        if delimiter is None or kind == ".parquet":
+        if DELIMITERS[kind] in ("", JSON):
+            header = ("json",) if DELIMITERS[kind] else ()
+            return cls(path, DELIMITERS[kind], header=header, has_options=bool(header))
+        if delimiter is None:
             delimiter = DELIMITERS[kind]
         if quote is None:
-            quote = QUOTES[kind]
-        return cls(path, delimiter, quote, has_options=bool(delimiter))
+            quote = QUOTES.get(kind, "")
+        return cls(path, delimiter, quote, has_options=True, decimal=decimal)
 
     def __str__(self) -> str:
         return self.title or str(self.path)
@@ -101,9 +115,36 @@ class RawFile:
         return bool(self.delimiter)
 
     @property
+    def is_json(self) -> bool:
+        """Whether each line is a JSON object."""
+        return self.delimiter == JSON
+
+    @property
     def has_one_column(self) -> bool:
         """Whether a blank line is a row, namely one whose only field is empty."""
-        return self.is_text and len(self.names()) == 1
+        return self.is_text and not self.is_json and len(self.names()) == 1
+
+    def plain(self, scratch: Path, encoding: str | None = None) -> "RawFile":
+        """This file, or a copy in `scratch` that is neither compressed nor in another encoding than UTF-8.
+
+        Raises UserError for a file that is damaged, or not in that encoding.
+        """
+        compression = COMPRESSIONS.get(self.path.suffix.lower())
+        if not self.is_text or not (compression or encoding):
+            return self
+        copy = scratch / f"plain-{len([*scratch.iterdir()])}"
+        try:
+            with pa.input_stream(str(self.path), compression=compression) as stream:
+                with open(copy, "wb") as target:
+                    if encoding:
+                        stream = codecs.EncodedFile(stream, "utf-8", encoding)
+                    shutil.copyfileobj(stream, target, 2**20)
+        except (OSError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and error.errno:  # the disk is full, say
+                raise
+            written = f"in {encoding}" if encoding else f"an intact {compression} file"
+            raise UserError(f"{self} is not {written}: {error}") from None
+        return replace(self, path=copy, title=str(self))
 
     def records(self) -> Iterator[Record]:
         """The rows of a text file, with its header and blank lines. Bytes that are not UTF-8 become surrogates."""
@@ -148,7 +189,7 @@ class RawFile:
         """
         names = self.names()
         wanted = set(columns)
-        if wanted <= set(names):
+        if self.is_json or wanted <= set(names):
             return self
         for delimiter in SEPARATORS:
             other = replace(self, delimiter=delimiter)
@@ -170,14 +211,19 @@ class RawFile:
         with_header = row - bool(self.header)
         return next(itertools.islice(rows, with_header, None), with_header + 1)
 
-    def relation(self, con: Connection) -> duckdb.DuckDBPyRelation:
-        """The rows, all columns of text files as text; those that cannot be read go to table `reject_errors`.
+    def relation(
+        self, con: Connection, fields: Collection[str], features: bool
+    ) -> duckdb.DuckDBPyRelation:
+        """The rows, all columns of CSV and TSV as text; those that cannot be read go to table `reject_errors`.
 
-        Columns without a name and those that pandas writes for its index are left out. Raises UserError if two
-        columns have the same name.
+        Columns without a name and those that pandas writes for its index are left out. Of JSON lines, `fields` are
+        columns, as text, and with `features` the other keys with their types; column `bad_json` is a line that is no
+        object. Raises UserError if two columns have the same name.
         """
         path = glob.escape(str(self.path))
         relation = self._text_relation(con, path) if self.is_text else con.read_parquet(path)
+        if self.is_json:
+            return _json_relation(relation.filter("json is not null"), fields, features)
         names = relation.columns
         named = [quoted(name) for name in names if not INDEX.fullmatch(name)]
         if len(named) == len(names):
@@ -207,6 +253,28 @@ class RawFile:
             escapechar=self.quote,
             columns=dict.fromkeys(named, "VARCHAR"),
         )
+
+
+def _json_relation(
+    lines: duckdb.DuckDBPyRelation, fields: Collection[str], features: bool
+) -> duckdb.DuckDBPyRelation:
+    """The fields of lines of JSON; see RawFile.relation."""
+    is_object = "json_valid(json) and json_type(try_cast(json as json)) = 'OBJECT'"
+    parsed = f"case when {is_object} then cast(json as json) end"
+    columns = [f"case when not coalesce({is_object}, false) then json end as bad_json"]
+    for name in fields:
+        path = "$" + "".join(f'."{key}"' for key in name.split("."))
+        columns.append(f"json_extract_string({parsed}, {literal(path)}) as {quoted(name)}")
+    if not features:
+        return lines.project(", ".join(columns))
+    ((structure,),) = lines.aggregate(f"json_group_structure({parsed})").fetchall()
+    others = [name for name in json.loads(structure or "{}") if name not in fields]
+    typed = lines.project(
+        f"{', '.join(columns)}, from_json({parsed}, {literal(structure or '{}')}) as fields"
+    )
+    names = [quoted(name) for name in ("bad_json", *fields)]
+    names += [f"fields.{quoted(name)} as {quoted(name)}" for name in others]
+    return typed.project(", ".join(names))
 
 
 def quoted(name: str) -> str:
@@ -239,7 +307,8 @@ def encoding_problem(text: str) -> str:
         line = content.decode("cp1252", "replace")[:60]
         return (
             "is not UTF-8; the file seems to be Latin-1 (Windows-1252), in which the line is"
-            f" {line!r}: convert it, such as by `iconv -f WINDOWS-1252 -t UTF-8`"
+            f" {line!r}: read it with --encoding cp1252, or convert it, such as by"
+            " `iconv -f WINDOWS-1252 -t UTF-8`"
         )
     return ""
 
@@ -262,12 +331,16 @@ def check_kind(file: RawFile) -> None:
     if kind.startswith("UTF"):
         encoding = kind.split()[0]
         hint = f"convert it, such as by `iconv -f {encoding} -t UTF-8`"
-        raise UserError(
-            f"{file}:1: the file seems to be {encoding}, and only UTF-8 is read: {hint}"
-        )
+        if file.has_options:
+            hint = f"read it with --encoding {encoding}, or {hint}"
+        raise UserError(f"{file}:1: the file seems to be {encoding}, and not UTF-8: {hint}")
     is_parquet = kind == "a Parquet file"
     if file.is_text and kind:
         hint = "rename it to .parquet" if is_parquet else "export it as CSV"
+        if kind in ("a gzip file", "a zstd file"):
+            hint = (
+                f"let its name end in {'.gz' if 'gzip' in kind else '.zst'}, after .csv for example"
+            )
         raise UserError(f"{file} is not text, it seems to be {kind}: {hint}")
     if not file.is_text and not is_parquet:
         hint = "write it as Parquet, or let its name end as its format asks"

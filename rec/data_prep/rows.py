@@ -46,6 +46,8 @@ VALUES = {  # column of `interactions` -> its value, null if the text is malform
     "event": (ID.format("event"), "is empty or holds a line break"),
     "weight": (WEIGHT, "is not a number of at least 0"),
 }
+NUMBERS = ("timestamp", "rating", "weight")
+SCALES = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # --timestamp-unit -> of them in a second
 UNREADABLE = {  # DuckDB's type of error -> what is wrong with the line
     "MISSING COLUMNS": "has fewer fields than the file has columns",
     "TOO MANY COLUMNS": "has more fields than the file has columns",
@@ -92,8 +94,8 @@ def read_rows(
 
     `columns`: a name in `raw` -> what the file calls that column, which is read as text. With `features` the other
     columns are added as they are, no id may come twice, and a field may go on to another line. `time_format` is how
-    times are written, for strptime. Raises UserError for a file that cannot be read as a whole, and for a malformed
-    row unless `skip`.
+    times are written, for strptime, or their unit, s, ms, us or ns. Raises UserError for a file that cannot be read as
+    a whole, and for a malformed row unless `skip`.
     """
     check_kind(file)
     if file.is_text:
@@ -141,17 +143,28 @@ def _create_raw(
     `bad_row` is [the file's name of the column, the text that is wrong, what is wrong]; `line_breaks` is the number
     of line ends in its fields.
     """
-    source = file.relation(con)
+    source = file.relation(con, columns.values(), features)
     types = dict(zip(source.columns, map(str, source.types), strict=True))
     _check_columns(file, columns, types, features)
     meaning = dict(VALUES)
-    if time_format:
+    if time_format in SCALES:
+        number = f"try_cast(timestamp as double) / {SCALES[time_format]}"
+        time = TIME.replace("try_cast(timestamp as double)", number)
+        meaning["timestamp"] = (time, VALUES["timestamp"][1])
+    elif time_format:
         seconds = f"epoch(try_strptime(timestamp, {literal(time_format)}))"
         meaning["timestamp"] = (seconds, f"is not a time written {time_format!r}")
-    texts = [f"cast({quoted(column)} as varchar) as {name}" for name, column in columns.items()]
+    texts = []
     values = []
     cases = []
+    if file.is_json:
+        cases.append("when bad_json is not null then ['line', bad_json, 'is no JSON object']")
+        texts.append("bad_json")
     for name, column in columns.items():
+        text = f"cast({quoted(column)} as varchar)"
+        if name in NUMBERS and file.decimal != ".":
+            text = f"replace({text}, '{file.decimal}', '.')"
+        texts.append(f"{text} as {name}")
         value, problem = meaning[name]
         values.append(f"{value} as {name}")
         bad_row = f"[{literal(column)}, {name}, {literal(problem)}]"
@@ -159,7 +172,8 @@ def _create_raw(
     others = []
     line_breaks = "0"
     if features:
-        others = [quoted(name) for name in types if name not in columns.values()]
+        used = (*columns.values(), "bad_json")
+        others = [quoted(name) for name in types if name not in used]
         ((key, column),) = columns.items()
         nth = f"row_number() over (partition by {key} order by source_row)"
         cases.append(f"when {nth} > 1 then [{literal(column)}, {key}, 'came before']")

@@ -21,7 +21,9 @@ Not covered: compressed CSV, quotes escaped otherwise than by doubling them.
 """
 
 import argparse
+import codecs
 import difflib
+import glob
 import itertools
 from collections.abc import Sequence
 from contextlib import suppress
@@ -35,7 +37,7 @@ from rec.data_prep.checks import check_times
 from rec.data_prep.columns import ListColumns, type_columns
 from rec.data_prep.events import Events, parse_names, parse_weights, weigh_events
 from rec.data_prep.raw_files import RawFile, delimiter_of, literal, quoted
-from rec.data_prep.rows import VALUES, in_a_sentence, read_rows
+from rec.data_prep.rows import SCALES, VALUES, in_a_sentence, read_rows
 from rec.data_prep.split import SPLITS, STRATEGIES, Filters
 from rec.data_prep.write import output_parser, prepare
 from rec.errors import UserError, note, run_command
@@ -53,6 +55,7 @@ NEEDS = {  # option -> the one without which it has no effect
     "min_rating": "rating_col",
     "allow_any_time": "timestamp_col",
     "timestamp_format": "timestamp_col",
+    "timestamp_unit": "timestamp_col",
     "list_separator": "list_col",
     "since": "timestamp_col",
     "until": "timestamp_col",
@@ -82,6 +85,9 @@ def load_interactions(
     with in_a_sentence(file):
         skipped = read_rows(con, file, named, skip, time_format=time_format)
         con.execute(f"create table if not exists interactions as {rows} limit 0")
+        ((last,),) = con.execute("select max(source_row) from interactions").fetchall()
+        if last:
+            con.execute(f"update raw set source_row = source_row + {last}")
         con.execute(f"insert into interactions {rows}; drop table raw")
     return skipped
 
@@ -118,6 +124,14 @@ def check_options(args: argparse.Namespace) -> None:
     for option, other in NEEDS.items():
         if getattr(args, option) not in (None, False) and not getattr(args, other):
             raise UserError(f"{_flag(option)} needs {_flag(other)}")
+    if args.encoding:
+        try:
+            codecs.lookup(args.encoding)
+        except LookupError:
+            hint = "write cp1252 or utf-16, for example"
+            raise UserError(f"--encoding {args.encoding} is unknown: {hint}") from None
+    if args.timestamp_format and args.timestamp_unit:
+        raise UserError("--timestamp-format and --timestamp-unit exclude each other: use one")
     if args.timestamp_format:
         _check_time_format(args.timestamp_format)
     for option in ("min_interactions", "min_item_interactions"):
@@ -158,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--timestamp-col", help="without it the data are unordered")
     time_format = "how times are written, for strptime: '%%Y%%m%%d'; default: seconds or ISO 8601"
     add("--timestamp-format", help=time_format)
+    add("--timestamp-unit", choices=list(SCALES), help="of times that are numbers; default: s")
     any_time = "take times that end before 1990 or start after tomorrow"
     add("--allow-any-time", action="store_true", help=any_time)
     add("--rating-col", help="a number")
@@ -185,6 +200,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--delimiter", help=delimiter)
     quote = 'opens fields of text files that may hold separators; default: ", none in a .tsv'
     add("--quote", choices=["none", '"'], help=quote)
+    add("--encoding", help="of text files, such as cp1252 or utf-16; default: UTF-8")
+    decimal = "what numbers of text files have before their fraction; default: ."
+    add("--decimal", choices=[".", ","], default=".", help=decimal)
     add("--seed", type=int, help="default: 42; of what is drawn where data without times are split")
     skip = "drop and count malformed rows"
     add("--skip-bad-rows", dest="skip", action="store_true", help=skip)
@@ -205,13 +223,14 @@ def main() -> None:
     delimiter = None if args.delimiter is None else delimiter_of(args.delimiter)
     quote = "" if args.quote == "none" else args.quote
     files = {
-        name: RawFile.of(path, delimiter, quote)
+        name: [RawFile.of(each, delimiter, quote, args.decimal) for each in _matching(path)]
         for name in ("interactions", *SPLITS, *KEYS)
         if (path := getattr(args, name))
     }
-    has_text = any(file.is_text for file in files.values())
-    if (args.delimiter or args.quote) and not has_text:
-        raise UserError("--delimiter and --quote are for text files, and all files are Parquet")
+    every = [file for group in files.values() for file in group]
+    for option in ("delimiter", "quote", "encoding"):
+        if getattr(args, option) and not any(file.is_text for file in every):
+            raise UserError(f"--{option} is for text files, and all files are Parquet")
     is_drawn = not args.val if is_given else not args.timestamp_col
     if args.seed is not None and not is_drawn:
         note(f"--seed {args.seed} has no effect: this split draws nothing at random")
@@ -220,11 +239,11 @@ def main() -> None:
         negatives=parse_names(args.negative_events or ""),
         targets=parse_names(args.target_events or ""),
     )
-    paths = [file.path for file in files.values()]
+    paths = [file.path for file in every]
     prepare(
         args.output_dir,
-        lambda con, scratch: _load(con, args, files, events),
-        name=paths[0].stem,
+        lambda con, scratch: _load(con, scratch, args, files, events),
+        name=paths[0].name.partition(".")[0],
         source=", ".join(path.name for path in paths),
         strategy=strategy,
         seed=42 if args.seed is None else args.seed,
@@ -242,6 +261,16 @@ def main() -> None:
     )
 
 
+def _matching(path: Path) -> list[Path]:
+    """The files that a pattern such as logs/*.csv matches, in order of names; a file that exists is no pattern."""
+    if path.exists() or not glob.has_magic(str(path)):
+        return [path]
+    paths = sorted(map(Path, glob.glob(str(path))))
+    if not paths:
+        raise UserError(f"no file matches {path}")
+    return paths
+
+
 def _seconds(text: str | None) -> float | None:
     """Seconds since 1970 of a date, a time in ISO 8601, or themselves. Raises UserError for anything else."""
     if text is None:
@@ -257,25 +286,33 @@ def _seconds(text: str | None) -> float | None:
 
 
 def _load(
-    con: Connection, args: argparse.Namespace, files: dict[str, RawFile], events: Events
+    con: Connection,
+    scratch: Path,
+    args: argparse.Namespace,
+    files: dict[str, list[RawFile]],
+    events: Events,
 ) -> dict[str, int]:
     """Creates the tables of all files, which are by their options; returns the number of rows dropped, by reason."""
     bad_rows = 0
     features = []
     columns = [getattr(args, option) for option in COLUMNS]
-    for name, file in files.items():
-        if name not in KEYS:
-            note(f"reading {file.path}")
+    times = args.timestamp_format or args.timestamp_unit
+    for name in [name for name in files if name not in KEYS]:
+        for file in files[name]:
+            note(f"reading {file}")
             split = name if name in SPLITS else None
-            bad_rows += load_interactions(
-                con, file, columns, split, args.skip, args.timestamp_format
-            )
+            plain = file.plain(scratch, args.encoding)
+            bad_rows += load_interactions(con, plain, columns, split, args.skip, times)
     if args.timestamp_col and not args.allow_any_time:
         check_times(con)
     lists = ListColumns(args.list_col, args.list_separator)
     for table in [name for name in KEYS if name in files]:
         key = args.user_col if table == "users" else args.item_col
-        bad_rows += load_features(con, files[table], table, key, lists, args.skip)
+        (file, *others) = files[table]
+        if others:
+            raise UserError(f"--{table} names {len(others) + 1} files: name one")
+        plain = file.plain(scratch, args.encoding)
+        bad_rows += load_features(con, plain, table, key, lists, args.skip)
         features += con.table(table).columns[1:]  # without the id
     for name in set(args.list_col) - set(features):
         near = difflib.get_close_matches(name, features, 1)
