@@ -173,7 +173,7 @@ class RawFile:
         if self.header:
             return list(self.header)
         first = self.first_record()
-        problem = encoding_problem(self.delimiter.join(first.fields))
+        problem = encoding_problem(self, first)
         if not first.fields:
             problem = "the first line is blank; it must name the columns"
         elif first.last_line > 1:
@@ -296,21 +296,24 @@ def delimiter_of(text: str) -> str:
     return delimiter
 
 
-def encoding_problem(text: str) -> str:
-    """What is wrong with a text that was read from bytes which are not UTF-8; "" if they are."""
-    content = text.encode("utf-8", "surrogateescape")
+def encoding_problem(file: RawFile, record: Record) -> str:
+    """What is wrong with a row that was read from bytes which are not UTF-8; "" if they are."""
+    content = file.delimiter.join(record.fields).encode("utf-8", "surrogateescape")
     try:
         content.decode()
     except UnicodeDecodeError:
         if not content.decode("utf-8", "ignore").isascii():
             return "is not UTF-8: a character of it is damaged, export the file again"
         line = content.decode("cp1252", "replace")[:60]
-        return (
-            "is not UTF-8; the file seems to be Latin-1 (Windows-1252), in which the line is"
-            f" {line!r}: read it with --encoding cp1252, or convert it, such as by"
-            " `iconv -f WINDOWS-1252 -t UTF-8`"
-        )
+        seems = f"the file seems to be Latin-1 (Windows-1252), in which the line is {line!r}"
+        return f"is not UTF-8; {seems}: {_how_to_read(file, 'cp1252', 'WINDOWS-1252')}"
     return ""
+
+
+def _how_to_read(file: RawFile, python_name: str, iconv_name: str) -> str:
+    """What to do about an encoding."""
+    convert = f"convert it, such as by `iconv -f {iconv_name} -t UTF-8`"
+    return f"read it with --encoding {python_name}, or {convert}" if file.has_options else convert
 
 
 def kind_of(path: Path) -> str:
@@ -330,9 +333,7 @@ def check_kind(file: RawFile) -> None:
     kind = kind_of(file.path)
     if kind.startswith("UTF"):
         encoding = kind.split()[0]
-        hint = f"convert it, such as by `iconv -f {encoding} -t UTF-8`"
-        if file.has_options:
-            hint = f"read it with --encoding {encoding}, or {hint}"
+        hint = _how_to_read(file, encoding, encoding)
         raise UserError(f"{file}:1: the file seems to be {encoding}, and not UTF-8: {hint}")
     is_parquet = kind == "a Parquet file"
     if file.is_text and kind:

@@ -258,7 +258,7 @@ def _unreadable_rows(con: Connection, file: RawFile) -> list[Problem]:
     record = _nth_record(file, nth)
     reason = UNREADABLE.get(kind, str(kind).lower())
     if kind == "INVALID ENCODING":
-        reason = encoding_problem(file.delimiter.join(record.fields))
+        reason = encoding_problem(file, record)
     return [Problem(record.line, reason, count)]
 
 

@@ -1,23 +1,31 @@
-"""Your own CSV, TSV or Parquet files -> a dataset directory.
+"""Your own CSV, TSV, JSON lines or Parquet files -> a dataset directory.
 
     python -m rec.data_prep.tabular --interactions clicks.csv --user-col user --item-col product \\
         --timestamp-col time --items products.csv --list-col tags --output-dir data/mine
+    python -m rec.data_prep.tabular --interactions 'logs/*.jsonl.gz' --user-col user.id --item-col item.id \\
+        --timestamp-col ts --timestamp-unit ms --event-col type --event-weights view=1,cart=3,purchase=10,skip=1 \\
+        --negative-events skip --target-events purchase --repeats keep --since 2024-01-01 --output-dir data/mine
+    python -m rec.data_prep.tabular --interactions export.csv --delimiter ';' --decimal , --encoding cp1252 \\
+        --min-interactions 5 --min-item-interactions 5 --split leave_one_out --output-dir data/mine
 
 - Ids are strings exactly as written: leading zeros, commas, quotes and any alphabet are kept.
-- Times are seconds since 1970 or ISO 8601, in UTC unless they name a zone, or as --timestamp-format says. A range that
-  ends before 1990 or starts after tomorrow is refused, unless --allow-any-time is given.
+- Times are seconds since 1970 or ISO 8601, in UTC unless they name a zone, or as --timestamp-format or
+  --timestamp-unit says. A range that ends before 1990 or starts after tomorrow is refused, unless --allow-any-time.
 - A malformed row (wrong number of columns, empty id, line break in an id, time or rating that is no number) stops
   the command with file and line; --skip-bad-rows drops and counts it.
 - Every line of a text file is a row, the header, blank, or counted as malformed. A quote that swallows lines is
   refused with its line. No field of interactions goes on to another line; one of users or items may.
 - --delimiter names the separator. If the one that the extension tells is not in the first line, and another gives
   all the columns, that one is taken and printed. In a .tsv, and with --quote none, quotes are plain characters.
-- Text is UTF-8. A column without a name, such as pandas' index, is left out and printed.
+- Names that end in .gz or .zst are compressed. Text is UTF-8, or as --encoding says. --interactions, --train, --val and
+  --test may be patterns. A field inside another of a JSON line is named by a dotted path.
+- A column without a name, such as pandas' index, is left out and printed.
 - A feature column of a CSV is int64 or double if all its values are written as such (02139 is not: it is a zip
   code), a list if --list-col names it, otherwise a string. An empty field is null. What decided is printed.
 - A file of items or users without a single id of the interactions is refused, with one id of each side.
+- With --event-weights every event must have a weight; 0 drops it. Another event of a user and an item is no repeat.
 
-Not covered: compressed CSV, quotes escaped otherwise than by doubling them.
+Not covered: quotes escaped otherwise than by doubling them, numbers with separators of thousands.
 """
 
 import argparse
