@@ -155,7 +155,8 @@ def _report_what_is_not_used(dataset: Dataset) -> None:
     """Warns of what the data set says and training does not heed yet."""
     manifest = dataset.manifest
     if "weight" in dataset.columns:
-        warn("training does not use weights yet: every interaction counts the same")
+        loss = "weights count in the loss of models of sequences"
+        warn(f"{loss}; the autoencoder, popularity and the ranker do not use them yet")
     if manifest.get("negative_events"):
         warn("training leaves negative events out, and does not learn from them yet")
     if dataset.has_repeats:
@@ -177,6 +178,7 @@ def _sequences(
     rows = on_disk(offsets[-1], np.int32)
     times = on_disk(len(rows), np.int64) if dataset.ordered else None
     ratings = on_disk(len(rows), np.float32) if dataset.has_ratings else None
+    weights = on_disk(len(rows), np.float32) if "weight" in dataset.columns else None
     next_free = offsets[:-1].copy()
     for frame in dataset.batches(split, events):
         user = users.encode(frame["user_id"], UNKNOWN_USER)
@@ -192,4 +194,6 @@ def _sequences(
             times[places] = frame["timestamp"].to_numpy()[by_user]
         if ratings is not None:
             ratings[places] = frame["rating"].to_numpy()[by_user]
-    return Sequences(offsets, rows, times, ratings)
+        if weights is not None:
+            weights[places] = frame["weight"].to_numpy()[by_user]
+    return Sequences(offsets, rows, times, ratings, weights)

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from rec.config import Features
+from rec.batches import window_batches
+from rec.config import Features, Retrieval, with_data_defaults
 from rec.corpus import Corpus, load_corpus
 from rec.data_prep import tabular
 from rec.data_prep.dataset import open_dataset
@@ -48,6 +50,17 @@ def test_negatives_are_left_out_and_val_and_test_ask_for_targets_once(corpus: Co
     assert of_user(corpus, corpus.test, "v") == "a"
 
 
+def test_each_target_of_a_batch_has_its_weight(corpus: Corpus) -> None:
+    config = with_data_defaults(Retrieval(), corpus.ordered, len(corpus.train.items))
+    (batch,) = window_batches(corpus, config, corpus.train, 0, 0).as_numpy_iterator()
+    row = batch["user"].tolist().index(corpus.users.encode(["u"], 0)[0])
+    targets = corpus.items.ids[batch["tokens"][row, 1:] - corpus.items.first]
+    assert " ".join(targets) == "a b a a c"
+    assert batch["weight"][row].tolist() == [1, 1, 5, 1, 1]
+    (other,) = np.delete(batch["weight"], row, axis=0)
+    assert other.tolist() == [1, 1, 0, 0, 0]  # b and a, then padding
+
+
 def test_the_history_of_test_is_everything_before_it(corpus: Corpus) -> None:
     assert of_user(corpus, corpus.history("val"), "v") == "b a"
     assert of_user(corpus, corpus.history("test"), "v") == "b a b c"
@@ -58,6 +71,6 @@ def test_what_training_does_not_use_yet_is_said(
     capsys: pytest.CaptureFixture[str], corpus: Corpus
 ) -> None:
     err = capsys.readouterr().err
-    assert "warning: training does not use weights yet" in err
+    assert "warning: weights count in the loss of models of sequences; the autoencoder" in err
     assert "warning: training leaves negative events out" in err
     assert "warning: what a user has met before is not recommended again" in err

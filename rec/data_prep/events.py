@@ -83,7 +83,10 @@ def weigh_events(con: Connection, events: Events) -> int:
     con.execute(
         f"create or replace table interactions as select * from ({weighed}) where weight > 0"
     )
-    return before - len(con.table("interactions"))
+    left = len(con.table("interactions"))
+    if not left:
+        raise UserError(f"all {before:,} interactions have weight 0: give some a weight above 0")
+    return before - left
 
 
 def _check_events(con: Connection, events: Events) -> None:

@@ -126,6 +126,7 @@ def test_a_temporal_split_asks_for_targets_too(run: Run) -> None:
         (["--target-events", "purchases"], "--target-events names purchases, which does not"),
         (["--negative-events", "skip"], r"--negative-events names skip, .*dislike \(1\)"),
         (["--negative-events", "view", "--target-events", "view"], "view has weight 0, or is both"),
+        (["--event-weights", "view=0,purchase=0,dislike=0"], "all 15 interactions have weight 0"),
         (["--event-weights", "view=1", "--event-col", ""], "--event-weights needs --event-col"),
     ],
 )
