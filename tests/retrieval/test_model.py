@@ -122,7 +122,7 @@ def test_the_loss_is_the_mean_by_the_weights_of_the_targets():
     }
 
     def weighed(*weights: float) -> float:
-        return float(built.compute_loss(batch | {"weight": tf.constant([weights])}))
+        return float(built.compute_loss(batch | {"weight": tf.constant([weights], tf.float32)}))
 
     alone = [weighed(1, 0, 0), weighed(0, 1, 0), weighed(0, 0, 1)]
     assert float(built.compute_loss(batch)) == pytest.approx(np.mean(alone), rel=1e-5)
