@@ -35,13 +35,13 @@ BLOCK = 2**20  # characters that are read at once
 ID_TYPES = r"U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|VARCHAR|UUID|ENUM.*|DECIMAL\(\d+,0\)"
 ID = "case when regexp_matches({0}, '\\S') and not regexp_matches({0}, '[\\r\\n]') then {0} end"  # a vocabulary's line
 SECONDS = "coalesce(try_cast(timestamp as double), epoch(try_cast(timestamp as timestamptz)))"
-TIME = f"case when {SECONDS} between -62135596800 and 253402300799 then {SECONDS} end"  # the years 1 to 9999
+IN_RANGE = "case when {0} between -62135596800 and 253402300799 then {0} end"  # the years 1 to 9999
 NUMBER = "case when isfinite(try_cast({0} as float)) then cast({0} as float) end"
 WEIGHT = f"case when try_cast(weight as float) >= 0 then {NUMBER.format('weight')} end"
 VALUES = {  # column of `interactions` -> its value, null if the text is malformed, and what is wrong then
     "user_id": (ID.format("user_id"), "is empty or holds a line break"),
     "item_id": (ID.format("item_id"), "is empty or holds a line break"),
-    "timestamp": (TIME, "is neither seconds since 1970 nor an ISO 8601 time"),
+    "timestamp": (IN_RANGE.format(SECONDS), "is neither seconds since 1970 nor an ISO 8601 time"),
     "rating": (NUMBER.format("rating"), "is not a number"),
     "event": (ID.format("event"), "is empty or holds a line break"),
     "weight": (WEIGHT, "is not a number of at least 0"),
@@ -148,9 +148,9 @@ def _create_raw(
     _check_columns(file, columns, types, features)
     meaning = dict(VALUES)
     if time_format in SCALES:
-        number = f"try_cast(timestamp as double) / {SCALES[time_format]}"
-        time = TIME.replace("try_cast(timestamp as double)", number)
-        meaning["timestamp"] = (time, VALUES["timestamp"][1])
+        seconds = f"try_cast(timestamp as double) / {SCALES[time_format]}"
+        problem = f"is not a number of {time_format} since 1970"
+        meaning["timestamp"] = (IN_RANGE.format(seconds), problem)
     elif time_format:
         seconds = f"epoch(try_strptime(timestamp, {literal(time_format)}))"
         meaning["timestamp"] = (seconds, f"is not a time written {time_format!r}")

@@ -89,14 +89,13 @@ def load_interactions(
     missing column, or a malformed row unless `skip`.
     """
     named = {name: column for name, column in zip(VALUES, columns, strict=False) if column}
-    rows = f"select *, '{split}' as split from raw" if split else "from raw"
+    part = f", '{split}' as split" if split else ""
+    rows = f"select * replace (source_row + {{}} as source_row){part} from raw"
     with in_a_sentence(file):
         skipped = read_rows(con, file, named, skip, time_format=time_format)
-        con.execute(f"create table if not exists interactions as {rows} limit 0")
-        ((last,),) = con.execute("select max(source_row) from interactions").fetchall()
-        if last:
-            con.execute(f"update raw set source_row = source_row + {last}")
-        con.execute(f"insert into interactions {rows}; drop table raw")
+        con.execute(f"create table if not exists interactions as {rows.format(0)} limit 0")
+        last = "select coalesce(max(source_row), 0) from interactions"
+        con.execute(f"insert into interactions {rows.format(f'({last})')}; drop table raw")
     return skipped
 
 
@@ -210,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--quote", choices=["none", '"'], help=quote)
     add("--encoding", help="of text files, such as cp1252 or utf-16; default: UTF-8")
     decimal = "what numbers of text files have before their fraction; default: ."
-    add("--decimal", choices=[".", ","], default=".", help=decimal)
+    add("--decimal", choices=[".", ","], help=decimal)
     add("--seed", type=int, help="default: 42; of what is drawn where data without times are split")
     skip = "drop and count malformed rows"
     add("--skip-bad-rows", dest="skip", action="store_true", help=skip)
@@ -231,14 +230,16 @@ def main() -> None:
     delimiter = None if args.delimiter is None else delimiter_of(args.delimiter)
     quote = "" if args.quote == "none" else args.quote
     files = {
-        name: [RawFile.of(each, delimiter, quote, args.decimal) for each in _matching(path)]
+        name: [RawFile.of(each, delimiter, quote, args.decimal or ".") for each in _matching(path)]
         for name in ("interactions", *SPLITS, *KEYS)
         if (path := getattr(args, name))
     }
     every = [file for group in files.values() for file in group]
-    for option in ("delimiter", "quote", "encoding"):
-        if getattr(args, option) and not any(file.is_text for file in every):
-            raise UserError(f"--{option} is for text files, and all files are Parquet")
+    text_options = [name for name in ("delimiter", "quote", "decimal") if getattr(args, name)]
+    if text_options and all(file.is_json or not file.is_text for file in every):
+        raise UserError(f"--{text_options[0]} is for CSV and TSV, and no file is one")
+    if args.encoding and not any(file.is_text for file in every):
+        raise UserError("--encoding is for text files, and all files are Parquet")
     is_drawn = not args.val if is_given else not args.timestamp_col
     if args.seed is not None and not is_drawn:
         note(f"--seed {args.seed} has no effect: this split draws nothing at random")

@@ -186,5 +186,10 @@ def test_times_have_the_unit_that_is_named(run: Run, unit: str, factor: int) -> 
     args = ["--timestamp-col", "time", "--split", "leave_one_out", "--timestamp-unit", unit]
     dataset = run("--interactions", "c.csv", *args, files={"c.csv": clicks})
     assert dataset.interactions("train")["timestamp"].tolist() == [now + 1, now + 1]
+    dates = clicks.replace(str((now + 3) * factor), "2023-11-14")
+    with pytest.raises(
+        UserError, match=f"c.csv:4: time '2023-11-14' is not a number of {unit} since"
+    ):
+        run("--interactions", "c.csv", *args, files={"c.csv": dates})
     with pytest.raises(UserError, match="--timestamp-format and --timestamp-unit exclude each"):
         run("--interactions", "c.csv", *args, "--timestamp-format", "%Y", files={})

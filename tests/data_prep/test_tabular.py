@@ -592,8 +592,10 @@ def test_the_first_line_may_be_data_which_is_said(
         (["--delimiter", ""], "--delimiter '' is not one character"),
         (["--delimiter", "::"], "--delimiter '::' is not one character"),
         (["--delimiter", '"'], "--delimiter '\"' is not one character"),
-        (["--quote", "none"], "--quote is for text files, and all files are Parquet"),
-        (["--delimiter", ";"], "--delimiter is for text files, and all files are Parquet"),
+        (["--quote", "none"], "--quote is for CSV and TSV, and no file is one"),
+        (["--decimal", ","], "--decimal is for CSV and TSV, and no file is one"),
+        (["--encoding", "cp1252"], "--encoding is for text files, and all files are Parquet"),
+        (["--delimiter", ";"], "--delimiter is for CSV and TSV, and no file is one"),
     ],
 )
 def test_options_for_text_that_have_no_effect_are_refused(
