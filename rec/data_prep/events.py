@@ -90,25 +90,25 @@ def weigh_events(con: Connection, events: Events) -> int:
 
 
 def _check_events(con: Connection, events: Events) -> None:
-    rows = con.execute(
-        "select event, count(*) from interactions group by event order by 2 desc, 1"
-    ).fetchall()
-    names = [name for name, _ in rows]
-    listed = f"the events are {', '.join(f'{name} ({count:,})' for name, count in rows)}"
+    counts = dict(
+        con.execute(
+            "select event, count(*) from interactions group by event order by 2 desc, 1"
+        ).fetchall()
+    )
+    listed = "the events are " + ", ".join(f"{name} ({n:,})" for name, n in counts.items())
     options = {
         "--event-weights": events.weights,
         "--negative-events": events.negatives,
         "--target-events": events.targets,
     }
     for option, named in options.items():
-        for name in named:
-            if name not in names:
-                raise UserError(f"{option} names {name}, which does not occur: {listed}")
+        if missing := [name for name in named if name not in counts]:
+            raise UserError(f"{option} names {missing[0]}, which does not occur: {listed}")
     for name in (*events.negatives, *events.targets):
         if events.weights.get(name) == 0 or name in events.negatives and name in events.targets:
             problem = f"{name} has weight 0, or is both negative and a target"
             raise UserError(f"--negative-events and --target-events: {problem}")
-    for name in names:
+    for name in counts:
         if events.weights and name not in (*events.weights, *events.negatives):
             hint = f"give {name} a weight, such as 1, or 0 to drop it"
             raise UserError(f"--event-weights does not name {name}: {listed}; {hint}")

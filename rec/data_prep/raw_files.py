@@ -42,19 +42,16 @@ BEGINNINGS = {
     codecs.BOM_UTF32_BE: "UTF-32 text",
     codecs.BOM_UTF16_LE: "UTF-16 text",
     codecs.BOM_UTF16_BE: "UTF-16 text",
-    b"PK\x03\x04": "a zip file (.xlsx is one, too)",
-    b"PK\x05\x06": "an empty zip file",
+    b"PK": "a zip file (.xlsx is one, too)",
     b"\x1f\x8b": "a gzip file",
     b"BZh": "a bzip2 file",
     b"\xfd7zXZ": "an xz file",
     b"7z\xbc\xaf": "a 7z file",
     b"\x28\xb5\x2f\xfd": "a zstd file",
-    b"Rar!": "a rar file",
     b"PAR1": "a Parquet file",
     b"PARE": "an encrypted Parquet file",
     b"\xd0\xcf\x11\xe0": "an old Excel workbook",
     b"<!DOCTYPE": "a web page",
-    b"<!doctype": "a web page",
     b"<html": "a web page",
 }
 INDEX = re.compile(r"\s*|__index_level_\d+__")  # names of columns that pandas writes for its index
@@ -139,11 +136,11 @@ class RawFile:
                     if encoding:
                         stream = codecs.EncodedFile(stream, "utf-8", encoding)
                     shutil.copyfileobj(stream, target, 2**20)
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError, LookupError) as error:
             if isinstance(error, OSError) and error.errno:  # the disk is full, say
                 raise
-            written = f"in {encoding}" if encoding else f"an intact {compression} file"
-            raise UserError(f"{self} is not {written}: {error}") from None
+            form = " in ".join(filter(None, (compression, encoding)))
+            raise UserError(f"{self} cannot be read as {form}: {error}") from None
         return replace(self, path=copy, title=str(self))
 
     def records(self) -> Iterator[Record]:

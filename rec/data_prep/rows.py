@@ -319,19 +319,15 @@ def _nth_record(file: RawFile, nth: int) -> Record:
 
 
 def _odd_line_end(file: RawFile) -> str:
-    """The sentence for the first line that ends otherwise than the rows before it; "" if all end alike."""
+    """The sentence for the first line that ends otherwise than the lines before it; "" if all end alike."""
     if not file.is_text:
         return ""
     usual = ""
-    with open(file.path, encoding="utf-8", errors="replace", newline="") as text:
-        lines = enumerate(text, 1)
-        for record in file.records():
-            line = next(line for number, line in lines if number == record.last_line)
+    with open(file.path, encoding="latin-1", newline="") as text:
+        for number, line in enumerate(text, 1):
             end = line[len(line.rstrip("\r\n")) :]
             usual = usual or end
             if end not in ("", usual):
-                return (
-                    f"{file}:{record.last_line}: the line ends in {end!r} and those before"
-                    f" it in {usual!r}: let all of them end alike"
-                )
+                alike = f"those before it in {usual!r}: let all of them end alike"
+                return f"{file}:{number}: the line ends in {end!r} and {alike}"
     return ""

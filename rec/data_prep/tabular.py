@@ -29,13 +29,10 @@ Not covered: quotes escaped otherwise than by doubling them, numbers with separa
 """
 
 import argparse
-import codecs
 import difflib
 import glob
 import itertools
 from collections.abc import Sequence
-from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 
 import duckdb
@@ -45,20 +42,14 @@ from rec.data_prep.checks import check_times
 from rec.data_prep.columns import ListColumns, type_columns
 from rec.data_prep.events import Events, parse_names, parse_weights, weigh_events
 from rec.data_prep.raw_files import RawFile, delimiter_of, literal, quoted
-from rec.data_prep.rows import SCALES, VALUES, in_a_sentence, read_rows
+from rec.data_prep.rows import SCALES, SECONDS, VALUES, in_a_sentence, read_rows
 from rec.data_prep.split import SPLITS, STRATEGIES, Filters
 from rec.data_prep.write import output_parser, prepare
 from rec.errors import UserError, note, run_command
 
 KEYS = {"users": "user_id", "items": "item_id"}  # tables of features -> their ids
-COLUMNS = (  # options, in the order of VALUES
-    "user_col",
-    "item_col",
-    "timestamp_col",
-    "rating_col",
-    "event_col",
-    "weight_col",
-)
+# Options, in the order of VALUES.
+COLUMNS = ("user_col", "item_col", "timestamp_col", "rating_col", "event_col", "weight_col")
 NEEDS = {  # option -> the one without which it has no effect
     "min_rating": "rating_col",
     "allow_any_time": "timestamp_col",
@@ -131,12 +122,6 @@ def check_options(args: argparse.Namespace) -> None:
     for option, other in NEEDS.items():
         if getattr(args, option) not in (None, False) and not getattr(args, other):
             raise UserError(f"{_flag(option)} needs {_flag(other)}")
-    if args.encoding:
-        try:
-            codecs.lookup(args.encoding)
-        except LookupError:
-            hint = "write cp1252 or utf-16, for example"
-            raise UserError(f"--encoding {args.encoding} is unknown: {hint}") from None
     if args.timestamp_format and args.timestamp_unit:
         raise UserError("--timestamp-format and --timestamp-unit exclude each other: use one")
     if args.timestamp_format:
@@ -171,25 +156,21 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--interactions", type=Path, help="all interactions, to be split")
     add("--train", type=Path, help="interactions that are split already; needs --test")
-    val = "default: a tenth of --train, the latest if --test is later, else drawn"
-    add("--val", type=Path, help=val)
+    add("--val", type=Path, help="default: a tenth of --train, chosen as --test was")
     add("--test", type=Path)
     add("--user-col", default="user_id", help="its name in every file that has it")
     add("--item-col", default="item_id", help="its name in every file that has it")
     add("--timestamp-col", help="without it the data are unordered")
-    time_format = "how times are written, for strptime: '%%Y%%m%%d'; default: seconds or ISO 8601"
-    add("--timestamp-format", help=time_format)
+    add("--timestamp-format", help="for strptime: '%%Y%%m%%d'; default: seconds or ISO 8601")
     add("--timestamp-unit", choices=list(SCALES), help="of times that are numbers; default: s")
-    any_time = "take times that end before 1990 or start after tomorrow"
-    add("--allow-any-time", action="store_true", help=any_time)
+    add("--allow-any-time", action="store_true", help="take times before 1990 or after tomorrow")
     add("--rating-col", help="a number")
     add("--min-rating", type=float, help="drop interactions rated lower")
     add("--min-interactions", type=int, default=1, help="drop users with fewer, before the split")
     add("--min-item-interactions", type=int, default=1, help="the same for items, until both hold")
     add("--since", help="drop interactions before this date, such as 2024-01-31, or second")
     add("--until", help="drop interactions at this date or second, and later ones")
-    repeats = "what stays of a user and item that come again; default: first"
-    add("--repeats", choices=["first", "last", "keep"], default="first", help=repeats)
+    add("--repeats", choices=["first", "last", "keep"], default="first", help="default: first")
     add("--event-col", help="what a user did, such as view or purchase")
     add("--event-weights", help="view=1,cart=3,purchase=10: for all events; 0 drops one")
     add("--weight-col", help="a number per interaction, which its event's weight multiplies")
@@ -197,22 +178,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--target-events", help="purchase: what val and test ask for; the others are history")
     add("--users", type=Path, help="features of users; users without interactions are left out")
     add("--items", type=Path, help="features of items; all of them make up the catalogue")
-    lists = 'a text feature with several values, such as "a|b|c"; repeatable'
-    add("--list-col", action="append", default=[], help=lists)
-    separator = "separates the values of --list-col; default: |, else what is found, and printed"
-    add("--list-separator", help=separator)
-    split = "default: temporal, or given where there is --train"
-    add("--split", choices=list(STRATEGIES), help=split)
-    delimiter = "separates the fields of text files; default: by the extension"
-    add("--delimiter", help=delimiter)
-    quote = 'opens fields of text files that may hold separators; default: ", none in a .tsv'
-    add("--quote", choices=["none", '"'], help=quote)
+    add("--list-col", action="append", default=[], help='a text like "a|b|c"; repeatable')
+    add("--list-separator", help="of --list-col; default: |, else what is found, and printed")
+    add("--split", choices=list(STRATEGIES), help="default: temporal; given if there is --train")
+    add("--delimiter", help="separates the fields of text files; default: by the extension")
+    add("--quote", choices=["none", '"'], help='opens fields; default: ", none in a .tsv')
     add("--encoding", help="of text files, such as cp1252 or utf-16; default: UTF-8")
-    decimal = "what numbers of text files have before their fraction; default: ."
-    add("--decimal", choices=[".", ","], help=decimal)
-    add("--seed", type=int, help="default: 42; of what is drawn where data without times are split")
-    skip = "drop and count malformed rows"
-    add("--skip-bad-rows", dest="skip", action="store_true", help=skip)
+    add("--decimal", choices=[".", ","], help="before the fraction of a number; default: .")
+    add("--seed", type=int, help="of what is drawn if data without times are split; default: 42")
+    add("--skip-bad-rows", dest="skip", action="store_true", help="drop and count malformed rows")
     return parser
 
 
@@ -281,17 +255,15 @@ def _matching(path: Path) -> list[Path]:
 
 
 def _seconds(text: str | None) -> float | None:
-    """Seconds since 1970 of a date, a time in ISO 8601, or themselves. Raises UserError for anything else."""
+    """Seconds since 1970 of a text that is written as times are. Raises UserError for another one."""
     if text is None:
         return None
-    with suppress(ValueError):
-        return float(text)
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
+    select = f"set TimeZone = 'UTC'; select {SECONDS} from (select {literal(text)} as timestamp)"
+    ((seconds,),) = duckdb.execute(select).fetchall()
+    if seconds is None:
         hint = "write 2024-01-31, 2024-01-31T12:00:00, or seconds since 1970"
-        raise UserError(f"{text!r} is no time for --since or --until: {hint}") from None
-    return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
+        raise UserError(f"{text!r} is no time for --since or --until: {hint}")
+    return float(seconds)
 
 
 def _load(
