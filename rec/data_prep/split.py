@@ -13,8 +13,9 @@ All of it is SQL, which DuckDB and Spark run unchanged (engine.py). Every order 
 keep the source's order and threads change nothing.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rec.data_prep.checks import iso
 from rec.data_prep.engine import Engine
@@ -33,6 +34,11 @@ EARLIEST = {  # columns by which the earliest of several interactions is the fir
 }
 RARE = {"user": "of_inactive_users", "item": "of_rare_items"}  # why rows are dropped
 FEWEST = {"user": "--min-interactions", "item": "--min-item-interactions"}
+EXTREMES = {
+    "rating": ("lowest rating", "highest rating"),
+    "timestamp": ("earliest time", "latest time"),
+}
+SHOW: dict[str, Callable[[Any], str]] = {"rating": "{:g}".format, "timestamp": iso}
 MANY = 0.1  # share of the interactions: more repeats are worth a word
 OF_TRAIN = "select {} from interactions where split = 'train'"
 # The cases of an SQL expression that gives each row its split, and what dataset.json says of it.
@@ -51,14 +57,23 @@ class Filters:
     repeats: str = "first"  # what stays of a user and an item that come again: first, last or keep
 
 
-class Condition(NamedTuple):
-    """What an interaction must meet to stay."""
+class Bound(NamedTuple):
+    """A least value, or the one that all others must stay below."""
 
-    reason: str  # why the others are dropped
+    reason: str  # why rows are dropped
     option: str
     column: str
-    sql: str
-    is_least: bool  # whether low values are dropped
+    sign: str
+    value: float | None  # None: there is no such bound
+
+    @property
+    def sql(self) -> str:
+        kind = "float" if self.column == "rating" else "double"  # as they are stored
+        return f"{self.column} {self.sign} cast('{self.value}' as {kind})"
+
+    @property
+    def text(self) -> str:
+        return f"{self.option} {SHOW[self.column](self.value)}"
 
 
 def filter_interactions(engine: Engine, filters: Filters) -> dict[str, int]:
@@ -69,16 +84,22 @@ def filter_interactions(engine: Engine, filters: Filters) -> dict[str, int]:
     repeat); users and items with fewer interactions than asked for in all splits together, repeated until all have
     enough. A filter that drops nothing is noted. Raises UserError for one that drops everything.
     """
+    bounds = (
+        Bound("below_min_rating", "--min-rating", "rating", ">=", filters.min_rating),
+        Bound("before_since", "--since", "timestamp", ">=", filters.since),
+        Bound("after_until", "--until", "timestamp", "<", filters.until),
+    )
     left = engine.count()
     dropped = {"below_min_rating": 0}
     met = "true"
-    for condition in _conditions(filters):
-        before = left
-        met = f"{met} and {condition.sql}"
-        left = engine.count(met)
-        dropped[condition.reason] = before - left
-        if left in (0, before):
-            _report_effect(engine, condition, left, before)
+    for bound in bounds:
+        if bound.value is not None:
+            before = left
+            met = f"{met} and {bound.sql}"
+            left = engine.count(met)
+            dropped[bound.reason] = before - left
+            if left in (0, before):
+                _report_effect(engine, bound, left, before)
     first = engine.replace(_without_repeats(engine, filters.repeats, met))
     dropped["duplicates"] = left - first
     if left - first > MANY * left:
@@ -90,36 +111,15 @@ def filter_interactions(engine: Engine, filters: Filters) -> dict[str, int]:
     return dropped | _drop_rare(engine, filters)
 
 
-def _conditions(filters: Filters) -> list[Condition]:
-    conditions = []
-    if filters.min_rating is not None:
-        sql = f"rating >= cast('{filters.min_rating}' as float)"
-        option = f"--min-rating {filters.min_rating:g}"
-        conditions.append(Condition("below_min_rating", option, "rating", sql, is_least=True))
-    if filters.since is not None:
-        sql = f"timestamp >= {filters.since}"
-        option = f"--since {iso(filters.since)}"
-        conditions.append(Condition("before_since", option, "timestamp", sql, is_least=True))
-    if filters.until is not None:
-        sql = f"timestamp < {filters.until}"
-        option = f"--until {iso(filters.until)}"
-        conditions.append(Condition("after_until", option, "timestamp", sql, is_least=False))
-    return conditions
-
-
-def _report_effect(engine: Engine, condition: Condition, left: int, before: int) -> None:
-    """Notes a condition that all rows meet, with the value that shows it. Raises UserError if none does."""
-    column = condition.column
-    ((low, high),) = engine.rows(f"select min({column}), max({column}) from interactions")
-    shows_high = condition.is_least != bool(left)
-    value = high if shows_high else low
-    if column == "rating":
-        extreme = f"{'highest' if shows_high else 'lowest'} rating is {value:g}"
-    else:
-        extreme = f"{'latest' if shows_high else 'earliest'} time is {iso(value)}"
+def _report_effect(engine: Engine, bound: Bound, left: int, before: int) -> None:
+    """Notes a bound that drops nothing, with the value that shows it. Raises UserError if it drops all."""
+    column = bound.column
+    ((*values,),) = engine.rows(f"select min({column}), max({column}) from interactions")
+    shows_highest = (bound.sign == ">=") != bool(left)
+    extreme = f"the {EXTREMES[column][shows_highest]} is {SHOW[column](values[shows_highest])}"
     if not left:
-        raise UserError(f"{condition.option} drops all {before:,} interactions: the {extreme}")
-    note(f"{condition.option} drops nothing: the {extreme}")
+        raise UserError(f"{bound.text} drops all {before:,} interactions: {extreme}")
+    note(f"{bound.text} drops nothing: {extreme}")
 
 
 def _without_repeats(engine: Engine, repeats: str, met: str) -> str:
