@@ -15,10 +15,12 @@ What becomes of its rows is in rows.py.
 import codecs
 import csv
 import glob
+import io
 import itertools
 import json
 import re
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -129,13 +131,16 @@ class RawFile:
         compression = COMPRESSIONS.get(self.path.suffix.lower())
         if not self.is_text or not (compression or encoding):
             return self
-        copy = scratch / f"plain-{len([*scratch.iterdir()])}"
+        copy = Path(tempfile.mkdtemp(dir=scratch), "plain")
         try:
-            with pa.input_stream(str(self.path), compression=compression) as stream:
-                with open(copy, "wb") as target:
-                    if encoding:
-                        stream = codecs.EncodedFile(stream, "utf-8", encoding)
-                    shutil.copyfileobj(stream, target, 2**20)
+            with pa.input_stream(str(self.path), compression=compression) as source:
+                if encoding:
+                    text = io.TextIOWrapper(source, encoding, newline="")
+                    with open(copy, "w", encoding="utf-8", newline="") as target:
+                        shutil.copyfileobj(text, target, 2**20)
+                else:
+                    with open(copy, "wb") as binary:
+                        shutil.copyfileobj(source, binary, 2**20)
         except (OSError, UnicodeDecodeError, LookupError) as error:
             if isinstance(error, OSError) and error.errno:  # the disk is full, say
                 raise

@@ -88,6 +88,8 @@ def test_another_encoding_than_the_one_named_is_refused(run: Run) -> None:
     args = ["--interactions", "c.csv", *TIMED, "--encoding"]
     with pytest.raises(UserError, match="^c.csv cannot be read as ascii: .*position"):
         run(*args, "ascii", files={"c.csv": CLICKS})
+    with pytest.raises(UserError, match="^c.csv cannot be read as utf-16: .*truncated"):
+        run(*args, "utf-16", files={"c.csv": CLICKS.encode("utf-16")[:-1]})
     with pytest.raises(UserError, match="^c.csv cannot be read as klingon: unknown encoding"):
         run(*args, "klingon", files={"c.csv": CLICKS})
 
