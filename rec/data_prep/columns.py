@@ -27,14 +27,7 @@ FEW = 0.1  # share of a column's values: fewer that are no numbers are probably 
 INTEGERS = ("tinyint", "smallint", "integer", "bigint", "utinyint", "usmallint", "uinteger")
 LARGE = ("ubigint", "hugeint", "uhugeint", "decimal")  # may exceed int64
 FRACTIONS = ("float", "double")
-MOMENTS = (
-    "date",
-    "timestamp",
-    "timestamp_s",
-    "timestamp_ms",
-    "timestamp_ns",
-    "timestamp with time zone",
-)
+MOMENTS = ("date", *(f"timestamp{kind}" for kind in ("", "_s", "_ms", "_ns", " with time zone")))
 SPANS = ("time", "time_ns", "time with time zone", "interval")
 TEXTS = ("varchar", "enum", "uuid")
 LISTS = ("list", "array")
