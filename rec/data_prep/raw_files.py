@@ -118,11 +118,6 @@ class RawFile:
         """Whether each line is a JSON object."""
         return self.delimiter == JSON
 
-    @property
-    def has_one_column(self) -> bool:
-        """Whether a blank line is a row, namely one whose only field is empty."""
-        return self.is_text and not self.is_json and len(self.names()) == 1
-
     def plain(self, scratch: Path, encoding: str | None = None) -> "RawFile":
         """This file, or a copy in `scratch` that is neither compressed nor in another encoding than UTF-8.
 
@@ -209,7 +204,7 @@ class RawFile:
         """The line on which a row begins. The first row is 1; rows of Parquet are their own lines."""
         if not self.is_text:
             return row
-        rows = (each.line for each in self.records() if each.fields or self.has_one_column)
+        rows = (each.line for each in self.records() if each.fields)
         with_header = row - bool(self.header)
         return next(itertools.islice(rows, with_header, None), with_header + 1)
 
@@ -225,7 +220,7 @@ class RawFile:
         path = glob.escape(str(self.path))
         relation = self._text_relation(con, path) if self.is_text else con.read_parquet(path)
         if self.is_json:
-            return _json_relation(relation.filter("json is not null"), fields, features)
+            return _json_relation(relation, fields, features)
         names = relation.columns
         named = [quoted(name) for name in names if not INDEX.fullmatch(name)]
         if len(named) == len(names):
@@ -245,7 +240,8 @@ class RawFile:
             )
         # DuckDB wants a name for every column.
         named = [name if name.strip() else f"__index_level_{at}__" for at, name in enumerate(names)]
-        return con.read_csv(
+        has_one_column = len(named) == 1  # of which DuckDB takes a blank line for an empty field
+        relation = con.read_csv(
             path,
             auto_detect=False,
             store_rejects=True,
@@ -254,7 +250,9 @@ class RawFile:
             quotechar=self.quote,
             escapechar=self.quote,
             columns=dict.fromkeys(named, "VARCHAR"),
+            allow_quoted_nulls=not has_one_column,
         )
+        return relation.filter(f"{quoted(named[0])} is not null") if has_one_column else relation
 
 
 def _json_relation(

@@ -64,13 +64,6 @@ class Problem(NamedTuple):
     rows: int
 
 
-class Lines(NamedTuple):
-    """The number of lines of a text file."""
-
-    total: int
-    blank: int
-
-
 @contextmanager
 def in_a_sentence(file: RawFile) -> Iterator[None]:
     """Raises UserError for what DuckDB cannot do with a file. Full disks and memory pass: they are not the file's."""
@@ -178,9 +171,8 @@ def _create_raw(
         nth = f"row_number() over (partition by {key} order by source_row)"
         cases.append(f"when {nth} > 1 then [{literal(column)}, {key}, 'came before']")
         if file.quote:
-            line_end = r"\r\n|[\r\n]" if file.has_one_column else r"[\r\n]+"  # blank lines
             fields = f"concat_ws(' ', {', '.join([*columns, *others])})"
-            line_breaks = f"len(regexp_extract_all({fields}, '{line_end}'))"
+            line_breaks = f"len(regexp_extract_all({fields}, '[\\r\\n]+'))"  # blank lines apart
     numbered = source.project(", ".join(["row_number() over () as source_row", *texts, *others]))
     facts = [f"{line_breaks} as line_breaks", f"case {' '.join(cases)} end as bad_row"]
     numbered.project(", ".join(["source_row", *values, *others, *facts])).create("raw")
@@ -262,8 +254,8 @@ def _unreadable_rows(con: Connection, file: RawFile) -> list[Problem]:
     return [Problem(record.line, reason, count)]
 
 
-def count_lines(file: RawFile) -> Lines:
-    """Counts the lines of a text file, whatever its quotes and separators are. Raises UserError for a NUL byte."""
+def count_lines(file: RawFile) -> int:
+    """The lines of a text file that are not blank, whatever its quotes are. Raises UserError for a NUL byte."""
     total = blank = 0
     last = "\n"
     with open(file.path, encoding="latin-1") as text:  # any bytes; every line end becomes \n
@@ -276,13 +268,12 @@ def count_lines(file: RawFile) -> Lines:
             if "\n\n" in last + block:
                 blank += (last + block).split("\n")[1:-1].count("")
             last = block[-1]
-    return Lines(total=total + (last != "\n"), blank=blank)
+    return total + (last != "\n") - blank
 
 
 def _check_lines(con: Connection, file: RawFile, unreadable: int, features: bool) -> None:
     """Raises UserError unless each line of a text file is in `raw`, unreadable, blank or the header."""
-    lines = count_lines(file)
-    expected = lines.total if file.has_one_column else lines.total - lines.blank
+    expected = count_lines(file)
     rows, line_breaks = con.execute("select count(*), sum(line_breaks) from raw").fetchall()[0]
     read = rows + int(line_breaks or 0) + unreadable + (not file.header)
     if read != expected:
