@@ -42,6 +42,7 @@ def window_batches(
         tokens[:, 0] is START, or the interaction before the window.
       negatives: [C] int32 item rows, shared by the whole batch: targets of the batch, then uniform ones.
       time: [B, L] int64 seconds, of each target (only with `query_time`).
+      weight: [B, L] float32, of each target, 0 behind (only if the data have weights).
     """
     signature = {
         "user": tf.TensorSpec([None], tf.int32),
@@ -50,6 +51,8 @@ def window_batches(
     }
     if config.query_time:
         signature["time"] = tf.TensorSpec([None, None], tf.int64)
+    if train.weights is not None:
+        signature["weight"] = tf.TensorSpec([None, None], tf.float32)
 
     def generate() -> Iterator[Batch]:
         rng = np.random.default_rng([seed, epoch])
@@ -116,7 +119,7 @@ def _group_by_length(
 
 
 def _gather(sequences: Sequences, windows: Windows, *, with_time: bool) -> Batch:
-    """The tokens (and times) of a batch's windows: see `window_batches`."""
+    """The tokens (and times, and weights) of a batch's windows: see `window_batches`."""
     begin = windows.begin[:, None]
     columns = np.arange((windows.end - windows.begin).max() + 1)
     places = begin + columns - 1  # one before the first target, up to the last one
@@ -128,6 +131,8 @@ def _gather(sequences: Sequences, windows: Windows, *, with_time: bool) -> Batch
     batch = {"user": windows.user, "tokens": tokens}
     if with_time and sequences.times is not None:
         batch["time"] = np.where(is_token, sequences.times[safe_places], 0)[:, 1:]
+    if sequences.weights is not None:
+        batch["weight"] = np.where(is_token, sequences.weights[safe_places], 0)[:, 1:]
     return batch
 
 

@@ -1,5 +1,6 @@
 """A dataset directory, encoded: strings become integers once, here. `Corpus` is everything that training reads."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,7 +8,7 @@ import pandas as pd
 
 from rec.config import DataFacts, Features
 from rec.data_prep.dataset import RESERVED, Dataset, check_unchanged, verify
-from rec.errors import UserError
+from rec.errors import UserError, warn
 from rec.features import (
     FIRST_ITEM,
     FIRST_USER,
@@ -33,9 +34,10 @@ class Corpus:
     item_table: pd.DataFrame
     user_columns: tuple[Column, ...]
     item_columns: tuple[Column, ...]
-    train: Sequences
-    val: Sequences
-    test: Sequences
+    train: Sequences  # without negative events
+    val: Sequences  # what val asks for
+    test: Sequences  # what test asks for
+    met_in_val: Sequences | None = None  # all of val, history for test; None: what val asks for
 
     @property
     def popularity(self) -> np.ndarray:
@@ -56,7 +58,9 @@ class Corpus:
 
     def history(self, split: str) -> Sequences:
         """What is known of each user before `split`: train for val; train and val for test."""
-        return self.train if split == "val" else concatenate(self.train, self.val)
+        return (
+            self.train if split == "val" else concatenate(self.train, self.met_in_val or self.val)
+        )
 
 
 def load_corpus(
@@ -77,11 +81,14 @@ def load_corpus(
         as `features` or the checkpoint says.
     """
     verify(dataset)
+    _report_what_is_not_used(dataset)
+    positives = dataset.positive_events
+    labels = dataset.label_events
     users = _vocabulary(
-        dataset.counts("train", "user_id"), dataset.users()["user_id"], FIRST_USER, users
+        dataset.counts("train", "user_id", positives), dataset.users()["user_id"], FIRST_USER, users
     )
     items = _vocabulary(
-        dataset.counts("train", "item_id"), dataset.items()["item_id"], FIRST_ITEM, items
+        dataset.counts("train", "item_id", positives), dataset.items()["item_id"], FIRST_ITEM, items
     )
     user_table = _in_order(dataset.users(), "user_id", users)
     item_table = _in_order(dataset.items(), "item_id", items)
@@ -101,6 +108,14 @@ def load_corpus(
     for table, encoded in ((user_table, columns[0]), (item_table, columns[1])):
         for column in encoded:
             column.check(table, str(dataset.path))
+    met_in_val = _sequences(dataset, "val", users, items, positives)
+    val = met_in_val
+    if labels != positives:
+        val = _sequences(dataset, "val", users, items, labels)
+    test = _sequences(dataset, "test", users, items, labels)
+    if dataset.has_repeats:
+        val = val.without_repeats()
+        test = test.without_repeats()
     corpus = Corpus(
         dataset_id=dataset.id,
         ordered=dataset.ordered,
@@ -111,9 +126,10 @@ def load_corpus(
         item_table=item_table,
         user_columns=columns[0],
         item_columns=columns[1],
-        train=_sequences(dataset, "train", users, items),
-        val=_sequences(dataset, "val", users, items),
-        test=_sequences(dataset, "test", users, items),
+        train=_sequences(dataset, "train", users, items, positives),
+        val=val,
+        test=test,
+        met_in_val=met_in_val,
     )
     check_unchanged(dataset)
     return corpus
@@ -136,17 +152,36 @@ def _in_order(table: pd.DataFrame, key: str, vocabulary: Vocabulary) -> pd.DataF
     return table.set_index(key).reindex(vocabulary.ids).reset_index(names=key)
 
 
-def _sequences(dataset: Dataset, split: str, users: Vocabulary, items: Vocabulary) -> Sequences:
+def _report_what_is_not_used(dataset: Dataset) -> None:
+    """Warns of what the data set says and training does not heed yet."""
+    manifest = dataset.manifest
+    if "weight" in dataset.columns:
+        loss = "weights count in the loss of models of sequences"
+        warn(f"{loss}; the autoencoder, popularity and the ranker do not use them yet")
+    if manifest.get("negative_events"):
+        warn("training leaves negative events out, and does not learn from them yet")
+    if dataset.has_repeats:
+        warn("what a user has met before is not recommended again: in val and test it is a miss")
+
+
+def _sequences(
+    dataset: Dataset,
+    split: str,
+    users: Vocabulary,
+    items: Vocabulary,
+    events: Collection[str] | None,
+) -> Sequences:
     """Puts each interaction at the next free place of its user, a row group at a time: only the files grow."""
-    counts = dataset.counts(split, "user_id")
+    counts = dataset.counts(split, "user_id", events)
     owners = users.encode(counts.index.to_numpy(object), UNKNOWN_USER)
     lengths = np.bincount(owners, counts, users.rows).astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     rows = on_disk(offsets[-1], np.int32)
     times = on_disk(len(rows), np.int64) if dataset.ordered else None
     ratings = on_disk(len(rows), np.float32) if dataset.has_ratings else None
+    weights = on_disk(len(rows), np.float32) if "weight" in dataset.columns else None
     next_free = offsets[:-1].copy()
-    for frame in dataset.batches(split):
+    for frame in dataset.batches(split, events):
         user = users.encode(frame["user_id"], UNKNOWN_USER)
         by_user = np.argsort(user, kind="stable")  # keeps the order of time within a user
         user = user[by_user]
@@ -160,4 +195,6 @@ def _sequences(dataset: Dataset, split: str, users: Vocabulary, items: Vocabular
             times[places] = frame["timestamp"].to_numpy()[by_user]
         if ratings is not None:
             ratings[places] = frame["rating"].to_numpy()[by_user]
-    return Sequences(offsets, rows, times, ratings)
+        if weights is not None:
+            weights[places] = frame["weight"].to_numpy()[by_user]
+    return Sequences(offsets, rows, times, ratings, weights)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import DTypeLike
 
@@ -30,6 +31,7 @@ class Sequences:
     items: np.ndarray  # [n] int32 item rows
     times: np.ndarray | None  # [n] int64 seconds since 1970
     ratings: np.ndarray | None  # [n] float32
+    weights: np.ndarray | None = None  # [n] float32; None: all are 1
 
     @property
     def lengths(self) -> np.ndarray:
@@ -90,12 +92,19 @@ class Sequences:
             items=self.items[keep],
             times=None if self.times is None else self.times[keep],
             ratings=None if self.ratings is None else self.ratings[keep],
+            weights=None if self.weights is None else self.weights[keep],
         )
+
+    def without_repeats(self) -> "Sequences":
+        """The first interaction of each user with each item."""
+        pairs = pd.DataFrame({"user": self.users, "item": self.items})
+        return self.select(~pairs.duplicated().to_numpy())
 
     def shuffled(self, rng: np.random.Generator) -> "Sequences":
         """Each user's interactions of the same second in a new random order; without times, all of the user's."""
         items = on_disk(len(self.items), np.int32)
         ratings = None if self.ratings is None else on_disk(len(items), np.float32)
+        weights = None if self.weights is None else on_disk(len(items), np.float32)
         for first_user, end_user in self._blocks_of_users():
             part = slice(self.offsets[first_user], self.offsets[end_user])
             owner = np.repeat(np.arange(end_user - first_user), self.lengths[first_user:end_user])
@@ -108,7 +117,9 @@ class Sequences:
             items[part] = self.items[order]
             if ratings is not None and self.ratings is not None:
                 ratings[part] = self.ratings[order]
-        return Sequences(self.offsets, items, self.times, ratings)
+            if weights is not None and self.weights is not None:
+                weights[part] = self.weights[order]
+        return Sequences(self.offsets, items, self.times, ratings, weights)
 
     def _blocks_of_users(self) -> list[tuple[int, int]]:
         """Ranges of users with about BLOCK interactions each."""
@@ -129,6 +140,7 @@ def concatenate(first: Sequences, second: Sequences) -> Sequences:
         items=np.concatenate([first.items, second.items])[order],
         times=join(first.times, second.times),
         ratings=join(first.ratings, second.ratings),
+        weights=join(first.weights, second.weights),
     )
 
 

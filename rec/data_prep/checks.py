@@ -198,9 +198,11 @@ def likely_unit(low: float, high: float) -> str:
             return f"{looks} a date written {digits}; {hint}"
     for name, seconds, at_1970 in UNITS:
         if _are_recent([(number - at_1970) * seconds for number in (low, high)]):
+            if seconds < 1:
+                unit = {1e-3: "ms", 1e-6: "us", 1e-9: "ns"}[seconds]
+                return f"{looks} {name}; read it with --timestamp-unit {unit}"
             minus = f"subtract {at_1970:,} and " if at_1970 else ""
-            scale = f"multiply by {seconds:,}" if seconds > 1 else f"divide by {1 / seconds:,.0f}"
-            return f"{looks} {name}; {minus}{scale} first"
+            return f"{looks} {name}; {minus}multiply by {seconds:,} first"
     return ""
 
 

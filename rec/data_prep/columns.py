@@ -27,14 +27,7 @@ FEW = 0.1  # share of a column's values: fewer that are no numbers are probably 
 INTEGERS = ("tinyint", "smallint", "integer", "bigint", "utinyint", "usmallint", "uinteger")
 LARGE = ("ubigint", "hugeint", "uhugeint", "decimal")  # may exceed int64
 FRACTIONS = ("float", "double")
-MOMENTS = (
-    "date",
-    "timestamp",
-    "timestamp_s",
-    "timestamp_ms",
-    "timestamp_ns",
-    "timestamp with time zone",
-)
+MOMENTS = ("date", *(f"timestamp{kind}" for kind in ("", "_s", "_ms", "_ns", " with time zone")))
 SPANS = ("time", "time_ns", "time with time zone", "interval")
 TEXTS = ("varchar", "enum", "uuid")
 LISTS = ("list", "array")
@@ -91,10 +84,10 @@ def type_columns(con: Connection, file: RawFile, lists: ListColumns) -> dict[str
     for name, kind in zip(raw.columns[2:], raw.types[2:], strict=True):  # source_row and the key
         if name in lists.names:
             column = _split(con, file, name, kind, lists.separator)
-        elif file.is_text:
+        elif file.is_text and not file.is_json:
             column = _by_spelling(con, file, name)
         else:
-            column = _by_type(con, name, kind)
+            column = _by_type(con, file, name, kind)
         if column.value:
             typed[name] = column
         else:
@@ -105,10 +98,11 @@ def type_columns(con: Connection, file: RawFile, lists: ListColumns) -> dict[str
 def _by_spelling(con: Connection, file: RawFile, name: str) -> Typed:
     """Of a text file: by how all its values are written."""
     text = quoted(name)
+    number = text if file.decimal == "." else f"replace({text}, '{file.decimal}', '.')"
     is_whole = f"regexp_full_match({text}, '{WHOLE}')"
     fits = f"({is_whole} and try_cast({text} as bigint) is not null)"
-    is_fraction = f"(not {is_whole} and regexp_full_match({text}, '{NUMBER}'))"
-    is_number = f"({fits} or ({is_fraction} and isfinite(try_cast({text} as double))))"
+    is_fraction = f"(not {is_whole} and regexp_full_match({number}, '{NUMBER}'))"
+    is_number = f"({fits} or ({is_fraction} and isfinite(try_cast({number} as double))))"
     filled, whole, numbers, fraction, word, row = _one(
         con,
         f"count({text}), count_if({fits}), count_if({is_number})",
@@ -121,7 +115,7 @@ def _by_spelling(con: Connection, file: RawFile, name: str) -> Typed:
     if whole == filled:
         return Typed(f"cast({text} as bigint)", "all values are whole numbers")
     if numbers == filled:
-        return Typed(f"cast({text} as double)", f"{fraction!r} is not whole")
+        return Typed(f"cast({number} as double)", f"{fraction!r} is not whole")
     first = f"{word[:60]!r} on line {file.line_of(row)}"
     odd = filled - numbers
     if odd <= FEW * filled:
@@ -132,10 +126,10 @@ def _by_spelling(con: Connection, file: RawFile, name: str) -> Typed:
     return Typed(text, f"{first} is not a number{_looks(con, name)}")
 
 
-def _by_type(con: Connection, name: str, kind: DuckDBPyType) -> Typed:
-    """Of a Parquet file."""
+def _by_type(con: Connection, file: RawFile, name: str, kind: DuckDBPyType) -> Typed:
+    """Of a Parquet file, or of JSON."""
     text = quoted(name)
-    why = f"Parquet holds {str(kind)[:60]}"
+    why = f"{'JSON' if file.is_json else 'Parquet'} holds {str(kind)[:60]}"
     if kind.id in FORM:
         value, more = FORM[kind.id]
         looks = _looks(con, name) if kind.id in TEXTS else ""
@@ -169,7 +163,7 @@ def _split(
     """Of a column that --list-col names: a list of what its texts hold. Prints one of them, before and after."""
     if kind.id in LISTS:
         note(f"--list-col {name} has no effect: {file} holds lists there already ({kind})")
-        return _by_type(con, name, kind)
+        return _by_type(con, file, name, kind)
     text = quoted(name)
     (first,) = _one(con, f"arg_min({text}, source_row)")
     if kind.id not in TEXTS:

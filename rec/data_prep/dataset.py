@@ -1,7 +1,8 @@
 """The dataset directory: open it, verify it. (write.py makes it.)
 
     dataset.json           format version, name, source, filters, split, counts, columns, sha256 of every file
-    interactions/{train,val,test}/00000.parquet ..   user_id, item_id, [timestamp], [rating]; sorted by time
+    interactions/{train,val,test}/00000.parquet ..   user_id, item_id, [timestamp], [rating], [event], [weight]
+                                                     sorted by time
     users.parquet  items.parquet                     one row an id, sorted by id; feature columns
 
 The same input and flags give the same bytes, so dataset.json's own sha256 is the dataset's id. Column types are few:
@@ -11,7 +12,7 @@ string, int64, bool, float (32 bits), double, list<string>; times are seconds si
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,31 @@ class Dataset:
     has_ratings: bool
     split_strategy: str  # temporal, leave_one_out or given
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """The types of the columns of interactions."""
+        columns: dict[str, str] = self.manifest["columns"]["interactions"]
+        return columns
+
+    @property
+    def positive_events(self) -> list[str] | None:
+        """The events that are not negative; None if all interactions are positive."""
+        negatives = self.manifest.get("negative_events")
+        if not negatives:
+            return None
+        return [name for name in self.manifest["events"] if name not in negatives]
+
+    @property
+    def has_repeats(self) -> bool:
+        """Whether a user may interact with an item more than once."""
+        repeats = self.manifest.get("repeats", "first")
+        return repeats == "keep" or len(self.manifest.get("events", [])) > 1
+
+    @property
+    def label_events(self) -> list[str] | None:
+        """What val and test ask for; None for all interactions. The others there are history, or negative."""
+        return self.manifest.get("target_events") or self.positive_events
+
     def files(self, split: str) -> list[Path]:
         """The Parquet files of train, val or test, in their order."""
         return [
@@ -48,16 +74,18 @@ class Dataset:
             if name.startswith(f"interactions/{split}/")
         ]
 
-    def batches(self, split: str) -> Iterator[pd.DataFrame]:
-        """The interactions in order, a row group at a time: user_id, item_id, [timestamp], [rating], sorted by time.
+    def batches(self, split: str, events: Collection[str] | None = None) -> Iterator[pd.DataFrame]:
+        """The interactions in order, a row group at a time; only those of `events` if given. They are sorted by time.
 
-        The ids are pandas' categories: each string is in memory once. Times are int64 seconds, ratings float32.
+        Columns: user_id, item_id, [timestamp], [rating], [event], [weight]. The strings are pandas' categories: each is
+        in memory once. Times are int64 seconds, ratings and weights float32.
         """
+        strings = [name for name, kind in self.columns.items() if kind == "string"]
         for file in self.files(split):
-            reader = pq.ParquetFile(file, read_dictionary=["user_id", "item_id"])
-            yield from (
-                reader.read_row_group(group).to_pandas() for group in range(reader.num_row_groups)
-            )
+            reader = pq.ParquetFile(file, read_dictionary=strings)
+            for group in range(reader.num_row_groups):
+                rows = reader.read_row_group(group).to_pandas()
+                yield rows if events is None else rows[rows["event"].isin(events)]
 
     def interactions(self, split: str) -> pd.DataFrame:
         """All of them at once, with ids as strings."""
@@ -65,10 +93,12 @@ class Dataset:
             {"user_id": object, "item_id": object}
         )
 
-    def counts(self, split: str, column: str) -> pd.Series:
-        """How many interactions each user_id or item_id has, in order of ids; a file at a time."""
+    def counts(self, split: str, column: str, events: Collection[str] | None = None) -> pd.Series:
+        """How many interactions (of `events`) each user_id or item_id has, in order of ids; a file at a time."""
+        rows = None if events is None else [("event", "in", events)]
         tables = (
-            pq.read_table(file, columns=[column], partitioning=None) for file in self.files(split)
+            pq.read_table(file, columns=[column], filters=rows, partitioning=None)
+            for file in self.files(split)
         )
         found = pa.concat_tables(
             [table.group_by(column).aggregate([([], "count_all")]) for table in tables]

@@ -1,11 +1,13 @@
-"""A file as a person has it: CSV, TSV or Parquet, and how it is written.
+"""A file as a person has it: CSV, TSV, JSON lines or Parquet, and how it is written.
 
 - The fields of a text file are separated by what its name or --delimiter says. If that is not in the first line, and
   another usual separator gives the columns that the command needs, that one is taken, and said.
 - A quote opens a field that may hold separators, and is doubled inside it. In a .tsv, or with --quote none, it is a
   character like any other.
 - Lines end in \\n, \\r\\n or \\r, all of a file alike; the last one may have no end. Blank lines are no rows.
-- Another encoding than UTF-8, or another kind of file, is refused by the name of what it seems to be.
+- A compressed file (.gz, .zst) and one in the encoding that --encoding names are first copied as plain UTF-8.
+- A line of a .jsonl or .ndjson is an object. A field inside another is named by a dotted path, such as user.id.
+- Another encoding, or another kind of file, is refused by the name of what it seems to be.
 
 What becomes of its rows is in rows.py.
 """
@@ -13,21 +15,28 @@ What becomes of its rows is in rows.py.
 import codecs
 import csv
 import glob
+import io
 import itertools
+import json
 import re
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import duckdb
+import pyarrow as pa
 from duckdb import DuckDBPyConnection as Connection
 
 from rec.errors import UserError, note
 
-DELIMITERS = {".csv": ",", ".tsv": "\t", ".parquet": ""}
-QUOTES = {".csv": '"', ".tsv": "", ".parquet": ""}
+JSON = "\0"  # the delimiter of JSON lines, which have one field: no text holds it
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": JSON, ".ndjson": JSON, ".parquet": ""}
+QUOTES = {".csv": '"'}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SEPARATORS = (",", ";", "\t", "|")  # those that are looked for
 # The first bytes of files that are neither text nor what their name says. Longer ones come first.
 BEGINNINGS = {
@@ -35,19 +44,16 @@ BEGINNINGS = {
     codecs.BOM_UTF32_BE: "UTF-32 text",
     codecs.BOM_UTF16_LE: "UTF-16 text",
     codecs.BOM_UTF16_BE: "UTF-16 text",
-    b"PK\x03\x04": "a zip file (.xlsx is one, too)",
-    b"PK\x05\x06": "an empty zip file",
+    b"PK": "a zip file (.xlsx is one, too)",
     b"\x1f\x8b": "a gzip file",
     b"BZh": "a bzip2 file",
     b"\xfd7zXZ": "an xz file",
     b"7z\xbc\xaf": "a 7z file",
     b"\x28\xb5\x2f\xfd": "a zstd file",
-    b"Rar!": "a rar file",
     b"PAR1": "a Parquet file",
     b"PARE": "an encrypted Parquet file",
     b"\xd0\xcf\x11\xe0": "an old Excel workbook",
     b"<!DOCTYPE": "a web page",
-    b"<!doctype": "a web page",
     b"<html": "a web page",
 }
 INDEX = re.compile(r"\s*|__index_level_\d+__")  # names of columns that pandas writes for its index
@@ -71,26 +77,33 @@ class RawFile:
     header: tuple[str, ...] = ()  # column names; none: the first line holds them
     has_options: bool = False  # whether its command has --delimiter, --quote and --skip-bad-rows
     title: str = ""  # how messages call it; none: its path
+    decimal: str = "."  # what numbers have before their fraction
 
     @classmethod
-    def of(cls, path: Path, delimiter: str | None = None, quote: str | None = None) -> "RawFile":
+    def of(
+        cls, path: Path, delimiter: str | None = None, quote: str | None = None, decimal: str = "."
+    ) -> "RawFile":
         """A user's file; `delimiter` and `quote` replace what is usual for its extension.
 
         Raises UserError if the extension does not tell the format, or the file is empty or none.
         """
-        kind = path.suffix.lower()
-        if kind not in DELIMITERS:
-            known = "the name must end in .csv, .tsv or .parquet, so that the format is known"
-            raise UserError(f"{path}: {known}")
+        name = path.stem if path.suffix.lower() in COMPRESSIONS else path.name
+        kind = Path(name).suffix.lower()
+        if kind not in DELIMITERS or kind == ".parquet" != path.suffix.lower():
+            known = "end in .csv, .tsv, .jsonl (or one of these and .gz or .zst) or .parquet"
+            raise UserError(f"{path}: the name must {known}, so that the format is known")
         if not path.is_file():
             raise UserError(f"{path} is not a file")
         if not path.stat().st_size:
             raise UserError(f"{path} is empty")
-        if delimiter is None or kind == ".parquet":
+        if DELIMITERS[kind] in ("", JSON):
+            header = ("json",) if DELIMITERS[kind] else ()
+            return cls(path, DELIMITERS[kind], header=header, has_options=bool(header))
+        if delimiter is None:
             delimiter = DELIMITERS[kind]
         if quote is None:
-            quote = QUOTES[kind]
-        return cls(path, delimiter, quote, has_options=bool(delimiter))
+            quote = QUOTES.get(kind, "")
+        return cls(path, delimiter, quote, has_options=True, decimal=decimal)
 
     def __str__(self) -> str:
         return self.title or str(self.path)
@@ -101,9 +114,34 @@ class RawFile:
         return bool(self.delimiter)
 
     @property
-    def has_one_column(self) -> bool:
-        """Whether a blank line is a row, namely one whose only field is empty."""
-        return self.is_text and len(self.names()) == 1
+    def is_json(self) -> bool:
+        """Whether each line is a JSON object."""
+        return self.delimiter == JSON
+
+    def plain(self, scratch: Path, encoding: str | None = None) -> "RawFile":
+        """This file, or a copy in `scratch` that is neither compressed nor in another encoding than UTF-8.
+
+        Raises UserError for a file that is damaged, or not in that encoding.
+        """
+        compression = COMPRESSIONS.get(self.path.suffix.lower())
+        if not self.is_text or not (compression or encoding):
+            return self
+        copy = Path(tempfile.mkdtemp(dir=scratch), "plain")
+        try:
+            with pa.input_stream(str(self.path), compression=compression) as source:
+                if encoding:
+                    text = io.TextIOWrapper(source, encoding, newline="")
+                    with open(copy, "w", encoding="utf-8", newline="") as target:
+                        shutil.copyfileobj(text, target, 2**20)
+                else:
+                    with open(copy, "wb") as binary:
+                        shutil.copyfileobj(source, binary, 2**20)
+        except (OSError, UnicodeDecodeError, LookupError) as error:
+            if isinstance(error, OSError) and error.errno:  # the disk is full, say
+                raise
+            form = " in ".join(filter(None, (compression, encoding)))
+            raise UserError(f"{self} cannot be read as {form}: {error}") from None
+        return replace(self, path=copy, title=str(self))
 
     def records(self) -> Iterator[Record]:
         """The rows of a text file, with its header and blank lines. Bytes that are not UTF-8 become surrogates."""
@@ -132,7 +170,7 @@ class RawFile:
         if self.header:
             return list(self.header)
         first = self.first_record()
-        problem = encoding_problem(self.delimiter.join(first.fields))
+        problem = encoding_problem(self, first)
         if not first.fields:
             problem = "the first line is blank; it must name the columns"
         elif first.last_line > 1:
@@ -148,7 +186,7 @@ class RawFile:
         """
         names = self.names()
         wanted = set(columns)
-        if wanted <= set(names):
+        if self.is_json or wanted <= set(names):
             return self
         for delimiter in SEPARATORS:
             other = replace(self, delimiter=delimiter)
@@ -166,18 +204,23 @@ class RawFile:
         """The line on which a row begins. The first row is 1; rows of Parquet are their own lines."""
         if not self.is_text:
             return row
-        rows = (each.line for each in self.records() if each.fields or self.has_one_column)
+        rows = (each.line for each in self.records() if each.fields)
         with_header = row - bool(self.header)
         return next(itertools.islice(rows, with_header, None), with_header + 1)
 
-    def relation(self, con: Connection) -> duckdb.DuckDBPyRelation:
-        """The rows, all columns of text files as text; those that cannot be read go to table `reject_errors`.
+    def relation(
+        self, con: Connection, fields: Collection[str], features: bool
+    ) -> duckdb.DuckDBPyRelation:
+        """The rows, all columns of CSV and TSV as text; those that cannot be read go to table `reject_errors`.
 
-        Columns without a name and those that pandas writes for its index are left out. Raises UserError if two
-        columns have the same name.
+        Columns without a name and those that pandas writes for its index are left out. Of JSON lines, `fields` are
+        columns, as text, and with `features` the other keys with their types; column `bad_json` is a line that is no
+        object. Raises UserError if two columns have the same name.
         """
         path = glob.escape(str(self.path))
         relation = self._text_relation(con, path) if self.is_text else con.read_parquet(path)
+        if self.is_json:
+            return _json_relation(relation, fields, features)
         names = relation.columns
         named = [quoted(name) for name in names if not INDEX.fullmatch(name)]
         if len(named) == len(names):
@@ -197,7 +240,8 @@ class RawFile:
             )
         # DuckDB wants a name for every column.
         named = [name if name.strip() else f"__index_level_{at}__" for at, name in enumerate(names)]
-        return con.read_csv(
+        has_one_column = len(named) == 1  # of which DuckDB takes a blank line for an empty field
+        relation = con.read_csv(
             path,
             auto_detect=False,
             store_rejects=True,
@@ -206,7 +250,31 @@ class RawFile:
             quotechar=self.quote,
             escapechar=self.quote,
             columns=dict.fromkeys(named, "VARCHAR"),
+            allow_quoted_nulls=not has_one_column,
         )
+        return relation.filter(f"{quoted(named[0])} is not null") if has_one_column else relation
+
+
+def _json_relation(
+    lines: duckdb.DuckDBPyRelation, fields: Collection[str], features: bool
+) -> duckdb.DuckDBPyRelation:
+    """The fields of lines of JSON; see RawFile.relation."""
+    is_object = "json_valid(json) and json_type(try_cast(json as json)) = 'OBJECT'"
+    parsed = f"case when {is_object} then cast(json as json) end"
+    columns = [f"case when not coalesce({is_object}, false) then json end as bad_json"]
+    for name in fields:
+        path = "$" + "".join(f'."{key}"' for key in name.split("."))
+        columns.append(f"json_extract_string({parsed}, {literal(path)}) as {quoted(name)}")
+    if not features:
+        return lines.project(", ".join(columns))
+    ((structure,),) = lines.aggregate(f"json_group_structure({parsed})").fetchall()
+    others = [name for name in json.loads(structure or "{}") if name not in fields]
+    typed = lines.project(
+        f"{', '.join(columns)}, from_json({parsed}, {literal(structure or '{}')}) as fields"
+    )
+    names = [quoted(name) for name in ("bad_json", *fields)]
+    names += [f"fields.{quoted(name)} as {quoted(name)}" for name in others]
+    return typed.project(", ".join(names))
 
 
 def quoted(name: str) -> str:
@@ -228,20 +296,24 @@ def delimiter_of(text: str) -> str:
     return delimiter
 
 
-def encoding_problem(text: str) -> str:
-    """What is wrong with a text that was read from bytes which are not UTF-8; "" if they are."""
-    content = text.encode("utf-8", "surrogateescape")
+def encoding_problem(file: RawFile, record: Record) -> str:
+    """What is wrong with a row that was read from bytes which are not UTF-8; "" if they are."""
+    content = file.delimiter.join(record.fields).encode("utf-8", "surrogateescape")
     try:
         content.decode()
     except UnicodeDecodeError:
         if not content.decode("utf-8", "ignore").isascii():
             return "is not UTF-8: a character of it is damaged, export the file again"
         line = content.decode("cp1252", "replace")[:60]
-        return (
-            "is not UTF-8; the file seems to be Latin-1 (Windows-1252), in which the line is"
-            f" {line!r}: convert it, such as by `iconv -f WINDOWS-1252 -t UTF-8`"
-        )
+        seems = f"the file seems to be Latin-1 (Windows-1252), in which the line is {line!r}"
+        return f"is not UTF-8; {seems}: {_how_to_read(file, 'cp1252', 'WINDOWS-1252')}"
     return ""
+
+
+def _how_to_read(file: RawFile, python_name: str, iconv_name: str) -> str:
+    """What to do about an encoding."""
+    convert = f"convert it, such as by `iconv -f {iconv_name} -t UTF-8`"
+    return f"read it with --encoding {python_name}, or {convert}" if file.has_options else convert
 
 
 def kind_of(path: Path) -> str:
@@ -261,13 +333,15 @@ def check_kind(file: RawFile) -> None:
     kind = kind_of(file.path)
     if kind.startswith("UTF"):
         encoding = kind.split()[0]
-        hint = f"convert it, such as by `iconv -f {encoding} -t UTF-8`"
-        raise UserError(
-            f"{file}:1: the file seems to be {encoding}, and only UTF-8 is read: {hint}"
-        )
+        hint = _how_to_read(file, encoding, encoding)
+        raise UserError(f"{file}:1: the file seems to be {encoding}, and not UTF-8: {hint}")
     is_parquet = kind == "a Parquet file"
     if file.is_text and kind:
         hint = "rename it to .parquet" if is_parquet else "export it as CSV"
+        if kind in ("a gzip file", "a zstd file"):
+            hint = (
+                f"let its name end in {'.gz' if 'gzip' in kind else '.zst'}, after .csv for example"
+            )
         raise UserError(f"{file} is not text, it seems to be {kind}: {hint}")
     if not file.is_text and not is_parquet:
         hint = "write it as Parquet, or let its name end as its format asks"

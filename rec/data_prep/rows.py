@@ -35,14 +35,19 @@ BLOCK = 2**20  # characters that are read at once
 ID_TYPES = r"U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|VARCHAR|UUID|ENUM.*|DECIMAL\(\d+,0\)"
 ID = "case when regexp_matches({0}, '\\S') and not regexp_matches({0}, '[\\r\\n]') then {0} end"  # a vocabulary's line
 SECONDS = "coalesce(try_cast(timestamp as double), epoch(try_cast(timestamp as timestamptz)))"
-TIME = f"case when {SECONDS} between -62135596800 and 253402300799 then {SECONDS} end"  # the years 1 to 9999
-RATING = "case when isfinite(try_cast(rating as float)) then cast(rating as float) end"
+IN_RANGE = "case when {0} between -62135596800 and 253402300799 then {0} end"  # the years 1 to 9999
+NUMBER = "case when isfinite(try_cast({0} as float)) then cast({0} as float) end"
+WEIGHT = f"case when try_cast(weight as float) >= 0 then {NUMBER.format('weight')} end"
 VALUES = {  # column of `interactions` -> its value, null if the text is malformed, and what is wrong then
     "user_id": (ID.format("user_id"), "is empty or holds a line break"),
     "item_id": (ID.format("item_id"), "is empty or holds a line break"),
-    "timestamp": (TIME, "is neither seconds since 1970 nor an ISO 8601 time"),
-    "rating": (RATING, "is not a number"),
+    "timestamp": (IN_RANGE.format(SECONDS), "is neither seconds since 1970 nor an ISO 8601 time"),
+    "rating": (NUMBER.format("rating"), "is not a number"),
+    "event": (ID.format("event"), "is empty or holds a line break"),
+    "weight": (WEIGHT, "is not a number of at least 0"),
 }
+NUMBERS = ("timestamp", "rating", "weight")
+SCALES = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # --timestamp-unit -> of them in a second
 UNREADABLE = {  # DuckDB's type of error -> what is wrong with the line
     "MISSING COLUMNS": "has fewer fields than the file has columns",
     "TOO MANY COLUMNS": "has more fields than the file has columns",
@@ -57,13 +62,6 @@ class Problem(NamedTuple):
     line: int
     reason: str
     rows: int
-
-
-class Lines(NamedTuple):
-    """The number of lines of a text file."""
-
-    total: int
-    blank: int
 
 
 @contextmanager
@@ -89,8 +87,8 @@ def read_rows(
 
     `columns`: a name in `raw` -> what the file calls that column, which is read as text. With `features` the other
     columns are added as they are, no id may come twice, and a field may go on to another line. `time_format` is how
-    times are written, for strptime. Raises UserError for a file that cannot be read as a whole, and for a malformed
-    row unless `skip`.
+    times are written, for strptime, or their unit, s, ms, us or ns. Raises UserError for a file that cannot be read as
+    a whole, and for a malformed row unless `skip`.
     """
     check_kind(file)
     if file.is_text:
@@ -138,17 +136,28 @@ def _create_raw(
     `bad_row` is [the file's name of the column, the text that is wrong, what is wrong]; `line_breaks` is the number
     of line ends in its fields.
     """
-    source = file.relation(con)
+    source = file.relation(con, columns.values(), features)
     types = dict(zip(source.columns, map(str, source.types), strict=True))
     _check_columns(file, columns, types, features)
     meaning = dict(VALUES)
-    if time_format:
+    if time_format in SCALES:
+        seconds = f"try_cast(timestamp as double) / {SCALES[time_format]}"
+        problem = f"is not a number of {time_format} since 1970"
+        meaning["timestamp"] = (IN_RANGE.format(seconds), problem)
+    elif time_format:
         seconds = f"epoch(try_strptime(timestamp, {literal(time_format)}))"
         meaning["timestamp"] = (seconds, f"is not a time written {time_format!r}")
-    texts = [f"cast({quoted(column)} as varchar) as {name}" for name, column in columns.items()]
+    texts = []
     values = []
     cases = []
+    if file.is_json:
+        cases.append("when bad_json is not null then ['line', bad_json, 'is no JSON object']")
+        texts.append("bad_json")
     for name, column in columns.items():
+        text = f"cast({quoted(column)} as varchar)"
+        if name in NUMBERS and file.decimal != ".":
+            text = f"replace({text}, '{file.decimal}', '.')"
+        texts.append(f"{text} as {name}")
         value, problem = meaning[name]
         values.append(f"{value} as {name}")
         bad_row = f"[{literal(column)}, {name}, {literal(problem)}]"
@@ -156,14 +165,14 @@ def _create_raw(
     others = []
     line_breaks = "0"
     if features:
-        others = [quoted(name) for name in types if name not in columns.values()]
+        used = (*columns.values(), "bad_json")
+        others = [quoted(name) for name in types if name not in used]
         ((key, column),) = columns.items()
         nth = f"row_number() over (partition by {key} order by source_row)"
         cases.append(f"when {nth} > 1 then [{literal(column)}, {key}, 'came before']")
         if file.quote:
-            line_end = r"\r\n|[\r\n]" if file.has_one_column else r"[\r\n]+"  # blank lines
             fields = f"concat_ws(' ', {', '.join([*columns, *others])})"
-            line_breaks = f"len(regexp_extract_all({fields}, '{line_end}'))"
+            line_breaks = f"len(regexp_extract_all({fields}, '[\\r\\n]+'))"  # blank lines apart
     numbered = source.project(", ".join(["row_number() over () as source_row", *texts, *others]))
     facts = [f"{line_breaks} as line_breaks", f"case {' '.join(cases)} end as bad_row"]
     numbered.project(", ".join(["source_row", *values, *others, *facts])).create("raw")
@@ -241,12 +250,12 @@ def _unreadable_rows(con: Connection, file: RawFile) -> list[Problem]:
     record = _nth_record(file, nth)
     reason = UNREADABLE.get(kind, str(kind).lower())
     if kind == "INVALID ENCODING":
-        reason = encoding_problem(file.delimiter.join(record.fields))
+        reason = encoding_problem(file, record)
     return [Problem(record.line, reason, count)]
 
 
-def count_lines(file: RawFile) -> Lines:
-    """Counts the lines of a text file, whatever its quotes and separators are. Raises UserError for a NUL byte."""
+def count_lines(file: RawFile) -> int:
+    """The lines of a text file that are not blank, whatever its quotes are. Raises UserError for a NUL byte."""
     total = blank = 0
     last = "\n"
     with open(file.path, encoding="latin-1") as text:  # any bytes; every line end becomes \n
@@ -259,13 +268,12 @@ def count_lines(file: RawFile) -> Lines:
             if "\n\n" in last + block:
                 blank += (last + block).split("\n")[1:-1].count("")
             last = block[-1]
-    return Lines(total=total + (last != "\n"), blank=blank)
+    return total + (last != "\n") - blank
 
 
 def _check_lines(con: Connection, file: RawFile, unreadable: int, features: bool) -> None:
     """Raises UserError unless each line of a text file is in `raw`, unreadable, blank or the header."""
-    lines = count_lines(file)
-    expected = lines.total if file.has_one_column else lines.total - lines.blank
+    expected = count_lines(file)
     rows, line_breaks = con.execute("select count(*), sum(line_breaks) from raw").fetchall()[0]
     read = rows + int(line_breaks or 0) + unreadable + (not file.header)
     if read != expected:
@@ -302,19 +310,15 @@ def _nth_record(file: RawFile, nth: int) -> Record:
 
 
 def _odd_line_end(file: RawFile) -> str:
-    """The sentence for the first line that ends otherwise than the rows before it; "" if all end alike."""
+    """The sentence for the first line that ends otherwise than the lines before it; "" if all end alike."""
     if not file.is_text:
         return ""
     usual = ""
-    with open(file.path, encoding="utf-8", errors="replace", newline="") as text:
-        lines = enumerate(text, 1)
-        for record in file.records():
-            line = next(line for number, line in lines if number == record.last_line)
+    with open(file.path, encoding="latin-1", newline="") as text:
+        for number, line in enumerate(text, 1):
             end = line[len(line.rstrip("\r\n")) :]
             usual = usual or end
             if end not in ("", usual):
-                return (
-                    f"{file}:{record.last_line}: the line ends in {end!r} and those before"
-                    f" it in {usual!r}: let all of them end alike"
-                )
+                alike = f"those before it in {usual!r}: let all of them end alike"
+                return f"{file}:{number}: the line ends in {end!r} and {alike}"
     return ""

@@ -1,27 +1,36 @@
-"""Your own CSV, TSV or Parquet files -> a dataset directory.
+"""Your own CSV, TSV, JSON lines or Parquet files -> a dataset directory.
 
     python -m rec.data_prep.tabular --interactions clicks.csv --user-col user --item-col product \\
         --timestamp-col time --items products.csv --list-col tags --output-dir data/mine
+    python -m rec.data_prep.tabular --interactions 'logs/*.jsonl.gz' --user-col user.id --item-col item.id \\
+        --timestamp-col ts --timestamp-unit ms --event-col type --event-weights view=1,cart=3,purchase=10,skip=1 \\
+        --negative-events skip --target-events purchase --repeats keep --since 2024-01-01 --output-dir data/mine
+    python -m rec.data_prep.tabular --interactions export.csv --delimiter ';' --decimal , --encoding cp1252 \\
+        --min-interactions 5 --min-item-interactions 5 --split leave_one_out --output-dir data/mine
 
 - Ids are strings exactly as written: leading zeros, commas, quotes and any alphabet are kept.
-- Times are seconds since 1970 or ISO 8601, in UTC unless they name a zone, or as --timestamp-format says. A range that
-  ends before 1990 or starts after tomorrow is refused, unless --allow-any-time is given.
+- Times are seconds since 1970 or ISO 8601, in UTC unless they name a zone, or as --timestamp-format or
+  --timestamp-unit says. A range that ends before 1990 or starts after tomorrow is refused, unless --allow-any-time.
 - A malformed row (wrong number of columns, empty id, line break in an id, time or rating that is no number) stops
   the command with file and line; --skip-bad-rows drops and counts it.
 - Every line of a text file is a row, the header, blank, or counted as malformed. A quote that swallows lines is
   refused with its line. No field of interactions goes on to another line; one of users or items may.
 - --delimiter names the separator. If the one that the extension tells is not in the first line, and another gives
   all the columns, that one is taken and printed. In a .tsv, and with --quote none, quotes are plain characters.
-- Text is UTF-8. A column without a name, such as pandas' index, is left out and printed.
+- Names that end in .gz or .zst are compressed. Text is UTF-8, or as --encoding says. --interactions, --train, --val and
+  --test may be patterns. A field inside another of a JSON line is named by a dotted path.
+- A column without a name, such as pandas' index, is left out and printed.
 - A feature column of a CSV is int64 or double if all its values are written as such (02139 is not: it is a zip
   code), a list if --list-col names it, otherwise a string. An empty field is null. What decided is printed.
 - A file of items or users without a single id of the interactions is refused, with one id of each side.
+- With --event-weights every event must have a weight; 0 drops it. Another event of a user and an item is no repeat.
 
-Not covered: compressed CSV, quotes escaped otherwise than by doubling them.
+Not covered: quotes escaped otherwise than by doubling them, numbers with separators of thousands.
 """
 
 import argparse
 import difflib
+import glob
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,20 +40,28 @@ from duckdb import DuckDBPyConnection as Connection
 
 from rec.data_prep.checks import check_times
 from rec.data_prep.columns import ListColumns, type_columns
+from rec.data_prep.events import Events, parse_names, parse_weights, weigh_events
 from rec.data_prep.raw_files import RawFile, delimiter_of, literal, quoted
-from rec.data_prep.rows import VALUES, in_a_sentence, read_rows
+from rec.data_prep.rows import SCALES, SECONDS, VALUES, in_a_sentence, read_rows
 from rec.data_prep.split import SPLITS, STRATEGIES, Filters
 from rec.data_prep.write import output_parser, prepare
 from rec.errors import UserError, note, run_command
 from rec.ops.spark import ENGINES
 
 KEYS = {"users": "user_id", "items": "item_id"}  # tables of features -> their ids
-COLUMNS = ("user_col", "item_col", "timestamp_col", "rating_col")  # options, in the order of VALUES
+# Options, in the order of VALUES.
+COLUMNS = ("user_col", "item_col", "timestamp_col", "rating_col", "event_col", "weight_col")
 NEEDS = {  # option -> the one without which it has no effect
     "min_rating": "rating_col",
     "allow_any_time": "timestamp_col",
     "timestamp_format": "timestamp_col",
+    "timestamp_unit": "timestamp_col",
     "list_separator": "list_col",
+    "since": "timestamp_col",
+    "until": "timestamp_col",
+    "event_weights": "event_col",
+    "negative_events": "event_col",
+    "target_events": "event_col",
 }
 NO_LISTS = ListColumns()
 
@@ -59,16 +76,18 @@ def load_interactions(
 ) -> int:
     """Adds a file's rows to table `interactions`, under `split` if given; returns how many malformed ones it skipped.
 
-    `columns` is what the file calls the user id, item id, time and rating; None for what it does not have.
+    `columns` is what the file calls the user id, item id, time, rating, event and weight, None for what it lacks.
     `time_format` is how times are written, for strptime; None: as seconds or in ISO 8601. Raises UserError for a
     missing column, or a malformed row unless `skip`.
     """
-    named = {name: column for name, column in zip(VALUES, columns, strict=True) if column}
-    rows = f"select *, '{split}' as split from raw" if split else "from raw"
+    named = {name: column for name, column in zip(VALUES, columns, strict=False) if column}
+    part = f", '{split}' as split" if split else ""
+    rows = f"select * replace (source_row + {{}} as source_row){part} from raw"
     with in_a_sentence(file):
         skipped = read_rows(con, file, named, skip, time_format=time_format)
-        con.execute(f"create table if not exists interactions as {rows} limit 0")
-        con.execute(f"insert into interactions {rows}; drop table raw")
+        con.execute(f"create table if not exists interactions as {rows.format(0)} limit 0")
+        last = "select coalesce(max(source_row), 0) from interactions"
+        con.execute(f"insert into interactions {rows.format(f'({last})')}; drop table raw")
     return skipped
 
 
@@ -104,10 +123,14 @@ def check_options(args: argparse.Namespace) -> None:
     for option, other in NEEDS.items():
         if getattr(args, option) not in (None, False) and not getattr(args, other):
             raise UserError(f"{_flag(option)} needs {_flag(other)}")
+    if args.timestamp_format and args.timestamp_unit:
+        raise UserError("--timestamp-format and --timestamp-unit exclude each other: use one")
     if args.timestamp_format:
         _check_time_format(args.timestamp_format)
-    if args.min_interactions < 1:
-        raise UserError(f"--min-interactions must be at least 1, not {args.min_interactions}")
+    for option in ("min_interactions", "min_item_interactions"):
+        least = getattr(args, option)
+        if least < 1:
+            raise UserError(f"{_flag(option)} must be at least 1, not {least}")
     columns = {option: getattr(args, option) for option in COLUMNS if getattr(args, option)}
     for (one, name), (other, same) in itertools.combinations(columns.items(), 2):
         if name == same:
@@ -134,34 +157,37 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--interactions", type=Path, help="all interactions, to be split")
     add("--train", type=Path, help="interactions that are split already; needs --test")
-    val = "default: a tenth of --train, the latest if --test is later, else drawn"
-    add("--val", type=Path, help=val)
+    add("--val", type=Path, help="default: a tenth of --train, chosen as --test was")
     add("--test", type=Path)
     add("--user-col", default="user_id", help="its name in every file that has it")
     add("--item-col", default="item_id", help="its name in every file that has it")
     add("--timestamp-col", help="without it the data are unordered")
-    time_format = "how times are written, for strptime: '%%Y%%m%%d'; default: seconds or ISO 8601"
-    add("--timestamp-format", help=time_format)
-    any_time = "take times that end before 1990 or start after tomorrow"
-    add("--allow-any-time", action="store_true", help=any_time)
+    add("--timestamp-format", help="for strptime: '%%Y%%m%%d'; default: seconds or ISO 8601")
+    add("--timestamp-unit", choices=list(SCALES), help="of times that are numbers; default: s")
+    add("--allow-any-time", action="store_true", help="take times before 1990 or after tomorrow")
     add("--rating-col", help="a number")
     add("--min-rating", type=float, help="drop interactions rated lower")
     add("--min-interactions", type=int, default=1, help="drop users with fewer, before the split")
+    add("--min-item-interactions", type=int, default=1, help="the same for items, until both hold")
+    add("--since", help="drop interactions before this date, such as 2024-01-31, or second")
+    add("--until", help="drop interactions at this date or second, and later ones")
+    add("--repeats", choices=["first", "last", "keep"], default="first", help="default: first")
+    add("--event-col", help="what a user did, such as view or purchase")
+    add("--event-weights", help="view=1,cart=3,purchase=10: for all events; 0 drops one")
+    add("--weight-col", help="a number per interaction, which its event's weight multiplies")
+    add("--negative-events", help="dislike,skip: events that say what a user does not want")
+    add("--target-events", help="purchase: what val and test ask for; the others are history")
     add("--users", type=Path, help="features of users; users without interactions are left out")
     add("--items", type=Path, help="features of items; all of them make up the catalogue")
-    lists = 'a text feature with several values, such as "a|b|c"; repeatable'
-    add("--list-col", action="append", default=[], help=lists)
-    separator = "separates the values of --list-col; default: |, else what is found, and printed"
-    add("--list-separator", help=separator)
-    split = "default: temporal, or given where there is --train"
-    add("--split", choices=list(STRATEGIES), help=split)
-    delimiter = "separates the fields of text files; default: by the extension"
-    add("--delimiter", help=delimiter)
-    quote = 'opens fields of text files that may hold separators; default: ", none in a .tsv'
-    add("--quote", choices=["none", '"'], help=quote)
-    add("--seed", type=int, help="default: 42; of what is drawn where data without times are split")
-    skip = "drop and count malformed rows"
-    add("--skip-bad-rows", dest="skip", action="store_true", help=skip)
+    add("--list-col", action="append", default=[], help='a text like "a|b|c"; repeatable')
+    add("--list-separator", help="of --list-col; default: |, else what is found, and printed")
+    add("--split", choices=list(STRATEGIES), help="default: temporal; given if there is --train")
+    add("--delimiter", help="separates the fields of text files; default: by the extension")
+    add("--quote", choices=["none", '"'], help='opens fields; default: ", none in a .tsv')
+    add("--encoding", help="of text files, such as cp1252 or utf-16; default: UTF-8")
+    add("--decimal", choices=[".", ","], help="before the fraction of a number; default: .")
+    add("--seed", type=int, help="of what is drawn if data without times are split; default: 42")
+    add("--skip-bad-rows", dest="skip", action="store_true", help="drop and count malformed rows")
     return parser
 
 
@@ -179,54 +205,105 @@ def main() -> None:
     delimiter = None if args.delimiter is None else delimiter_of(args.delimiter)
     quote = "" if args.quote == "none" else args.quote
     files = {
-        name: RawFile.of(path, delimiter, quote)
+        name: [RawFile.of(each, delimiter, quote, args.decimal or ".") for each in _matching(path)]
         for name in ("interactions", *SPLITS, *KEYS)
         if (path := getattr(args, name))
     }
-    has_text = any(file.is_text for file in files.values())
-    if (args.delimiter or args.quote) and not has_text:
-        raise UserError("--delimiter and --quote are for text files, and all files are Parquet")
+    every = [file for group in files.values() for file in group]
+    text_options = [name for name in ("delimiter", "quote", "decimal") if getattr(args, name)]
+    if text_options and all(file.is_json or not file.is_text for file in every):
+        raise UserError(f"--{text_options[0]} is for CSV and TSV, and no file is one")
+    if args.encoding and not any(file.is_text for file in every):
+        raise UserError("--encoding is for text files, and all files are Parquet")
     is_drawn = not args.val if is_given else not args.timestamp_col
     if args.seed is not None and not is_drawn:
         note(f"--seed {args.seed} has no effect: this split draws nothing at random")
-    paths = [file.path for file in files.values()]
+    events = Events(
+        weights=parse_weights(args.event_weights) if args.event_weights else {},
+        negatives=parse_names(args.negative_events or ""),
+        targets=parse_names(args.target_events or ""),
+    )
+    paths = [file.path for file in every]
     prepare(
         args.output_dir,
-        lambda con, scratch: {"bad_rows": _load(con, args, files)},
-        name=paths[0].stem,
+        lambda con, scratch: _load(con, scratch, args, files, events),
+        name=paths[0].name.partition(".")[0],
         source=", ".join(path.name for path in paths),
         strategy=strategy,
         seed=42 if args.seed is None else args.seed,
-        filters=Filters(args.min_rating, args.min_interactions),
+        filters=Filters(
+            args.min_rating,
+            args.min_interactions,
+            args.min_item_interactions,
+            since=_seconds(args.since),
+            until=_seconds(args.until),
+            repeats=args.repeats,
+        ),
+        events=events,
         engine=ENGINES[args.engine],
         wait=args.wait,
     )
 
 
-def _load(con: Connection, args: argparse.Namespace, files: dict[str, RawFile]) -> int:
-    """Creates the tables of all files; returns the number of malformed rows. `files` are by their options."""
+def _matching(path: Path) -> list[Path]:
+    """The files that a pattern such as logs/*.csv matches, in order of names; a file that exists is no pattern."""
+    if path.exists() or not glob.has_magic(str(path)):
+        return [path]
+    paths = sorted(map(Path, glob.glob(str(path))))
+    if not paths:
+        raise UserError(f"no file matches {path}")
+    return paths
+
+
+def _seconds(text: str | None) -> float | None:
+    """Seconds since 1970 of a text that is written as times are. Raises UserError for another one."""
+    if text is None:
+        return None
+    select = f"set TimeZone = 'UTC'; select {SECONDS} from (select {literal(text)} as timestamp)"
+    ((seconds,),) = duckdb.execute(select).fetchall()
+    if seconds is None:
+        hint = "write 2024-01-31, 2024-01-31T12:00:00, or seconds since 1970"
+        raise UserError(f"{text!r} is no time for --since or --until: {hint}")
+    return float(seconds)
+
+
+def _load(
+    con: Connection,
+    scratch: Path,
+    args: argparse.Namespace,
+    files: dict[str, list[RawFile]],
+    events: Events,
+) -> dict[str, int]:
+    """Creates the tables of all files, which are by their options; returns the number of rows dropped, by reason."""
     bad_rows = 0
     features = []
     columns = [getattr(args, option) for option in COLUMNS]
-    for name, file in files.items():
-        if name not in KEYS:
-            note(f"reading {file.path}")
+    times = args.timestamp_format or args.timestamp_unit
+    for name in [name for name in files if name not in KEYS]:
+        for file in files[name]:
+            note(f"reading {file}")
             split = name if name in SPLITS else None
-            bad_rows += load_interactions(
-                con, file, columns, split, args.skip, args.timestamp_format
-            )
+            plain = file.plain(scratch, args.encoding)
+            bad_rows += load_interactions(con, plain, columns, split, args.skip, times)
     if args.timestamp_col and not args.allow_any_time:
         check_times(con)
     lists = ListColumns(args.list_col, args.list_separator)
     for table in [name for name in KEYS if name in files]:
         key = args.user_col if table == "users" else args.item_col
-        bad_rows += load_features(con, files[table], table, key, lists, args.skip)
+        (file, *others) = files[table]
+        if others:
+            raise UserError(f"--{table} names {len(others) + 1} files: name one")
+        plain = file.plain(scratch, args.encoding)
+        bad_rows += load_features(con, plain, table, key, lists, args.skip)
         features += con.table(table).columns[1:]  # without the id
     for name in set(args.list_col) - set(features):
         near = difflib.get_close_matches(name, features, 1)
         hint = f": did you mean {near[0]}?" if near else ""
         raise UserError(f"--list-col {name}: neither --users nor --items has such a feature{hint}")
-    return bad_rows
+    dropped = {"bad_rows": bad_rows}
+    if args.event_weights or args.weight_col or args.event_col:
+        dropped["of_weight_0"] = weigh_events(con, events)
+    return dropped
 
 
 if __name__ == "__main__":

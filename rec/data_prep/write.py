@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from rec.data_prep.checks import check_tables
 from rec.data_prep.dataset import FORMAT_VERSION, open_dataset
 from rec.data_prep.engine import Engine
+from rec.data_prep.events import Events
 from rec.data_prep.split import SPLITS, Filters, filter_interactions, split_interactions
 from rec.errors import UserError, command_parser, note, warn
 from rec.files import add_wait_argument, digest, replace_directory, sole_writer
@@ -43,14 +44,23 @@ SETTINGS = """
 REASONS = {
     "bad_rows": "malformed rows",
     "below_min_rating": "interactions rated below --min-rating",
-    "duplicates": "duplicate interactions (the same user and item again: the earliest is kept)",
+    "of_weight_0": "interactions of weight 0",
+    "before_since": "interactions before --since",
+    "after_until": "interactions at --until or later",
+    "duplicates": "duplicate interactions (the same user and item again: see --repeats)",
     "of_inactive_users": "interactions of users with fewer than --min-interactions",
+    "of_rare_items": "interactions of items with fewer than --min-item-interactions",
 }
 # Users are those who occur; items make up the catalogue, whether anybody has met them or not.
 JOINS = {"users": "left", "items": "full"}
-CASTS = {"timestamp": "cast(floor(timestamp) as bigint)", "rating": "cast(rating as float)"}
+CASTS = {
+    "timestamp": "cast(floor(timestamp) as bigint)",
+    "rating": "cast(rating as float)",
+    "weight": "cast(weight as float)",
+}
 
 ALL = Filters()  # of the interactions
+NO_EVENTS = Events()
 Load = Callable[[duckdb.DuckDBPyConnection, Path], dict[str, int]]
 
 
@@ -74,14 +84,16 @@ def prepare(
     seed: int,
     filters: Filters = ALL,
     engine: type[Engine] = Engine,
+    events: Events = NO_EVENTS,
     *,
     wait: bool = False,
 ) -> None:
     """Writes a dataset directory, and prints the counts and the JSON line that end every command.
 
     `load` gets a database of DuckDB's and a directory for temporary files. It creates table `interactions` (user_id,
-    item_id, and timestamp in seconds, rating and split where the source has them; source_row), and `users` and `items`
-    (id, features) where the source has them. It returns what it dropped: reason -> rows. `engine` does the rest.
+    item_id, source_row, and timestamp in seconds, rating, event, weight and split where the source has them), and
+    `users` and `items` (id, features) where the source has them. It returns what it dropped: reason -> rows. `engine`
+    does the rest.
 
     Raises:
       UserError: bad rows, an impossible split, an engine that does not start, an output directory that holds something
@@ -89,6 +101,7 @@ def prepare(
     """
     manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "name": name, "source": source}
     manifest["filters"] = dataclasses.asdict(filters)
+    manifest["repeats"] = manifest["filters"].pop("repeats")
     with staging(output_dir, wait=wait) as directory:
         scratch = directory.parent
         try:
@@ -100,7 +113,10 @@ def prepare(
                 db = engine(con, scratch)
                 note("filtering and splitting")
                 dropped |= filter_interactions(db, filters)
-                manifest["split"] = split_interactions(db, strategy, seed)
+                manifest |= events.facts(db)
+                manifest["split"] = split_interactions(db, strategy, seed, events.is_label)
+                if events.targets:
+                    _report_labels(db, events)
                 note("writing")
                 manifest |= _write_tables(db, directory, reasons)
         except (duckdb.IOException, duckdb.OutOfMemoryException) as error:  # the disk is full, say
@@ -145,6 +161,14 @@ def staging(output_dir: Path, *, wait: bool = False) -> Iterator[Path]:
             replace_directory(new, final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _report_labels(engine: Engine, events: Events) -> None:
+    for part in ("val", "test"):
+        total = engine.count(f"split = '{part}'")
+        labels = engine.count(f"split = '{part}' and {events.is_label}")
+        asked = ", ".join(events.targets)
+        note(f"{part} asks for {labels:,} of its {total:,} interactions ({asked})")
 
 
 def _comments(con: duckdb.DuckDBPyConnection) -> dict[tuple[str, str], str]:

@@ -106,6 +106,9 @@ class RetrievalModel(tfrs.Model):
         targets = tf.reshape(batch["tokens"][:, 1:], [-1])  # [P]
         negatives = batch["negatives"]  # [C]
         queries = self.query_tower(batch["user"], inputs, batch.get("time"), training=training)
+        weights = tf.cast(targets != PAD, tf.float32)
+        if "weight" in batch:
+            weights *= tf.reshape(batch["weight"], [-1])
         rows = tf.concat([targets, negatives], 0)
         sizes = [tf.size(targets), tf.size(negatives)]
         target_vectors, negative_vectors = tf.split(self.candidate_tower(rows, training), sizes)
@@ -117,7 +120,7 @@ class RetrievalModel(tfrs.Model):
             negative_vectors,
             target_probability=target_probability,
             negative_probability=negative_probability,
-            sample_weight=tf.cast(targets != PAD, tf.float32),
+            sample_weight=weights,
             negative_mask=self._is_negative(batch, targets),
         )
 

@@ -194,10 +194,13 @@ def test_times_that_cannot_be_are_refused_by_their_likely_unit(number: float, un
 
 
 @pytest.mark.parametrize(
-    ("factor", "unit"), [(1e3, "milli"), (1e6, "micro"), (1e9, "nano")], ids=str
+    ("factor", "unit", "option"),
+    [(1e3, "milli", "ms"), (1e6, "micro", "us"), (1e9, "nano", "ns")],
+    ids=str,
 )
-def test_a_malformed_time_is_told_by_its_unit(factor: float, unit: str) -> None:
-    assert f"looks like {unit}seconds since 1970; divide by " in time_hint(str(NOW * factor))
+def test_a_malformed_time_is_told_by_its_unit(factor: float, unit: str, option: str) -> None:
+    hint = f"looks like {unit}seconds since 1970; read it with --timestamp-unit {option}"
+    assert time_hint(str(NOW * factor)).endswith(hint)
 
 
 def test_a_malformed_time_that_is_no_number_names_the_option() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rec.data_prep import rows as rows_module
 from rec.data_prep.raw_files import RawFile
-from rec.data_prep.rows import Lines, count_lines, read_rows
+from rec.data_prep.rows import count_lines, read_rows
 from rec.data_prep.tabular import load_features, load_interactions
 from rec.errors import UserError
 
@@ -138,18 +138,19 @@ def test_lines_are_counted_in_blocks_as_python_splits_them(folder: Path, content
     path = folder / "lines.csv"
     path.write_bytes(content)
     lines = content.splitlines()
-    expected = Lines(total=len(lines), blank=lines.count(b""))
+    expected = len(lines) - lines.count(b"")
     with pytest.MonkeyPatch.context() as patch:
         for size in (1, 2, 3, 100):
             patch.setattr(rows_module, "BLOCK", size)
             assert count_lines(RawFile(path, delimiter=",")) == expected
 
 
-def test_a_file_of_one_column_has_blank_lines_as_rows(folder: Path) -> None:
+def test_blank_lines_are_no_rows_of_a_file_of_one_column(folder: Path) -> None:
     path = folder / "u.csv"
     path.write_text('user_id\na\n\n"b"\n\n')
     con = connected()
-    assert load_features(con, RawFile.of(path), "users", "user_id", skip=True) == 2
+    assert load_features(con, RawFile.of(path), "users", "user_id") == 0
     assert con.execute("from users").fetchall() == [("a",), ("b",)]
-    with pytest.raises(UserError, match=r"u.csv:3: user_id '' is empty .*2 malformed row"):
+    path.write_text('user_id\na\n\n""\n')
+    with pytest.raises(UserError, match=r"u.csv:4: user_id '' is empty .*1 malformed row"):
         load_features(connected(), RawFile.of(path), "users", "user_id")

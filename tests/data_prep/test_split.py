@@ -240,7 +240,7 @@ def test_a_filter_that_drops_everything_is_refused_with_a_value() -> None:
     with pytest.raises(
         UserError, match="^--min-interactions 3 drops all users: the most active one has 2$"
     ):
-        filter_interactions(database(columns, rows), Filters(None, 3))
+        filter_interactions(database(columns, rows), Filters(min_interactions=3))
 
 
 def test_a_filter_that_drops_nothing_is_said_with_a_value(

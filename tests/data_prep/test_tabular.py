@@ -152,7 +152,7 @@ def test_times_are_seconds_or_iso_8601_in_utc(run: Run, written: str, second: in
         ("u,d,nan,5", "time 'nan' is neither"),
         (
             "u,d,1700000000000,5",
-            "time '1700000000000' is neither .* looks like milliseconds since 1970; divide by 1,000 first",
+            "time '1700000000000' is neither .* looks like milliseconds since 1970; read it with --timestamp-unit ms",
         ),
         ("u,d,4,good", "stars 'good' is not a number"),
         ("u,d,4,", "stars '' is not a number"),
@@ -293,7 +293,14 @@ def test_min_rating_and_min_interactions(run: Run, capsys: pytest.CaptureFixture
     out, err = capsys.readouterr()
     assert json.loads(out)["dropped"]["below_min_rating"] == 1
     assert "dropped: 1 interactions of users with fewer than --min-interactions" in err
-    assert dataset.manifest["filters"] == {"min_rating": 3.5, "min_interactions": 2}
+    assert dataset.manifest["filters"] == {
+        "min_rating": 3.5,
+        "min_interactions": 2,
+        "min_item_interactions": 1,
+        "since": None,
+        "until": None,
+    }
+    assert dataset.manifest["repeats"] == "first"
 
 
 def test_features_of_csv_are_typed_by_how_they_are_written(run: Run) -> None:
@@ -407,7 +414,7 @@ def test_a_feature_called_like_the_id_is_refused(run: Run) -> None:
         (["--train", "c.csv"], "--test is missing"),
         (["--interactions", "c.csv", "--min-rating", "3"], "--min-rating needs --rating-col"),
         (["--interactions", "none.csv"], "none.csv is not a file"),
-        (["--interactions", "c.xlsx"], "must end in .csv, .tsv or .parquet"),
+        (["--interactions", "c.xlsx"], "must end in .csv, .tsv, .jsonl .* or .parquet"),
         (["--interactions", "c.csv"], "the temporal split needs timestamps"),
         (["--interactions", "c.csv", "--items", "c.csv", "--list-col", "tme"], "came before"),
         (
@@ -585,8 +592,10 @@ def test_the_first_line_may_be_data_which_is_said(
         (["--delimiter", ""], "--delimiter '' is not one character"),
         (["--delimiter", "::"], "--delimiter '::' is not one character"),
         (["--delimiter", '"'], "--delimiter '\"' is not one character"),
-        (["--quote", "none"], "are for text files, and all files are Parquet"),
-        (["--delimiter", ";"], "are for text files, and all files are Parquet"),
+        (["--quote", "none"], "--quote is for CSV and TSV, and no file is one"),
+        (["--decimal", ","], "--decimal is for CSV and TSV, and no file is one"),
+        (["--encoding", "cp1252"], "--encoding is for text files, and all files are Parquet"),
+        (["--delimiter", ";"], "--delimiter is for CSV and TSV, and no file is one"),
     ],
 )
 def test_options_for_text_that_have_no_effect_are_refused(

@@ -114,6 +114,23 @@ def test_padding_contributes_nothing_to_the_loss():
     )
 
 
+def test_the_loss_is_the_mean_by_the_weights_of_the_targets():
+    built = model(arch="sasrec")
+    batch = {
+        "user": tf.constant([2]),
+        "tokens": tf.constant([[START, 3, 4, 5]]),
+        "negatives": tf.constant([6, 8]),
+    }
+
+    def weighed(*weights: float) -> float:
+        return float(built.compute_loss(batch | {"weight": tf.constant([weights], tf.float32)}))
+
+    alone = [weighed(1, 0, 0), weighed(0, 1, 0), weighed(0, 0, 1)]
+    assert float(built.compute_loss(batch)) == pytest.approx(np.mean(alone), rel=1e-5)
+    expected = np.average(alone, weights=[1, 3, 10])
+    assert weighed(1, 3, 10) == pytest.approx(expected, rel=1e-5)
+
+
 def test_windows_share_a_row_of_the_mask():
     mask = np.array([[True, False, True]])
     assert loss(mask) == pytest.approx(by_hand(1.0, True, np.repeat(mask, 2, 0)), rel=1e-5)

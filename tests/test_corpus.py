@@ -1,0 +1,76 @@
+"""What training reads of a data set with events: what is learnt from, what is asked for, what is history."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rec.batches import window_batches
+from rec.config import Features, Retrieval, with_data_defaults
+from rec.corpus import Corpus, load_corpus
+from rec.data_prep import tabular
+from rec.data_prep.dataset import open_dataset
+from rec.sequences import Sequences
+
+# Of each user in order of time: an item and its event.
+WALKS = {
+    "u": "a view, b view, c skip, a buy, a view, c view, b buy, a view, b buy, d view",
+    "v": "b view, a view, b buy, c view, a buy",
+}
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Corpus:
+    rows = ["user_id,item_id,event,time"]
+    for user, walk in WALKS.items():
+        for time, step in enumerate(walk.split(", ")):
+            rows.append(f"{user},{step.replace(' ', ',')},{time}")
+    path = tmp_path / "clicks.csv"
+    path.write_text("\n".join([*rows, ""]))
+    options = ["--timestamp-col", "time", "--allow-any-time", "--split", "leave_one_out"]
+    options += ["--event-col", "event", "--target-events", "buy", "--negative-events", "skip"]
+    options += ["--event-weights", "view=1,buy=5", "--repeats", "keep"]
+    where = ["--interactions", str(path), "--output-dir", str(tmp_path / "data")]
+    monkeypatch.setattr("sys.argv", ["tabular", *where, *options])
+    tabular.main()
+    return load_corpus(open_dataset(tmp_path / "data"), Features())
+
+
+def of_user(corpus: Corpus, sequences: Sequences, user: str) -> str:
+    """The items of a user in order of time."""
+    rows = sequences.items[sequences.users == corpus.users.encode([user], 0)[0]]
+    return " ".join(corpus.items.ids[row - corpus.items.first] for row in rows)
+
+
+def test_negatives_are_left_out_and_val_and_test_ask_for_targets_once(corpus: Corpus) -> None:
+    assert of_user(corpus, corpus.train, "u") == "a b a a c"
+    assert of_user(corpus, corpus.val, "u") == "b"
+    assert of_user(corpus, corpus.test, "u") == "b"
+    assert of_user(corpus, corpus.val, "v") == "b"
+    assert of_user(corpus, corpus.test, "v") == "a"
+
+
+def test_each_target_of_a_batch_has_its_weight(corpus: Corpus) -> None:
+    config = with_data_defaults(Retrieval(), corpus.ordered, len(corpus.train.items))
+    (batch,) = window_batches(corpus, config, corpus.train, 0, 0).as_numpy_iterator()
+    row = batch["user"].tolist().index(corpus.users.encode(["u"], 0)[0])
+    targets = corpus.items.ids[batch["tokens"][row, 1:] - corpus.items.first]
+    assert " ".join(targets) == "a b a a c"
+    assert batch["weight"][row].tolist() == [1, 1, 5, 1, 1]
+    (other,) = np.delete(batch["weight"], row, axis=0)
+    assert other.tolist() == [1, 1, 0, 0, 0]  # b and a, then padding
+
+
+def test_the_history_of_test_is_everything_before_it(corpus: Corpus) -> None:
+    assert of_user(corpus, corpus.history("val"), "v") == "b a"
+    assert of_user(corpus, corpus.history("test"), "v") == "b a b c"
+    assert of_user(corpus, corpus.history("test"), "u") == "a b a a c b a"
+
+
+def test_what_training_does_not_use_yet_is_said(
+    capsys: pytest.CaptureFixture[str], corpus: Corpus
+) -> None:
+    err = capsys.readouterr().err
+    assert "warning: weights count in the loss of models of sequences; the autoencoder" in err
+    assert "warning: training leaves negative events out" in err
+    assert "warning: what a user has met before is not recommended again" in err
