@@ -49,7 +49,10 @@ class TfServing:
         users, given = list(user_ids), [history is not None for history in histories]
         lists = _padded([history or [] for history in histories])
         asked: dict[str, list[Any]] = {"user_id": users, "is_given": given, "history": lists}
-        found = self._call("retrieval", "answer", {**asked, "exclude": _padded(excluded)})
+        if any(given) or any(excluded):
+            found = self._call("retrieval", "answer", {**asked, "exclude": _padded(excluded)})
+        else:
+            found = self._call("retrieval", "answer_known", {"user_id": users})
         scores, cold = np.array(found["score"], np.float32), np.array(found["cold"])
         parts = {"rows": np.array(found["row"]), "retrieved": scores}
         if "ranking" in self.metadata:

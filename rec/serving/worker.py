@@ -13,6 +13,7 @@ import queue
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,9 @@ from rec.serving.service import Service
 GRACE = 10.0  # seconds for what is in flight, before a process is killed
 LINGER = 1.0  # seconds in which connections may end by themselves; each answer says that its connection closes
 BEAT = 1  # seconds between signs of life
+# Seconds after which the thread of the models gets the interpreter from the event loop. With Python's 5 ms it idles
+# while a batch of answers is written: at 32 clients, 5 % fewer requests per second.
+SWITCH = 0.0002
 
 
 class Server(uvicorn.Server):
@@ -144,6 +148,7 @@ def run(
       listener: a socket that listens, which other processes may share.
       at_once: answer while loading too, with 503 and a healthy /healthz; otherwise connections wait for the models.
     """
+    sys.setswitchinterval(SWITCH)
     supervision = Supervision(connection, service)
     service.reload = supervision.reload
     threading.Thread(target=supervision.listen, daemon=True).start()
