@@ -251,15 +251,15 @@ class Recommender:
             return self._look_up(user_ids)
         if is_searched.all():
             return self._search(user_ids, histories, excluded)
-        searched = np.flatnonzero(is_searched)
-        others = np.flatnonzero(~is_searched)
+        searched = np.flatnonzero(is_searched).tolist()
+        others = np.flatnonzero(~is_searched).tolist()
         found = self._search(
             [user_ids[at] for at in searched],
             [histories[at] for at in searched],
             [excluded[at] for at in searched],
         )
         known = self._look_up([user_ids[at] for at in others])
-        order = np.argsort(np.concatenate([searched, others]))
+        order = np.argsort([*searched, *others])
         return {name: np.concatenate([found[name], known[name]])[order] for name in found}
 
     def _search(

@@ -82,7 +82,8 @@ def create_app(
     app.state.service = service
     app.include_router(v1)
     app.include_router(around)
-    gate = Gate(Fast(app, recommend), tokens, access_log)
+    fast = Fast(app, service, recommend=recommend, refuse=_refused, fail=_failed)
+    gate = Gate(fast, tokens, access_log)
     return (
         CORSMiddleware(gate, origins, allow_methods=["*"], allow_headers=["*"]) if origins else gate
     )

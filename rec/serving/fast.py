@@ -7,13 +7,16 @@ that took turns (AMD EPYC, 2 cores; 9,782 to 10,351 for an endpoint that returns
 import re
 from collections.abc import Awaitable, Callable
 
-from fastapi import FastAPI, Response
+from fastapi import Response
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rec.errors import UserError
 from rec.serving.schemas import RecommendRequest
 from rec.serving.service import Service
+
+Recommend = Callable[[RecommendRequest, Service], Awaitable[Response]]
+Fail = Callable[[None, Exception], Awaitable[Response]]
 
 ADDRESS = "/v1/users/{user_id:path}/recommendations"
 PATH = re.compile(r"/v1/users/(.{1,512})/recommendations", re.DOTALL)
@@ -24,25 +27,24 @@ class Fast:
     """In front of the application, an ASGI application itself."""
 
     def __init__(
-        self, app: FastAPI, recommend: Callable[[RecommendRequest, Service], Awaitable[Response]]
+        self, app: ASGIApp, service: Service, *, recommend: Recommend, refuse: Fail, fail: Fail
     ) -> None:
-        self._app, self._recommend = app, recommend
-        self._service: Service = app.state.service
+        """`recommend` answers a request, `refuse` one that cannot be answered, and `fail` after a fault of ours."""
+        self._app, self._service = app, service
+        self._recommend, self._refuse, self._fail = recommend, refuse, fail
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = self._read(scope)
         if request is None:
             return await self._app(scope, receive, send)
         scope["address"] = ADDRESS
-        handlers = self._app.exception_handlers
         try:
             answer = await self._recommend(request, self._service)
-        except UserError as error:
-            answer = await handlers[UserError](None, error)
-        except HTTPException as error:
-            answer = await handlers[HTTPException](None, error)
+        except (UserError, HTTPException) as error:
+            answer = await self._refuse(None, error)
         except Exception as error:
-            await (await handlers[Exception](None, error))(scope, receive, send)
+            answer = await self._fail(None, error)
+            await answer(scope, receive, send)
             raise  # for the log
         await answer(scope, receive, send)
 
