@@ -235,8 +235,8 @@ class Shallow:
 def test_a_short_answer_is_filled_with_popular_items_that_pass(engine: Engine) -> None:
     genre, passing = narrow(engine)
     request = RecommendRequest(user_id=USER, k=K, filter={"genres": [genre]}, exclude=passing[:1])
-    [text] = replace(engine, backend=Shallow(engine.backend)).recommend([request])
-    items = json.loads(text)["items"]
+    [answer] = replace(engine, backend=Shallow(engine.backend)).recommend([request])
+    items = answer["items"]
     first = [item for item in ranked(engine, passing[:1])[0] if item in passing[1:]]
     assert [item["item_id"] for item in items] == first + [
         item for item in passing[1:] if item not in first
@@ -571,7 +571,7 @@ def test_a_request_that_fails_does_not_take_its_batch_along(engine: Engine) -> N
         return await asyncio.gather(*asked, return_exceptions=True)
 
     [answer], error = asyncio.run(both())
-    assert json.loads(answer)["user_id"] == "u1" and isinstance(error, KeyError)
+    assert answer["user_id"] == "u1" and isinstance(error, KeyError)
 
 
 def test_it_is_alive_before_it_is_ready(engine: Engine) -> None:
