@@ -5,15 +5,16 @@
 
 - `trivial`: a FastAPI endpoint that returns a constant list: what HTTP itself costs here.
 - `thread_pool`: the usual way, a plain `def` endpoint that calls the model once a request, from FastAPI's threads.
-- `rec`: `python -m rec.serve`, with its access log, metrics and tokens.
+- `rec`: `python -m rec.serve`, with its access log, metrics and tokens, asked for known users.
+- `rec_history`: the same, with a history of 20 items in each request: the query tower and the index take part.
 - `model` (`--only model`): the model's call alone, in a process without a server: microseconds of processor time a
   request, in batches of 1, 8 and 32, and the resident memory after batches of every size up to 64.
 
 Each number in the JSON is a count of clients that ask again as soon as they are answered, over connections that stay
-open: {"rps", "p50_ms", "p99_ms"}; for `rec` also "refused" (503) and "percent", its rate as a share of the trivial
-endpoint's with as many clients. "processor" names the machine, on which all figures depend. Every user is another one.
-The clients are one process of this machine, so they take their share of its cores; the resident memory of the server
-is in megabytes.
+open: {"rps", "p50_ms", "p99_ms"}. Both of `rec` also have "refused" (503) and "percent", the rate as a share of the
+trivial endpoint's with as many clients. "processor" names the machine, on which all figures depend. Every user is
+another one. The clients are one process of this machine, so they take their share of its cores; the resident memory of
+the server is in megabytes.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from rec.errors import UserError, run_command
 
 SECONDS, PAUSE = 5.0, 0.5  # of one measurement, and of load before it
 USERS, ITEMS = 10_000, 100_000
+HISTORY = 20  # items
 K = 10
 CLOSES = b"\r\nconnection: close\r\n"
 
@@ -135,6 +137,16 @@ def get(path: str) -> bytes:
 def ask(path: str, number: int) -> bytes:
     """Each request is of another user than the one before."""
     return get(path.format(f"u{number * 7919 % USERS}"))
+
+
+def ask_with_history(number: int) -> bytes:
+    items = [f"i{(number * 7919 + at * 977) % ITEMS}" for at in range(HISTORY)]
+    body = json.dumps({"history": items}).encode()
+    head = (
+        "POST /v1/recommend HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -284,7 +296,9 @@ def main() -> None:
     )
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
-        "--only", choices=("trivial", "thread_pool", "rec", "model"), help="measure one of them"
+        "--only",
+        choices=("trivial", "thread_pool", "rec", "rec_history", "model"),
+        help="measure one of them",
     )
     parser.add_argument("--serve", choices=("trivial", "thread_pool"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -301,26 +315,26 @@ def main() -> None:
         savedmodels = args.savedmodels or make_model(Path(root))
         report: dict[str, Any] = {"processor": processor()}
         errors = 0
-        systems: dict[str, tuple[list[str], str, tuple[int, ...]]] = {
-            "trivial": (["bench.serving", "--serve", "trivial"], "/users/{}", (1, 32)),
-            "thread_pool": (["bench.serving", "--serve", "thread_pool"], "/users/{}", (1, 32)),
-            "rec": (
-                ["rec.serve", "--ranking-bundle", f"{savedmodels}/ranking/latest"],
-                "/v1/users/{}/recommendations",
-                (1, 8, 32, 256),
-            ),
+        known = partial(ask, "/v1/users/{}/recommendations")
+        serve = ["rec.serve", "--ranking-bundle", f"{savedmodels}/ranking/latest"]
+        systems: dict[str, tuple[list[str], Callable[[int], bytes], tuple[int, ...]]] = {
+            name: (["bench.serving", "--serve", name], partial(ask, "/users/{}"), (1, 32))
+            for name in ("trivial", "thread_pool")
         }
-        for name, (command, path, clients) in systems.items():
+        systems["rec"] = (serve, known, (1, 8, 32, 256))
+        systems["rec_history"] = (serve, ask_with_history, (1, 8, 32, 256))
+        for name, (command, request, clients) in systems.items():
             if args.only not in (None, name):
                 continue
+            is_rec = name.startswith("rec")
             with Server(*command, savedmodels=savedmodels) as server:
-                load = Load(server.port, partial(ask, path))
+                load = Load(server.port, request)
                 report[name] = {}
                 for count in clients:
                     load.run(count, PAUSE)
                     measured: dict[str, float] = load.run(count, SECONDS)
-                    refused = load.statuses[503] if name == "rec" else 0
-                    if name == "rec":
+                    refused = load.statuses[503] if is_rec else 0
+                    if is_rec:
                         measured["refused"] = refused
                         trivial_rps = report.get("trivial", {}).get(str(count), {}).get("rps")
                         if trivial_rps:

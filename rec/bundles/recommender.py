@@ -132,6 +132,8 @@ class RecommenderModule(AnswersUsers):
         return found, self._rank(found, user_id, history, is_given)
 
     def _find_known(self, user_id: tf.Tensor) -> Found:
+        if not hasattr(self.retrieval, "answer_known"):  # a bundle of version 0.1
+            return self._find(user_id, *nothing_given(user_id))
         found = self.retrieval.answer_known(user_id)
         if self.ranking is None:
             return found, None

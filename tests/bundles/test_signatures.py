@@ -127,14 +127,18 @@ def test_the_stored_history_is_train_and_val(bundles: dict[str, Any], interactio
     )
 
 
-def test_a_query_that_was_computed_at_export_is_what_the_tower_says(bundles: dict[str, Any]):
-    retrieval, users = bundles["retrieval"], strings(["u1", "u2", "u3"])
-    nothing, stored = strings([[]] * 3), retrieval.history(users)
-    histories = pad_lists([[item.decode() for item in row if item] for row in stored.numpy()])
-    known = retrieval.answer(users, nothing, tf.constant([False] * 3), nothing)
+def test_what_was_found_at_export_is_what_a_search_finds(bundles: dict[str, Any]):
+    retrieval, users = bundles["retrieval"], strings(["u1", "u2", "nobody"])
+    nothing = strings([[]] * 3)
+    rows = retrieval.history(users).numpy()
+    histories = pad_lists([[item.decode() for item in row if item] for row in rows])
+    known = retrieval.answer_known(users)
+    stored = retrieval.answer(users, nothing, tf.constant([False] * 3), nothing)
     told = retrieval.answer(users, histories, tf.constant([True] * 3), nothing)
     mixed = retrieval.answer(users, histories, tf.constant([True, False, True]), nothing)
-    for other in (told, mixed):
+    assert known["cold"].numpy().tolist() == [False, False, True]
+    for other in (stored, told, mixed):
+        assert (other["cold"].numpy() == known["cold"].numpy()).all()
         np.testing.assert_allclose(other["score"], known["score"], atol=1e-5)
         assert (
             other["item_id"].numpy() == known["item_id"].numpy()

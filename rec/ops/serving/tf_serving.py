@@ -54,8 +54,11 @@ class TfServing:
             "is_given": [history is not None for history in histories],
             "history": pad_left([history or [] for history in histories], 1),
         }
-        exclude = pad_left(excluded, 1)
-        outputs = self._call("retrieval", "answer", {**inputs, "exclude": exclude})
+        if any(inputs["is_given"]) or any(excluded):
+            exclude = pad_left(excluded, 1)
+            outputs = self._call("retrieval", "answer", {**inputs, "exclude": exclude})
+        else:
+            outputs = self._call("retrieval", "answer_known", {"user_id": user_ids})
         retrieved = {name: np.array(outputs[name]) for name in ("row", "score", "cold")}
         retrieved["score"] = retrieved["score"].astype(np.float32)
         n = self.metadata.candidates

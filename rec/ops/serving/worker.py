@@ -14,6 +14,7 @@ import queue
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -35,6 +36,9 @@ from rec.serving.service import Service
 GRACE = 10.0  # seconds to finish requests, before a process is killed
 LINGER = 1.0  # seconds for clients to close their connections: each answer tells them to
 BEAT = 1  # seconds between signs of life
+# Seconds after which the thread of the models gets the interpreter from the event loop. With Python's 5 ms it idles
+# while a batch of answers is written: at 32 clients, 5 % fewer requests per second.
+SWITCH = 0.0002
 
 
 class Server(uvicorn.Server):
@@ -160,6 +164,7 @@ def run(supervision: Supervision, app: ASGIApp, listener: socket.socket, at_once
       listener: a socket that listens, which other processes may share.
       at_once: answer while loading too, with 503 and a healthy /healthz; otherwise connections wait for the models.
     """
+    sys.setswitchinterval(SWITCH)
     threading.Thread(target=supervision.listen, daemon=True).start()
     loading = threading.Thread(target=supervision.load, daemon=True)
     if at_once:

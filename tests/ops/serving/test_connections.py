@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from rec.ops.serving.connections import (
     MAX_HEADERS,
+    HeadWithBody,
     Limited,
     LimitedH11,
     Limits,
@@ -238,6 +239,38 @@ def test_a_client_that_asks_before_it_sends_its_body_is_told_to_go_on(server: Ru
         assert client.recv(1000).startswith(b"HTTP/1.1 100 ")
         client.sendall(b"abcde")
         assert client.recv(1000).endswith(b"/read")
+
+
+def test_the_head_of_an_answer_goes_out_with_its_body() -> None:
+    written: list[bytes] = []
+
+    class Recorder(asyncio.Transport):
+        def write(self, data: bytes | bytearray | memoryview) -> None:
+            written.append(bytes(data))
+
+        def close(self) -> None:
+            written.append(b"END")
+
+    answer = HeadWithBody(Recorder())
+    answer.write(b"head ")
+    answer.write(b"body")
+    answer.write(b"more")
+    answer.close()
+    assert written == [b"head body", b"more", b"END"]
+    written.clear()
+    failed = HeadWithBody(Recorder())
+    failed.write(b"head")
+    failed.close()
+    assert written == [b"head", b"END"]
+
+
+def test_a_head_is_all_that_a_client_gets_who_asks_for_it(server: Running) -> None:
+    with server.connect() as client:
+        client.sendall(b"HEAD /first HTTP/1.1\r\nHost: a\r\n\r\n")
+        answer = client.recv(65_536)
+        assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"\r\n\r\n")
+        client.sendall(GET % 2)
+        assert client.recv(65_536).endswith(b"/2")
 
 
 def test_silent_connections_make_room_for_a_newcomer(server: Running) -> None:
