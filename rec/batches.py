@@ -44,15 +44,6 @@ def window_batches(
       time: [B, L] int64 seconds, of each target (only with `query_time`).
       weight: [B, L] float32, of each target, 0 behind (only if the data have weights).
     """
-    signature = {
-        "user": tf.TensorSpec([None], tf.int32),
-        "tokens": tf.TensorSpec([None, None], tf.int32),
-        "negatives": tf.TensorSpec([None], tf.int32),
-    }
-    if config.query_time:
-        signature["time"] = tf.TensorSpec([None, None], tf.int64)
-    if train.weights is not None:
-        signature["weight"] = tf.TensorSpec([None, None], tf.float32)
 
     def generate() -> Iterator[Batch]:
         rng = np.random.default_rng([seed, epoch])
@@ -65,7 +56,22 @@ def window_batches(
             batch["negatives"] = _negatives(targets[targets != PAD], config, corpus.items, rng)
             yield batch
 
+    signature = _signature(with_time=config.query_time, with_weight=train.weights is not None)
     return tf.data.Dataset.from_generator(generate, output_signature=signature).prefetch(4)
+
+
+def _signature(*, with_time: bool, with_weight: bool) -> dict[str, tf.TensorSpec]:
+    """The tensors of a batch, by name."""
+    signature = {
+        "user": tf.TensorSpec([None], tf.int32),
+        "tokens": tf.TensorSpec([None, None], tf.int32),
+        "negatives": tf.TensorSpec([None], tf.int32),
+    }
+    if with_time:
+        signature["time"] = tf.TensorSpec([None, None], tf.int64)
+    if with_weight:
+        signature["weight"] = tf.TensorSpec([None, None], tf.float32)
+    return signature
 
 
 @dataclass(frozen=True)

@@ -107,19 +107,24 @@ class Sequences:
         weights = None if self.weights is None else on_disk(len(items), np.float32)
         for first_user, end_user in self._blocks_of_users():
             part = slice(self.offsets[first_user], self.offsets[end_user])
-            owner = np.repeat(np.arange(end_user - first_user), self.lengths[first_user:end_user])
-            starts_group = np.diff(owner, prepend=0) != 0
-            if self.times is not None:
-                starts_group |= np.diff(self.times[part], prepend=0) != 0
-            # Within a group in random order, the groups as they are. A third of the time of np.lexsort.
-            key = np.cumsum(starts_group) + rng.random(len(owner))
-            order = part.start + np.argsort(key)
+            order = self._new_order(first_user, end_user, rng)
             items[part] = self.items[order]
             if ratings is not None and self.ratings is not None:
                 ratings[part] = self.ratings[order]
             if weights is not None and self.weights is not None:
                 weights[part] = self.weights[order]
         return Sequences(self.offsets, items, self.times, ratings, weights)
+
+    def _new_order(self, first_user: int, end_user: int, rng: np.random.Generator) -> np.ndarray:
+        """The places of these users' interactions, as `shuffled` puts them."""
+        part = slice(self.offsets[first_user], self.offsets[end_user])
+        owner = np.repeat(np.arange(end_user - first_user), self.lengths[first_user:end_user])
+        starts_group = np.diff(owner, prepend=0) != 0
+        if self.times is not None:
+            starts_group |= np.diff(self.times[part], prepend=0) != 0
+        # Within a group in random order, the groups as they are. A third of the time of np.lexsort.
+        key = np.cumsum(starts_group) + rng.random(len(owner))
+        return part.start + np.argsort(key)
 
     def _blocks_of_users(self) -> list[tuple[int, int]]:
         """Ranges of users with about BLOCK interactions each."""

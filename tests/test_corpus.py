@@ -51,7 +51,7 @@ def test_negatives_are_left_out_and_val_and_test_ask_for_targets_once(corpus: Co
 
 
 def test_each_target_of_a_batch_has_its_weight(corpus: Corpus) -> None:
-    config = with_data_defaults(Retrieval(), corpus.ordered, len(corpus.train.items))
+    config = with_data_defaults(Retrieval(), corpus.facts)
     (batch,) = window_batches(corpus, config, corpus.train, 0, 0).as_numpy_iterator()
     row = batch["user"].tolist().index(corpus.users.encode(["u"], 0)[0])
     targets = corpus.items.ids[batch["tokens"][row, 1:] - corpus.items.first]

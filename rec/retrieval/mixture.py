@@ -5,7 +5,7 @@
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import numpy as np
@@ -92,14 +92,9 @@ def _mean_ndcg(
 
 def _best_weight(model: RetrievalModel, corpus: Corpus, users: np.ndarray) -> float:
     """The weight with the best mean gain over no taste, less one standard error."""
-    candidates = model.candidates()
-    width = model.config.taste_dim
     unit = 0.0  # of WEIGHTS; from the first users
     parts = []
-    for part in _slices(users, model.n_items):
-        queries = model.query_compiled(part, corpus.train.last(part))
-        by_towers = tf.matmul(queries[:, :-width], candidates[:, :-width], transpose_b=True)
-        by_taste = tf.matmul(queries[:, -width:], candidates[:, -width:], transpose_b=True)
+    for part, by_towers, by_taste in _scores_by_part(model, corpus, users):
         unit = unit or float(tf.math.reduce_std(by_towers) / tf.math.reduce_std(by_taste))
         sums = (by_towers + weight * unit * by_taste for weight in WEIGHTS)
         parts.append([ndcg_of_scores(scores, corpus, part, DEPTH) for scores in sums])
@@ -109,6 +104,19 @@ def _best_weight(model: RetrievalModel, corpus: Corpus, users: np.ndarray) -> fl
     before, after = quality.mean(1)[[0, best]]
     print(f"taste: val/ndcg@10 {before:.4f} without, {after:.4f} with it", file=sys.stderr)
     return WEIGHTS[best] * unit
+
+
+def _scores_by_part(
+    model: RetrievalModel, corpus: Corpus, users: np.ndarray
+) -> Iterator[tuple[np.ndarray, tf.Tensor, tf.Tensor]]:
+    """Some users at a time: their rows [B], and the scores of the towers and of taste, [B, catalogue] each."""
+    candidates = model.candidates()
+    width = model.config.taste_dim
+    for part in _slices(users, model.n_items):
+        queries = model.query_compiled(part, corpus.train.last(part))
+        by_towers = tf.matmul(queries[:, :-width], candidates[:, :-width], transpose_b=True)
+        by_taste = tf.matmul(queries[:, -width:], candidates[:, -width:], transpose_b=True)
+        yield part, by_towers, by_taste
 
 
 def _slices(users: np.ndarray, items: int) -> list[np.ndarray]:

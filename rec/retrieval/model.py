@@ -54,10 +54,7 @@ class RetrievalModel(tfrs.Model):
             trainable=False,
         )
         self._create_weights()
-        self.query_compiled = tf.function(self.query, [ROWS, ROW_LISTS])
-        self.score_catalogue_compiled = tf.function(
-            self.score_catalogue, [ROWS, ROW_LISTS, VECTORS, SECONDS]
-        )
+        self._compile_functions()
 
     def _create_weights(self) -> None:
         """Runs both towers once, so that a checkpoint can be restored before the first batch."""
@@ -65,6 +62,12 @@ class RetrievalModel(tfrs.Model):
         self.query_tower(row[0], row, tf.zeros([1, 1], tf.int64))
         self.candidate_tower(row)
         self.taste(row)
+
+    def _compile_functions(self) -> None:
+        self.query_compiled = tf.function(self.query, [ROWS, ROW_LISTS])
+        self.score_catalogue_compiled = tf.function(
+            self.score_catalogue, [ROWS, ROW_LISTS, VECTORS, SECONDS]
+        )
 
     @property
     def encoders(self) -> list[Encoder]:
@@ -106,9 +109,6 @@ class RetrievalModel(tfrs.Model):
         targets = tf.reshape(batch["tokens"][:, 1:], [-1])  # [P]
         negatives = batch["negatives"]  # [C]
         queries = self.query_tower(batch["user"], inputs, batch.get("time"), training=training)
-        weights = tf.cast(targets != PAD, tf.float32)
-        if "weight" in batch:
-            weights *= tf.reshape(batch["weight"], [-1])
         rows = tf.concat([targets, negatives], 0)
         sizes = [tf.size(targets), tf.size(negatives)]
         target_vectors, negative_vectors = tf.split(self.candidate_tower(rows, training), sizes)
@@ -120,7 +120,7 @@ class RetrievalModel(tfrs.Model):
             negative_vectors,
             target_probability=target_probability,
             negative_probability=negative_probability,
-            sample_weight=weights,
+            sample_weight=_target_weights(batch, targets),
             negative_mask=self._is_negative(batch, targets),
         )
 
@@ -234,6 +234,14 @@ class RetrievalModel(tfrs.Model):
 def current_time(like: tf.Tensor) -> tf.Tensor:
     """[B] anything -> [B] int64: the clock, in seconds since 1970."""
     return tf.fill(tf.shape(like), tf.cast(tf.timestamp(), tf.int64))
+
+
+def _target_weights(batch: dict[str, tf.Tensor], targets: tf.Tensor) -> tf.Tensor:
+    """[P] float32: how much each target counts, 0 for PAD."""
+    is_item = tf.cast(targets != PAD, tf.float32)
+    if "weight" not in batch:
+        return is_item
+    return is_item * tf.reshape(batch["weight"], [-1])
 
 
 def _contains(rows: tf.Tensor, wanted: tf.Tensor) -> tf.Tensor:

@@ -70,7 +70,17 @@ class Taste(tf.keras.layers.Layer):
         )
 
     def _user_factors(self, history: tf.Tensor) -> tf.Tensor:
-        """[B, H] -> [B, width]. The sums run over BLOCK items at a time, so that empty places change no bit."""
+        """[B, H] -> [B, width]: the solution of the module's equation."""
+        outer, total = self._sums(history)
+        system = self._precision + (self._alpha - 1) * outer
+        target = (self._alpha * total)[..., None]
+        return tf.linalg.cholesky_solve(tf.linalg.cholesky(system), target)[..., 0]
+
+    def _sums(self, history: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The sums of v v' [B, width, width] and of v [B, width] over the items of each history.
+
+        They run over BLOCK items at a time, so that empty places change no bit.
+        """
         blocks = tf.shape(history)[1] // BLOCK + 1
         items = self._known(recent_items(history, blocks * BLOCK))
         count = tf.shape(history)[0]
@@ -88,9 +98,7 @@ class Taste(tf.keras.layers.Layer):
         _, outer, total = tf.while_loop(
             lambda block, *_: block < blocks, add_block, (0, no_outer, no_total)
         )
-        system = self._precision + (self._alpha - 1) * outer
-        target = (self._alpha * total)[..., None]
-        return tf.linalg.cholesky_solve(tf.linalg.cholesky(system), target)[..., 0]
+        return outer, total
 
     def fit(self, train: Sequences, setting: TasteSetting, seed: int) -> None:
         """Learns item factors from `train` and takes over the setting."""

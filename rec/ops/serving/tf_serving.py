@@ -54,11 +54,7 @@ class TfServing:
             "is_given": [history is not None for history in histories],
             "history": pad_left([history or [] for history in histories], 1),
         }
-        if any(inputs["is_given"]) or any(excluded):
-            exclude = pad_left(excluded, 1)
-            outputs = self._call("retrieval", "answer", {**inputs, "exclude": exclude})
-        else:
-            outputs = self._call("retrieval", "answer_known", {"user_id": user_ids})
+        outputs = self._retrieve(inputs, excluded)
         retrieved = {name: np.array(outputs[name]) for name in ("row", "score", "cold")}
         retrieved["score"] = retrieved["score"].astype(np.float32)
         n = self.metadata.candidates
@@ -67,6 +63,13 @@ class TfServing:
         items = [row[:n] for row in outputs["item_id"]]
         ranked = self._call("ranking", "answer", {**inputs, "item_id": items})
         return rerank(NUMPY, retrieved, np.array(ranked, np.float32), n)
+
+    def _retrieve(self, inputs: dict[str, Any], excluded: Sequence[list[str]]) -> Any:
+        """What retrieval returns: looked up if nothing but user ids is given."""
+        if any(inputs["is_given"]) or any(excluded):
+            exclusions = {"exclude": pad_left(excluded, 1)}
+            return self._call("retrieval", "answer", inputs | exclusions)
+        return self._call("retrieval", "answer_known", {"user_id": inputs["user_id"]})
 
     def answer_within(self, user_id: str, history: list[str] | None, rows: np.ndarray) -> None:
         """It cannot be done here: a filter's rows belong to one request, and TF Serving batches every input."""
