@@ -83,9 +83,19 @@ class RecentPopularity(Baseline):
         return np.broadcast_to(self.item_scores, histories.shape)
 
 
+class Neighbours(Baseline):
+    """Each item of the history votes for its neighbours; `fit` sets the weights of the votes."""
+
+    weights: csr_matrix  # [N, N]
+    popularity: np.ndarray  # [N]
+
+    def scores(self, histories: csr_matrix) -> np.ndarray:
+        return popular_if_unknown((binary(histories) @ self.weights).toarray(), self.popularity)
+
+
 @dataclass
-class ItemKNN(Baseline):
-    """Each item of the history votes for the items whose users are most like its own (Sarwar et al. 2001).
+class ItemKNN(Neighbours):
+    """Neighbours are the items whose users are most alike (Sarwar et al. 2001).
 
     The similarity is the cosine with a shrink term, which holds down items with few users: the number of common users,
     divided by (the root of the product of both numbers of users + shrink).
@@ -96,19 +106,16 @@ class ItemKNN(Baseline):
     name = "item_knn"
 
     def fit(self, train: csr_matrix, timestamps: np.ndarray | None = None) -> None:
-        self._popularity = count_interactions(train)
+        self.popularity = count_interactions(train)
         X = binary(train)
         common = (X.T @ X).tocoo()
-        root = np.sqrt(np.asarray(X.sum(0)).ravel())
+        root = np.sqrt(self.popularity)
         similarity = common.data / (root[common.row] * root[common.col] + self.shrink)
         self.weights = keep_largest(with_values(common, similarity), self.neighbours)
 
-    def scores(self, histories: csr_matrix) -> np.ndarray:
-        return popular_if_unknown((binary(histories) @ self.weights).toarray(), self._popularity)
-
 
 @dataclass
-class RP3beta(Baseline):
+class RP3beta(Neighbours):
     """A random walk of three steps, user, item, user, item, less drawn to popular items (Paudel et al. 2017).
 
     An item's transition probability to another one, divided by the other one's number of users to the power of beta.
@@ -120,17 +127,13 @@ class RP3beta(Baseline):
     name = "rp3beta"
 
     def fit(self, train: csr_matrix, timestamps: np.ndarray | None = None) -> None:
-        self._popularity = count_interactions(train)
+        self.popularity = count_interactions(train)
         X = binary(train)
         to_users = transition_probability(X.T).power(self.alpha)
         to_items = transition_probability(X).power(self.alpha)
         walk = (to_users @ to_items).tocoo()
-        popularity = np.asarray(X.sum(0)).ravel()
-        drawn = walk.data / popularity[walk.col] ** self.beta
+        drawn = walk.data / self.popularity[walk.col] ** self.beta
         self.weights = keep_largest(with_values(walk, drawn), self.neighbours)
-
-    def scores(self, histories: csr_matrix) -> np.ndarray:
-        return popular_if_unknown((binary(histories) @ self.weights).toarray(), self._popularity)
 
 
 def transition_probability(X: csr_matrix) -> csr_matrix:

@@ -132,8 +132,8 @@ def test_the_story_of_a_promotion(trained: Trained, config: Config, store: Local
     assert store.versions_of("production") == ONE
 
     code, answer, stderr = command(trained, config, "--history")
-    told = [entry.action for entry in answer["history"]]
-    assert told == ["promoted", "refused", "forced", "rolled back"]
+    actions = [entry["action"] for entry in answer["history"]]
+    assert actions == ["promoted", "refused", "forced", "rolled back"]
     assert (
         "version 2; a dare" in stderr
         and "retrieval 2 ranking 2 recommender 2 -> retrieval 1" in stderr
