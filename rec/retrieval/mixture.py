@@ -37,9 +37,9 @@ def fit_taste(model: RetrievalModel, corpus: Corpus, seed: int) -> None:
     users = validation_users(corpus, MAX_USERS)
     if model.config.taste_dim == 0 or not len(users):
         return
-    model.taste.fit(corpus.train, _best_setting(model, corpus, users, seed), seed)
+    setting = _best_setting(model, corpus, users, seed)
+    model.taste.fit(corpus.train, setting, seed)
     model.taste.set_weight(_best_weight(model, corpus, users))
-    print(f"taste: {model.taste.setting}", file=sys.stderr)
 
 
 def _best_setting(
@@ -102,7 +102,10 @@ def _best_weight(model: RetrievalModel, corpus: Corpus, users: np.ndarray) -> fl
     gain = quality - quality[0]
     best = int(np.argmax(gain.mean(1) - gain.std(1) / len(users) ** 0.5))
     before, after = quality.mean(1)[[0, best]]
-    print(f"taste: val/ndcg@10 {before:.4f} without, {after:.4f} with it", file=sys.stderr)
+    effect = f"val/ndcg@10 {before:.4f} without taste, {after:.4f} with it"
+    if best == 0:
+        effect = f"taste would not improve val/ndcg@10 {before:.4f}, so its weight is 0"
+    print(effect, file=sys.stderr)
     return WEIGHTS[best] * unit
 
 
