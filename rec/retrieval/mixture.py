@@ -4,7 +4,6 @@
 2. The weight in the sum.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -12,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from rec.corpus import Corpus
+from rec.errors import note
 from rec.features import FIRST_ITEM
 from rec.retrieval.model import ROW_LISTS, RetrievalModel
 from rec.retrieval.popularity import ndcg_of_scores, validation_users
@@ -37,6 +37,7 @@ def fit_taste(model: RetrievalModel, corpus: Corpus, seed: int) -> None:
     users = validation_users(corpus, MAX_USERS)
     if model.config.taste_dim == 0 or not len(users):
         return
+    note(f"fitting taste, a factorisation of {len(corpus.train.items):,} interactions")
     setting = _best_setting(model, corpus, users, seed)
     model.taste.fit(corpus.train, setting, seed)
     model.taste.set_weight(_best_weight(model, corpus, users))
@@ -105,7 +106,7 @@ def _best_weight(model: RetrievalModel, corpus: Corpus, users: np.ndarray) -> fl
     effect = f"val/ndcg@10 {before:.4f} without taste, {after:.4f} with it"
     if best == 0:
         effect = f"taste would not improve val/ndcg@10 {before:.4f}, so its weight is 0"
-    print(effect, file=sys.stderr)
+    note(effect)
     return WEIGHTS[best] * unit
 
 
