@@ -18,13 +18,13 @@ from typing import ClassVar
 
 import numpy as np
 import tensorflow as tf
-from implicit.cpu.als import AlternatingLeastSquares
 from scipy.linalg import inv
 from scipy.sparse import coo_matrix, csr_matrix, diags_array
 from threadpoolctl import threadpool_limits
 
 from rec.errors import UserError
 from rec.metrics import binary, per_user
+from rec.retrieval.taste import fit_als
 
 EASE_MAX_ITEMS = 30_000  # its N x N float32 matrix is then 3.6 GB; solving takes minutes
 SECONDS_PER_DAY = 86_400
@@ -177,16 +177,14 @@ class IALS(Baseline):
 
     def fit(self, train: csr_matrix, timestamps: np.ndarray | None = None) -> None:
         self._popularity = count_interactions(train)
-        # The library's own threads share the users out. Those of BLAS would slow them down.
-        with threadpool_limits(1, "blas"):
-            self.model = AlternatingLeastSquares(
-                factors=self.factors,
-                regularization=self.regularization,
-                alpha=self.alpha,
-                iterations=16,
-                random_state=self.seed,
-            )
-            self.model.fit(binary(train), show_progress=False)
+        self.model = fit_als(
+            train,
+            factors=self.factors,
+            alpha=self.alpha,
+            regularization=self.regularization,
+            iterations=16,
+            seed=self.seed,
+        )
 
     def scores(self, histories: csr_matrix) -> np.ndarray:
         with threadpool_limits(1, "blas"):

@@ -4,7 +4,7 @@
 2. The weight in the sum.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -15,7 +15,7 @@ from rec.errors import note
 from rec.features import FIRST_ITEM
 from rec.retrieval.model import ROW_LISTS, RetrievalModel
 from rec.retrieval.popularity import ndcg_of_scores, validation_users
-from rec.retrieval.scoring import users_per_batch
+from rec.retrieval.scoring import split_users
 from rec.retrieval.taste import Taste, TasteSetting
 
 ALPHAS = (1.0, 3.0, 10.0, 30.0, 100.0)
@@ -84,21 +84,27 @@ def _mean_ndcg(
     items = len(corpus.items.ids)
     candidates = taste.candidates(tf.range(FIRST_ITEM, FIRST_ITEM + items))
     parts = []
-    for part in _slices(users, items):
-        factors = user_factors(corpus.train.last(part))
-        scores = tf.matmul(factors, candidates, transpose_b=True)
-        parts.append(ndcg_of_scores(scores, corpus, part, DEPTH))
+    for part in split_users(users, items):
+        history = corpus.train.last(part)
+        relevant = corpus.val.matrix(part, corpus.items.rows)
+        scores = tf.matmul(user_factors(history), candidates, transpose_b=True)
+        parts.append(ndcg_of_scores(scores, history, relevant, DEPTH))
     return float(np.concatenate(parts).mean())
 
 
 def _best_weight(model: RetrievalModel, corpus: Corpus, users: np.ndarray) -> float:
     """The weight with the best mean gain over no taste, less one standard error."""
+    candidates = model.candidates()
     unit = 0.0  # of WEIGHTS; from the first users
     parts = []
-    for part, by_towers, by_taste in _scores_by_part(model, corpus, users):
+    for part in split_users(users, model.n_items):
+        history = corpus.train.last(part)
+        relevant = corpus.val.matrix(part, corpus.items.rows)
+        queries = model.query_compiled(part, history)
+        by_towers, by_taste = _scores_of_parts(queries, candidates, model.config.taste_dim)
         unit = unit or float(tf.math.reduce_std(by_towers) / tf.math.reduce_std(by_taste))
         sums = (by_towers + weight * unit * by_taste for weight in WEIGHTS)
-        parts.append([ndcg_of_scores(scores, corpus, part, DEPTH) for scores in sums])
+        parts.append([ndcg_of_scores(scores, history, relevant, DEPTH) for scores in sums])
     quality = np.concatenate(parts, axis=1)  # [weights, U]
     gain = quality - quality[0]
     best = int(np.argmax(gain.mean(1) - gain.std(1) / len(users) ** 0.5))
@@ -110,19 +116,10 @@ def _best_weight(model: RetrievalModel, corpus: Corpus, users: np.ndarray) -> fl
     return WEIGHTS[best] * unit
 
 
-def _scores_by_part(
-    model: RetrievalModel, corpus: Corpus, users: np.ndarray
-) -> Iterator[tuple[np.ndarray, tf.Tensor, tf.Tensor]]:
-    """Some users at a time: their rows [B], and the scores of the towers and of taste, [B, catalogue] each."""
-    candidates = model.candidates()
-    width = model.config.taste_dim
-    for part in _slices(users, model.n_items):
-        queries = model.query_compiled(part, corpus.train.last(part))
-        by_towers = tf.matmul(queries[:, :-width], candidates[:, :-width], transpose_b=True)
-        by_taste = tf.matmul(queries[:, -width:], candidates[:, -width:], transpose_b=True)
-        yield part, by_towers, by_taste
-
-
-def _slices(users: np.ndarray, items: int) -> list[np.ndarray]:
-    step = users_per_batch(items)
-    return np.array_split(users, np.arange(step, len(users), step))
+def _scores_of_parts(
+    queries: tf.Tensor, candidates: tf.Tensor, width: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """The scores of the towers and of taste, whose vectors are the last `width` numbers: [B, catalogue] each."""
+    by_towers = tf.matmul(queries[:, :-width], candidates[:, :-width], transpose_b=True)
+    by_taste = tf.matmul(queries[:, -width:], candidates[:, -width:], transpose_b=True)
+    return by_towers, by_taste

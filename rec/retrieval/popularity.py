@@ -13,12 +13,13 @@ from itertools import product
 
 import numpy as np
 import tensorflow as tf
+from scipy.sparse import csr_matrix
 
 from rec import metrics
 from rec.corpus import Corpus
 from rec.features import FIRST_ITEM, PAD
 from rec.retrieval.model import RetrievalModel, current_time
-from rec.retrieval.scoring import best_unseen, users_per_batch
+from rec.retrieval.scoring import best_unseen, split_users
 from rec.sequences import Sequences
 
 SHARES = (1.0, 0.3, 0.1, 0.03, 0.01)  # of several that are equally good, the first is taken
@@ -116,17 +117,16 @@ def _ndcg_of_biases(
     biases = [weight * popularity[share] for share, weight in choices]
     candidates = model.candidates()
     parts = []
-    step = users_per_batch(len(corpus.items.ids))
-    for part in np.array_split(users, np.arange(step, len(users), step)):
+    for part in split_users(users, len(corpus.items.ids)):
         history = train.last(part)
+        relevant = corpus.val.matrix(part, corpus.items.rows)
         scores = model.score_catalogue_compiled(part, history, candidates, current_time(part))
-        parts.append([ndcg_of_scores(scores + bias, corpus, part, DEPTH) for bias in biases])
+        parts.append([ndcg_of_scores(scores + bias, history, relevant, DEPTH) for bias in biases])
     return np.concatenate(parts, axis=1)
 
 
-def ndcg_of_scores(scores: tf.Tensor, corpus: Corpus, users: np.ndarray, k: int) -> np.ndarray:
-    """[U] NDCG@k on validation data of scores [U, catalogue], without what these users have seen in training."""
-    _, rows = best_unseen(scores, corpus.train.last(users), k)
+def ndcg_of_scores(scores: tf.Tensor, seen: np.ndarray, relevant: csr_matrix, k: int) -> np.ndarray:
+    """[U] NDCG@k of scores [U, catalogue], without the items `seen` [U, S]; `relevant` [U, item rows]."""
+    _, rows = best_unseen(scores, seen, k)
     ranked = np.where(rows.numpy() == PAD, -1, rows.numpy())
-    relevant = corpus.val.matrix(users, corpus.items.rows)
     return metrics.per_user(ranked, relevant, ks=(k,))[f"ndcg@{k}"]

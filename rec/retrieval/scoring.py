@@ -1,5 +1,6 @@
 """Scores of the whole catalogue -> the best items that a user has not seen."""
 
+import numpy as np
 import tensorflow as tf
 
 from rec import LOWEST
@@ -11,6 +12,12 @@ MAX_SCORES = 2**25  # scores computed together: 128 MB of float32
 def users_per_batch(items: int) -> int:
     """How many users' scores of the whole catalogue are computed together."""
     return min(256, max(1, MAX_SCORES // items))
+
+
+def split_users(rows: np.ndarray, items: int) -> list[np.ndarray]:
+    """The rows of users or interactions, in parts whose scores of all items are computed together."""
+    step = users_per_batch(items)
+    return np.array_split(rows, np.arange(step, len(rows), step))
 
 
 def best_unseen(scores: tf.Tensor, seen: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:

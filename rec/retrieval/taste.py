@@ -17,9 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 from implicit.cpu.als import AlternatingLeastSquares
+from scipy.sparse import csr_matrix
 from threadpoolctl import threadpool_limits
 
 from rec.features import FIRST_ITEM, UNKNOWN, recent_items
+from rec.metrics import binary
 from rec.sequences import Sequences
 
 BLOCK = 64  # items of a history that are summed at a time
@@ -127,19 +129,37 @@ def fit_item_factors(
 ) -> np.ndarray:
     """[item rows, width] float32: item factors by alternating least squares; zeros for what nobody has met."""
     users = np.flatnonzero(train.lengths)
-    interactions = train.matrix(users, rows)
-    interactions.sum_duplicates()
-    interactions.data[:] = 1
-    # The library's own threads share the users out. Those of BLAS would slow them down.
-    with threadpool_limits(1, "blas"):
-        model = AlternatingLeastSquares(
-            factors=width,
-            alpha=setting.alpha,
-            regularization=setting.regularization,
-            iterations=ITERATIONS,
-            random_state=seed,
-        )
-        model.fit(interactions, show_progress=False)
+    model = fit_als(
+        train.matrix(users, rows),
+        factors=width,
+        alpha=setting.alpha,
+        regularization=setting.regularization,
+        iterations=ITERATIONS,
+        seed=seed,
+    )
     factors = model.item_factors.copy()
     factors[:FIRST_ITEM] = 0  # the rows that are no items
     return factors
+
+
+def fit_als(
+    interactions: csr_matrix,
+    *,
+    factors: int,
+    alpha: float,
+    regularization: float,
+    iterations: int,
+    seed: int,
+) -> AlternatingLeastSquares:
+    """The library's model of interactions [U, N], each of which counts once."""
+    # The library's own threads share the users out. Those of BLAS would slow them down.
+    with threadpool_limits(1, "blas"):
+        model = AlternatingLeastSquares(
+            factors=factors,
+            alpha=alpha,
+            regularization=regularization,
+            iterations=iterations,
+            random_state=seed,
+        )
+        model.fit(binary(interactions), show_progress=False)
+    return model

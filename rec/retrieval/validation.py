@@ -9,7 +9,7 @@ from rec import metrics
 from rec.corpus import Corpus
 from rec.features import FIRST_ITEM, PAD
 from rec.retrieval.model import RetrievalModel
-from rec.retrieval.scoring import best_unseen, users_per_batch
+from rec.retrieval.scoring import best_unseen, split_users
 
 MAX_USERS = 10_000  # more would take longer to validate than to train
 MAX_INTERACTIONS = 10_000  # for FactorizedTopK, which scores interactions one by one
@@ -36,9 +36,8 @@ class RetrievalValidation:
         """[U, k] item rows, best first, PAD if nothing is left."""
         train = self._corpus.train
         candidates = model.candidates()
-        step = users_per_batch(model.n_items)
         parts = []
-        for users in np.array_split(self.users, np.arange(step, len(self.users), step)):
+        for users in split_users(self.users, model.n_items):
             history = train.last(users)
             time = self._corpus.val.times_at(users)
             scores = model.score_catalogue_compiled(users, history, candidates, time)
@@ -75,8 +74,7 @@ def factorized_top_k(model: RetrievalModel, corpus: Corpus) -> dict[str, float]:
     drawn = np.random.default_rng(0).permutation(len(val.items))[:MAX_INTERACTIONS]
     drawn = np.sort(drawn)
     owners = val.users
-    step = users_per_batch(model.n_items)
-    for at in np.array_split(drawn, np.arange(step, len(drawn), step)):
+    for at in split_users(drawn, model.n_items):
         users = owners[at]
         queries = model.query_compiled(users, corpus.train.last(users))
         chosen = val.items[at]
