@@ -58,14 +58,16 @@ def find_state_file(path: Path, root: Path, name: str) -> Path | None:
     Raises:
       UserError: the state that `path`, or the states that are there, should lead to is missing.
     """
-    # A link is made only when there is a state, so it is looked up before the state.
+    # A writer makes `current`, then the first state, then the links to it. A reader looks in the opposite order, so
+    # that it never meets a link, or a state, before what was made earlier.
     is_link = path.is_symlink()
     if path.exists() and not is_link:
         return path
+    numbers = state_numbers(root)
     state = (root / STATES / "current").resolve()
     if state.is_dir():
         return state / name
-    if numbers := state_numbers(root):
+    if numbers:
         raise UserError(
             f"{root}/{STATES}/current should be a link to the newest state beside it, and a copy seems to have left it "
             f"out: run ln -sfn {max(numbers)} {root}/{STATES}/current"
