@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -35,6 +36,7 @@ from rec.serving.service import Service
 
 GRACE = 10.0  # seconds to finish requests, before a process is killed
 LINGER = 1.0  # seconds for clients to close their connections: each answer tells them to
+BACKGROUND = 5  # nice value of a process that loads: it gets a third of one that answers
 BEAT = 1  # seconds between signs of life
 # Seconds after which the thread of the models gets the interpreter from the event loop. With Python's 5 ms it idles
 # while a batch of answers is written: at 32 clients, 5 % fewer requests per second.
@@ -145,16 +147,24 @@ class Supervision:
 
 
 @contextmanager
-def one_core() -> Iterator[None]:
-    """Leaves the other cores to the processes that answer."""
+def background() -> Iterator[None]:
+    """Leaves the other cores, and most of this one, to the processes that answer."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {sorted(cores)[os.getpid() % len(cores)]})
+    _weigh(BACKGROUND)
     try:
         yield
     finally:
+        _weigh(0)
         for task in os.listdir("/proc/self/task"):
             with suppress(ProcessLookupError):
                 os.sched_setaffinity(int(task), cores)
+
+
+def _weigh(nice: int) -> None:
+    """Sets the nice value of this process's session, where the kernel shares out processor time by session."""
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(nice))
 
 
 def run(supervision: Supervision, app: ASGIApp, listener: socket.socket, at_once: bool) -> None:
@@ -170,7 +180,7 @@ def run(supervision: Supervision, app: ASGIApp, listener: socket.socket, at_once
     if at_once:
         loading.start()
     else:
-        with one_core():
+        with background():
             loading.start()
             loading.join()
     config = uvicorn.Config(
@@ -183,4 +193,5 @@ def run(supervision: Supervision, app: ASGIApp, listener: socket.socket, at_once
         **http_settings(),
     )
     Server(config, lambda: supervision.note("listening")).run(sockets=[listener])
+    _weigh(BACKGROUND)  # freeing gigabytes takes a while
     os._exit(0)  # a thread may still be loading, which must not keep the process

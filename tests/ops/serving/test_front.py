@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+from starlette.types import Message
 
 from rec.errors import UserError
+from rec.ops.serving import front
 from rec.ops.serving.front import Reload, guarded_app, never_reload
 from rec.ops.serving.gate import Tokens
 from rec.ops.serving.lanes import Lanes
@@ -71,6 +73,19 @@ def test_a_bad_body_is_refused_with_one_sentence(client: TestClient, case: str) 
     headers = {"Content-Type": "application/json"}
     response = client.post("/v1/recommend", **{"headers": headers, **HOSTILE[case]})
     assert_refused(response, *((413,) if case.startswith("10 MB") else ()))
+
+
+def test_the_application_answers_its_first_requests_before_it_listens(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages: list[Message] = []
+
+    async def keep(message: Message) -> None:
+        messages.append(message)
+
+    monkeypatch.setattr(front, "_drop", keep)
+    with guarded(service):
+        assert [each["status"] for each in messages if "status" in each] == [200, 200]
 
 
 def test_an_address_that_is_not_text_is_refused(client: TestClient) -> None:

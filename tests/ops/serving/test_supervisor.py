@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -18,6 +20,22 @@ from tests.ops.serving.test_front import publish_ranking
 from tests.ops.serving.test_load import Running
 
 PATH = "/v1/users/u7/recommendations?k=3"
+
+
+LOADING = """
+import os
+from pathlib import Path
+from rec.ops.serving.worker import background
+
+def shares():
+    return Path("/proc/self/autogroup").read_text().split()[-1], len(os.sched_getaffinity(0))
+
+os.setsid()
+before = shares()
+with background():
+    print(*shares())
+assert shares() == before
+"""
 
 
 def status_of(pid: int) -> str:
@@ -179,6 +197,15 @@ def test_sigterm_right_after_a_crash_ends_all_processes(server: Running) -> None
     assert not any(Path(f"/proc/{pid}").exists() for pid in found)
     with socket.create_server(("127.0.0.1", server.port)):
         pass
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/autogroup").exists(), reason="the kernel has no groups of sessions"
+)
+def test_a_process_that_loads_leaves_the_processor_to_those_that_answer() -> None:
+    command = [sys.executable, "-c", LOADING]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["5", "1"]
 
 
 def test_processes_end_when_their_parent_is_killed(trained: Trained, tmp_path: Path) -> None:
