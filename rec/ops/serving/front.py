@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Message
+from starlette.types import ASGIApp, Message, Scope
 
 from rec.errors import UserError
 from rec.ops.serving import metrics
@@ -75,7 +75,13 @@ async def answer_first(app: FastAPI) -> AsyncIterator[None]:
     would answer nobody.
     """
     for path in ("/healthz", "/metrics"):
-        scope = {"type": "http", "method": "GET", "path": path, "query_string": b"", "headers": []}
+        scope: Scope = {
+            "type": "http",
+            "method": "GET",
+            "path": path,
+            "query_string": b"",
+            "headers": [],
+        }
         await app(scope, _no_body, _drop)
     yield
 
