@@ -4,6 +4,7 @@
   the same few suit a data set of one week and one of twenty years, and a quiet month does not empty them.
 - Co-occurrence: how often it came soon after the user's latest items. Embeddings smooth such counts; the ranker gets
   them as they are.
+- Neighbours: what a linear model on such counts says of the whole history (neighbours.py).
 
 Without times there is one window, all interactions, and "soon after" means that two items occur together.
 """
@@ -12,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from rec.features import PAD
+from rec.ranking.neighbours import Neighbours
 from rec.sequences import Sequences
 
 SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of all interactions, from the latest
@@ -19,7 +21,8 @@ REACH = 5  # "soon after": within this many interactions of one user
 RECENT = 10  # how many of the latest items are looked at
 LAST_FEW = 3
 MAX_PAIRS = 10_000_000  # pairs that are kept, the most frequent first; each takes about 35 bytes
-COUNT_FEATURES = len(SHARES) + 4
+COUNT_FEATURES = len(SHARES) + 5
+NEIGHBOURS_COLUMN = COUNT_FEATURES - 1
 
 
 class CountFeatures(tf.Module):
@@ -34,6 +37,7 @@ class CountFeatures(tf.Module):
             times = np.zeros(self._size, np.int64)
         self._store_popularity(interactions.items.astype(np.int64), times)
         self._store_pairs(interactions)
+        self.neighbours = Neighbours(interactions, item_rows)
         end = tf.constant([times.max(initial=0) + 1], tf.int64)
         all_items = tf.range(item_rows)[None]
         self._latest = _constant(self._popularity(all_items, end)[0], "latest")
@@ -76,7 +80,7 @@ class CountFeatures(tf.Module):
         Returns:
           [B, N, COUNT_FEATURES] float32: popularity in the last SHARES before the time; then how often the item came
           soon after the last item of the history, after the last LAST_FEW and the last RECENT on average, and at
-          most. 0 is what chance would give, or that nothing is known.
+          most; then what the neighbours say. 0 is what chance would give, or that nothing is known.
         """
         if time is None:
             popularity = tf.gather(self._latest, items)
@@ -88,6 +92,7 @@ class CountFeatures(tf.Module):
             tf.reduce_mean(after[..., :LAST_FEW], 2),
             tf.reduce_mean(after, 2),
             tf.reduce_max(after, 2),
+            self.neighbours(history, items),
         ]
         return tf.concat([popularity, tf.stack(summary, -1)], -1)
 

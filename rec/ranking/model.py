@@ -3,8 +3,8 @@
 - Vectors: the candidate, the history as the candidate sees it (attention, as in Zhou et al. 2018, DIN), the mean of the
   history, and the user.
 - Numbers: the candidate's retrieval score and rank, the length of the history, and the count features.
-- The score is the scaled retrieval score plus what the architecture adds. That is zero at the start: training begins at
-  retrieval's own order and can only learn to improve it.
+- The score is the scaled retrieval score, plus the weighted score of the neighbours, plus what the architecture adds.
+  The latter is zero at the start: training begins at an order that is good already, and can only learn to improve it.
 """
 
 import math
@@ -21,7 +21,7 @@ from rec.features import PAD, UNKNOWN, UNKNOWN_USER, Encoder
 from rec.numerics import LANES, fill_lanes, log1p, log_softmax, width_of
 from rec.ranking.archs import ARCHS
 from rec.ranking.candidates import CandidateLists
-from rec.ranking.count_features import COUNT_FEATURES, RECENT, CountFeatures
+from rec.ranking.count_features import COUNT_FEATURES, NEIGHBOURS_COLUMN, RECENT, CountFeatures
 from rec.ranking.objectives import NOT_THERE, OBJECTIVES
 from rec.retrieval.model import RetrievalModel
 
@@ -58,6 +58,7 @@ class RankingModel(tfrs.Model):
         self._recency = self.add_weight(name="recency", shape=[window], initializer="zeros")
         self._bias = self.add_weight(name="bias", shape=[], initializer="zeros")
         self._scale = self.add_weight(name="scale", shape=[], initializer="ones")
+        self.neighbours_weight = self.add_weight(name="neighbours", shape=[], initializer="zeros")
         self.task = tfrs.tasks.Ranking(loss=self._loss())
         self.score_compiled = tf.function(self.score, reduce_retracing=True)
         self._create_weights()
@@ -103,7 +104,8 @@ class RankingModel(tfrs.Model):
         added = self.architecture_score(
             candidates, past, history, about_user, numbers, training=training
         )
-        return self._scale * log_probability + added + self._bias
+        from_neighbours = self.neighbours_weight * counts[..., NEIGHBOURS_COLUMN]
+        return self._scale * log_probability + from_neighbours + added + self._bias
 
     def architecture_score(
         self,

@@ -9,14 +9,21 @@ import pytest
 import rec.ops.ratings  # noqa: F401  (registers an objective)
 from rec.checkpoint import RetrievalRun
 from rec.config import Config, Features, Ranking, ResolvedRetrieval
-from rec.ranking.candidates import CandidateLists, first_queries, mine
+from rec.ranking.candidates import CandidateLists, first_queries, mine, no_lists
 from rec.ranking.count_features import CountFeatures
 from rec.ranking.model import RankingModel
-from rec.ranking.train import GAIN, MinedLists, RankingValidation, build_ranking_model, ndcg_gain
+from rec.ranking.train import (
+    GAIN,
+    MinedLists,
+    RankingValidation,
+    best_weight,
+    build_ranking_model,
+    ndcg_gain,
+)
 from rec.retrieval.model import RetrievalModel
 from rec.retrieval.train import TrainedRetrieval
 from rec.training import TrainState
-from tests.small import corpus
+from tests.small import corpus, sequences
 
 DATA = corpus([[3, 4, 5], [4, 5], [5, 3], [8, 6]], val=[[6], [7], [8], [3]])
 CONFIG = Config(dataset="d", ranking=Ranking(hidden=(8,), candidates=4))
@@ -41,6 +48,16 @@ def test_the_gain_is_the_new_ndcg_less_retrievals():
     order = np.array([[1, 0, 2], [2, 1, 0]])  # the right item first; the right item last
     second, third = 1 / np.log2(3), 1 / np.log2(4)
     assert ndcg_gain(lists, order) == pytest.approx([1 - second, third - 1])
+
+
+def test_neighbours_get_a_weight_only_if_they_gain_something() -> None:
+    counts = CountFeatures(sequences(*[[20, 5]] * 50), item_rows=25)  # who met 20 met 5, the third
+    history = np.full((4, 1), 20, np.int32)
+    third = replace(lists_of([[0, 0, 1]] * 4), history=history)
+    first = replace(lists_of([[1, 0, 0]] * 4), history=history)
+    assert best_weight(third, counts) > 0
+    assert best_weight(first, counts) == 0
+    assert best_weight(no_lists(3), counts) == 0
 
 
 @pytest.fixture(scope="module")
