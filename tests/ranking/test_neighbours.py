@@ -19,7 +19,9 @@ ROWS = FIRST_ITEM + ITEMS
 def interactions() -> Sequences:
     rng = np.random.default_rng(0)
     lengths = rng.integers(10, 25, 60)
-    return sequences(*[FIRST_ITEM + rng.permutation(ITEMS)[:length] for length in lengths])
+    return sequences(
+        *[(FIRST_ITEM + rng.permutation(ITEMS))[:length].tolist() for length in lengths]
+    )
 
 
 def dense(found: np.ndarray, weights: np.ndarray) -> np.ndarray:
