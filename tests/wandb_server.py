@@ -160,6 +160,8 @@ class WandbServer:
             try:
                 yield wandb
             finally:
+                if wandb.run:  # a failure has left it open: its thread would outlive the connection
+                    wandb.run.finish()
                 wandb.teardown()
 
     def collection(self, name: str, project: str = PROJECT) -> list[Version]:
