@@ -32,7 +32,7 @@ quickstart: $(VENV)/.runtime ## make data, train both stages on it, print recomm
 	$(BIN)/python -m rec.train --stage all --config config/dummy/dummy_small.yaml
 
 test: $(VENV)/.dev ## run the tests
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

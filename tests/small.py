@@ -5,26 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from rec.bundles.metadata import BundleMetadata, Stage
-from rec.config import Config
 from rec.corpus import Corpus
 from rec.features import FIRST_ITEM, FIRST_USER, Vocabulary, fit_columns
 from rec.sequences import Sequences
-
-
-def bundle_metadata(stage: Stage = "retrieval", config: Config | None = None) -> BundleMetadata:
-    """Metadata of a bundle whose numbers do not matter."""
-    return BundleMetadata(
-        stage=stage,
-        version=1,
-        run_id="x",
-        architecture="none",
-        dataset="d",
-        metrics={},
-        built_from={},
-        vocabulary="v",
-        config=config or Config(dataset="data"),
-    )
+from tests.conftest import bundle_metadata as bundle_metadata  # there, it needs no TensorFlow
 
 
 def sequences(*users: list[int], first_time: int = 1000) -> Sequences:

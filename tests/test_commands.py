@@ -20,7 +20,7 @@ from rec.bundles.metadata import read_metadata
 from rec.bundles.recommender import load_bundle
 from rec.config import load_config
 from rec.data_prep.dataset import open_dataset
-from tests.conftest import ROOT, Trained, environment, run
+from tests.conftest import ROOT, Trained, environment, run_here
 from tests.serving.test_app import client_of, service_of
 
 
@@ -34,13 +34,13 @@ def copy(trained: Trained, tmp_path: Path) -> tuple[str, ...]:
 
 
 def answer(module: str, *arguments: object) -> dict[str, Any]:
-    done = run(module, *arguments)
+    done = run_here(module, *arguments)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def error(module: str, *arguments: object) -> str:
-    done = run(module, *arguments)
+    done = run_here(module, *arguments)
     assert done.returncode == 1 and done.stdout == ""
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in done.stderr
@@ -165,7 +165,9 @@ def test_items_that_came_since_reach_a_server_by_one_command_without_training(
 
 def test_a_retrieval_bundle_alone_is_said_to_reach_no_server(copy: tuple[str, ...]):
     exact = ("--set", "index.kind=exact", "--set", "index.recall_target=.8")
-    done = run("rec.export", "--stage", "retrieval", *copy, *exact, "--set", "retrieval.epochs=9")
+    done = run_here(
+        "rec.export", "--stage", "retrieval", *copy, *exact, "--set", "retrieval.epochs=9"
+    )
     assert done.returncode == 0, done.stderr
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
     assert warnings[:2] == [
@@ -201,7 +203,7 @@ def test_mistakes_are_one_sentence(trained: Trained, tmp_path: Path, copy: tuple
 
 @pytest.mark.parametrize("module", ["train", "evaluate", "export", "serve", "data_prep.dummy"])
 def test_help_shows_an_example(module: str):
-    done = run(f"rec.{module}", "--help")
+    done = run_here(f"rec.{module}", "--help")
     assert done.returncode == 0
     assert f"python -m rec.{module} --" in done.stdout
 
@@ -236,7 +238,7 @@ def test_a_killed_training_leaves_no_bundle_and_goes_on_when_started_again(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert versions(tmp_path / "savedmodels" / "retrieval") == []
-    done = run("rec.train", *command)
+    done = run_here("rec.train", *command)
     assert done.returncode == 0, done.stderr
     assert "resuming after epoch" in done.stderr
     assert versions(tmp_path / "savedmodels" / "retrieval") == [1]

@@ -1,18 +1,18 @@
 """Recommendations on the terminal."""
 
 import json
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
 
 from rec.recommend import RecommendedItem, item_line, title_of
-from tests.conftest import ROOT, Trained, environment, run
+from tests.conftest import Trained, run_here
 
 
 def test_a_known_user_an_unknown_one_and_a_history_are_answered(trained: Trained):
-    done = run("rec.recommend", "--user", "u7", "--user", "x", "--k", 3, "--config", trained.config)
+    done = run_here(
+        "rec.recommend", "--user", "u7", "--user", "x", "--k", 3, "--config", trained.config
+    )
     assert done.returncode == 0, done.stderr
     known, unknown = json.loads(done.stdout)["users"]
     assert (known["user_id"], known["cold_start"]) == ("u7", False)
@@ -20,21 +20,18 @@ def test_a_known_user_an_unknown_one_and_a_history_are_answered(trained: Trained
     assert [len(user["items"]) for user in (known, unknown)] == [3, 3]
     assert known["items"][0]["title"] in done.stderr
 
-    done = run("rec.recommend", "--history", "i1", "i2", "--config", trained.config)
+    done = run_here("rec.recommend", "--history", "i1", "i2", "--config", trained.config)
     (user,) = json.loads(done.stdout)["users"]
     assert not {"i1", "i2"} & {item["item_id"] for item in user["items"]}
 
 
 def test_users_can_be_typed(trained: Trained):
-    command = [sys.executable, "-m", "rec.recommend", "--config", str(trained.config)]
-    done = subprocess.run(
-        command, input="u1\nu2\n", cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
+    done = run_here("rec.recommend", "--config", trained.config, stdin="u1\nu2\n")
     assert [user["user_id"] for user in json.loads(done.stdout)["users"]] == ["u1", "u2"]
 
 
 def test_more_than_the_bundle_retrieves_is_refused(trained: Trained):
-    done = run("rec.recommend", "--user", "u1", "--k", 1000, "--config", trained.config)
+    done = run_here("rec.recommend", "--user", "u1", "--k", 1000, "--config", trained.config)
     assert done.returncode == 1
     assert "error: --k: must be from 1 to 50" in done.stderr
 

@@ -1,8 +1,6 @@
 """Data smaller than the numbers in the code: trained, measured and asked, or refused before training starts."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,26 +11,9 @@ from rec.data_prep.dataset import open_dataset
 from rec.evaluation import evaluate, load_latest, show_systems
 from rec.train import run_ranking, run_retrieval
 from rec.training import OneProcess
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, run_here
 
 Pairs = list[tuple[str, str]]  # users and items, in order of time
-
-# Prepares a data set per list of arguments, all in one process, as the command would. Prints what each ends with.
-PREPARE = """
-import contextlib, io, json, sys
-from rec.data_prep import dummy, tabular
-from rec.errors import UserError
-found = []
-for module, *arguments in json.loads(sys.argv[1]):
-    sys.argv = [module, *arguments]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        try:
-            {"dummy": dummy, "tabular": tabular}[module].main()
-            found.append("")
-        except UserError as error:
-            found.append(str(error))
-print(json.dumps(found))
-"""
 
 # Each of 12 users meets all of 5 items, from another one on: nothing is left to recommend but what is held out.
 EVERYTHING = [(f"u{user}", f"i{(step + user) % 5}") for step in range(5) for user in range(12)]
@@ -69,7 +50,7 @@ REFUSED: dict[str, tuple[Pairs, list[str], str]] = {
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """Where the data sets are, and what preparation said of each: nothing, or why it is refused."""
     root = tmp_path_factory.mktemp("small")
-    commands = [["dummy", "--output-dir", f"{root}/dummy", "--users", "10", "--items", "20"]]
+    commands = {"dummy": ["rec.data_prep.dummy", "--users", "10", "--items", "20"]}
     for name, (pairs, options, *_) in {**TRAINABLE, **REFUSED}.items():
         second = 0 if name == "one_each" else 3600
         lines = [
@@ -81,19 +62,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         columns = ["--timestamp-col", "timestamp", "--rating-col", "rating"]
         if name == "everything_seen":  # without times: a model of sets
             columns = columns[2:]
-        command = ["tabular", "--interactions", f"{root}/{name}.csv", *columns, *options]
-        commands.append([*command, "--output-dir", f"{root}/{name}"])
-    done = subprocess.run(
-        [sys.executable, "-c", PREPARE, json.dumps(commands)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    names = ["dummy", *TRAINABLE, *REFUSED]
-    return root, dict(zip(names, json.loads(done.stdout), strict=True))
+        source = ["--interactions", f"{root}/{name}.csv"]
+        commands[name] = ["rec.data_prep.tabular", *source, *columns, *options]
+    refusals = {}
+    for name, command in commands.items():
+        done = run_here(*command, "--output-dir", root / name)
+        refusals[name] = done.stderr if done.returncode else ""
+    return root, refusals
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -15,7 +15,7 @@ from rec.corpus import load_corpus
 from rec.data_prep.dataset import RESERVED, open_dataset
 from rec.errors import UserError
 from rec.tables import ColumnLine, describe_columns, read_table, shorten
-from tests.conftest import Trained, run
+from tests.conftest import Trained, run_here
 
 LONG = 123_456_789_012_345_678  # that floating point rounds
 TYPED: dict[str, list[Any]] = {
@@ -67,7 +67,7 @@ def prepare(folder: Path, dataset: Path, **columns: list[Any]) -> Path:
     arguments = ["--interactions", folder / "clicks.parquet", "--timestamp-col", "timestamp"]
     arguments += ["--users", dataset / "users.parquet", "--items", folder / "items.parquet"]
     arguments += ["--rating-col", "rating", "--split", "leave_one_out"]
-    done = run("rec.data_prep.tabular", *arguments, "--output-dir", folder / "dataset")
+    done = run_here("rec.data_prep.tabular", *arguments, "--output-dir", folder / "dataset")
     assert done.returncode == 0, done.stderr
     return folder / "dataset"
 
@@ -77,7 +77,7 @@ def test_types_survive_from_the_file_to_the_bundle(tmp_path: Path, trained: Trai
     first = pq.read_table(dataset / "items.parquet")["item_id"].to_pylist()[:3]
     arguments = ["--stage", "retrieval", "--config", trained.config, "--set", f"dataset={dataset}"]
     arguments += ["--set", f"output.savedmodels={tmp_path}/savedmodels"]
-    done = run("rec.export", *arguments)
+    done = run_here("rec.export", *arguments)
     assert done.returncode == 0, done.stderr
     bundle = Path(json.loads(done.stdout.splitlines()[-1])["bundle"])
 

@@ -18,7 +18,7 @@ from rec.bundles.recommender import Recommender, load_bundle, pad_lists
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError
 from rec.files import digest
-from tests.conftest import Trained, run
+from tests.conftest import Trained, run_here
 
 LOWEST = float(np.finfo(np.float32).min)
 
@@ -393,7 +393,7 @@ def test_an_exact_bundle_needs_no_custom_operation_and_finds_the_same(
     trained: Trained, tmp_path: Path
 ):
     exact_only = ("--set", "index.kind=exact", "--set", f"output.savedmodels={tmp_path}")
-    done = run("rec.export", "--stage", "retrieval", "--config", trained.config, *exact_only)
+    done = run_here("rec.export", "--stage", "retrieval", "--config", trained.config, *exact_only)
     assert done.returncode == 0, done.stderr
     directory = Path(json.loads(done.stdout.splitlines()[-1])["bundle"])
     assert directory == tmp_path / "retrieval" / "1"

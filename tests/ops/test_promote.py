@@ -22,7 +22,7 @@ from rec.ops.registry import LocalStore, together
 from rec.promote import choose, promote, roll_back
 from rec.ranking.train import load_ranking
 from rec.retrieval.train import load_retrieval
-from tests.conftest import Trained, rewrite, run
+from tests.conftest import Trained, rewrite, run_here
 
 ONE, SPOILT, POOR = ({"retrieval": n, "ranking": n, "recommender": n} for n in (1, 2, 3))
 
@@ -77,7 +77,7 @@ def command(
 ) -> tuple[int, dict[str, Any], str]:
     """Exit code, JSON and stderr of the command."""
     place = f"output.savedmodels={config.output.savedmodels}"
-    done = run("rec.promote", "--config", trained.config, "--set", place, *arguments)
+    done = run_here("rec.promote", "--config", trained.config, "--set", place, *arguments)
     assert "Traceback" not in done.stderr
     return (
         done.returncode,

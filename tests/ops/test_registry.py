@@ -13,8 +13,7 @@ from rec.bundles.metadata import read_metadata
 from rec.errors import UserError
 from rec.ops.history import Move, Verdict
 from rec.ops.registry import LocalStore, check_alias
-from tests.conftest import environment
-from tests.small import bundle_metadata
+from tests.conftest import bundle_metadata, environment
 
 
 def add(stage_dir: Path, content: str = "model") -> int:
