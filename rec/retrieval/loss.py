@@ -1,7 +1,7 @@
-"""The two losses of retrieval, as TFRS tasks.
+"""The two losses of retrieval, as TFRS tasks. `RetrievalModel.compute_loss` calls the one that fits `retrieval.arch`.
 
 - `SampledSoftmax` trains queries of sequences: which item comes next, against a pool of sampled negatives.
-- `HiddenItems` trains queries of sets: which items were hidden from the history, against all others.
+- `HiddenItems` trains queries of sets (arch autoencoder): which items were hidden from the history, against all others.
 """
 
 import tensorflow as tf

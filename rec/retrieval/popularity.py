@@ -1,6 +1,7 @@
 """What popularity adds to the two towers. Both parts are weights of the model, fitted on validation data.
 
-- Cold start: a user of whom nothing is known gets the popular items of the last days, weeks or years.
+- Cold start: a user of whom nothing is known (`RetrievalModel.is_cold`) gets the popular items of the last days, weeks
+  or years. `fit_cold_start` sets the score of each item; bundles and the API answer all such users in their order.
 - Popularity bias: a term for recent popularity in the items' biases. The towers learn what comes next. What a user
   does in the weeks after follows more from what is popular then: most on a `temporal` split, and often not at all if
   only the next item is asked for.
