@@ -4,7 +4,7 @@
 - `exclude` and `filter` are honoured exactly. A filter chooses among the ranked candidates; where too few of those
   pass, the passing items themselves are scored; where that cannot be done or is not enough, the most popular items
   that pass follow, with score null. Never one that the user has seen.
-- Answers are dictionaries, which the application writes as JSON.
+- Answers are dictionaries, which the application writes as JSON; NaN and the infinities become null there.
 
 All of it runs in the one thread that calls the models.
 """
@@ -31,7 +31,7 @@ from rec.serving.schemas import Item, RecommendRequest
 
 DEEPEST = 10_000  # the most popular passing items that are scored for a narrow filter: some 5 ms
 MATCHES = 64 * 1024 * 1024  # bytes for the rows of the latest filters,
-LONG = 1000  # of which each is shorter than this as JSON
+LONG = 1000  # characters; each filter in memory is shorter
 COMPARED = 50  # the latest items of a history, among which an explanation finds the nearest
 CACHED = 50_000  # items of which the columns are kept as Python values, some 700 bytes each
 Json = dict[str, Any]
@@ -57,15 +57,6 @@ class Observer:
 
 
 SILENT = Observer()
-
-
-def as_json(value: Any) -> Any:
-    """The value with None for numbers that JSON has not: NaN and the infinities."""
-    return json.loads(json.dumps(value), parse_constant=lambda _: None)
-
-
-def to_json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def score_or_none(value: float | None) -> float | None:
@@ -152,7 +143,7 @@ class Catalogue:
         return [self.row_of[item] for item in items if item in self.row_of]
 
     def item(self, row: int) -> Json:
-        return as_json({name: self._table[name][row].as_py() for name in self.columns})
+        return {name: self._table[name][row].as_py() for name in self.columns}
 
     def show(self, row: int, score: float | None = None) -> Json:
         """The item as it is in an answer (schemas.Item)."""
@@ -166,7 +157,7 @@ class Catalogue:
         kind = self._kinds[name]
         for value in values:
             if not kind.accepts(value):
-                shown = to_json(value)[:64]
+                shown = json.dumps(value, ensure_ascii=False)[:64]
                 raise UserError(
                     f"filter: the column {name!r} holds {kind.name}; {shown} is {name_of_type(value)}"
                 )
@@ -178,12 +169,12 @@ class Catalogue:
 
     def matching(self, wanted: Mapping[str, Sequence[object]]) -> np.ndarray:
         """[M] rows, ascending, that have one of the values in every one of the columns. Not to be written to."""
-        text = to_json(wanted)
-        return self._matching(text) if len(text) < LONG else self._intersect(text)
+        key = tuple((name, tuple(values)) for name, values in wanted.items())
+        return self._matching(key) if len(str(key)) < LONG else self._intersect(key)
 
-    def _intersect(self, wanted: str) -> np.ndarray:
+    def _intersect(self, wanted: tuple[tuple[str, tuple[object, ...]], ...]) -> np.ndarray:
         rows = np.arange(len(self.ids))
-        for name, values in json.loads(wanted).items():
+        for name, values in wanted:
             found = [
                 row for value in set(values) for row in self._rows_by_value(name).get(value, ())
             ]

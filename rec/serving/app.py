@@ -26,7 +26,6 @@ import rec
 from rec.bundles.metadata import metadata_to_json
 from rec.errors import UserError
 from rec.serving import schemas
-from rec.serving.answer import as_json
 from rec.serving.schemas import BatchRequest, Problem, RecommendRequest
 from rec.serving.service import Service
 
@@ -176,12 +175,12 @@ async def models(service: Serving) -> Response:
         shown[bundle.stage] = {key: content[key] for key in SHOWN if key in content}
     catalogue = {"items": len(engine.catalogue.ids), "columns": engine.catalogue.columns}
     answer = {
-        "models": as_json(shown),
+        "models": shown,
         "catalogue": catalogue,
         "max_k": engine.max_k,
         "failed": service.failed,
     }
-    return JSONResponse(answer)
+    return Json(answer)
 
 
 @around.get("/healthz")

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+import orjson
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,7 +38,7 @@ def catalogue() -> Catalogue:
 
 
 def test_what_json_cannot_hold_is_null(catalogue: Catalogue) -> None:
-    shown = [catalogue.show(row, 0.5) for row in range(4)]
+    shown = orjson.loads(orjson.dumps([catalogue.show(row, 0.5) for row in range(4)]))
     assert shown[0] == {
         "item_id": "a",
         "score": 0.5,
