@@ -8,7 +8,6 @@
 Not covered: side features, the order of a history, and ratings as strengths: an interaction is a one.
 """
 
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from scipy.linalg import inv
 from scipy.sparse import coo_matrix, csr_matrix, diags_array
 from threadpoolctl import threadpool_limits
 
-from rec.errors import UserError
+from rec.errors import UserError, note
 from rec.metrics import binary, per_user
 from rec.retrieval.taste import fit_als
 
@@ -319,7 +318,7 @@ def tune(
         ranked = rank(baseline, histories, histories, 10)
         ndcg = float(per_user(ranked, relevant, (10,))["ndcg@10"].mean())
         seconds = time.perf_counter() - start
-        print(f"{baseline}: val/ndcg@10 {ndcg:.4f}, {seconds:.1f} s", file=sys.stderr)
+        note(f"{baseline}: val/ndcg@10 {ndcg:.4f}, {seconds:.1f} s")
         if best is None or ndcg > best[0]:  # the first of equals
             best = ndcg, baseline
     assert best is not None

@@ -38,7 +38,7 @@ from rec.checkpoint import write_run
 from rec.config import Config, add_config_arguments, load_config, overruled, without_effect
 from rec.corpus import Corpus
 from rec.data_prep.dataset import open_dataset
-from rec.errors import UserError, command_parser, run_command, warn
+from rec.errors import UserError, command_parser, note, run_command, warn
 from rec.ranking.count_features import CountFeatures
 from rec.ranking.train import TrainedRanking, load_ranking
 from rec.retrieval.index import ExactIndex, ScannIndex, build_index
@@ -88,7 +88,7 @@ def _build_index(
     )
     if "fallback" in report:
         reason = report["fallback"]
-        print(f"index: exact instead of {config.index.kind}: {reason}", file=sys.stderr)
+        note(f"index: exact instead of {config.index.kind}: {reason}")
     return index, report
 
 

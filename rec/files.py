@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
-from rec.errors import UserError, note
+from rec.errors import UserError, note, warn
 
 Value = TypeVar("Value")
 
@@ -128,7 +128,7 @@ def _flock(descriptor: int, subject: Path, *, wait: bool) -> None:
         if error.errno not in HAS_NO_LOCKS:
             raise
         hint = "make sure that no other command writes there"
-        note(f"warning: the file system of {subject} has no locks: {hint}")
+        warn(f"the file system of {subject} has no locks: {hint}")
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -20,12 +20,11 @@ are versions by stage. The exit code is 1 if the gate refuses.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from rec.bundles.aliases import STAGES, Versions
 from rec.config import Config, add_config_arguments, load_config
-from rec.errors import UserError, command_parser, run_command
+from rec.errors import UserError, command_parser, note, run_command
 from rec.ops.history import Move
 from rec.ops.promotion import GUARDED, choose, promote, roll_back
 from rec.ops.registry import LocalStore, Store, WandbStore
@@ -34,13 +33,12 @@ from rec.ops.registry import LocalStore, Store, WandbStore
 def show_history(moves: list[Move]) -> None:
     """Prints one line per move on stderr, and the reasons of the gate."""
     for move in moves:
-        print(
+        note(
             f"{move.time[:19]}  {move.who}  {move.alias} {move.action}: "
-            f"{_names(move.previous)} -> {_names(move.to)} ({move.why})",
-            *(f"    {reason}" for reason in move.gate.reasons),
-            sep="\n",
-            file=sys.stderr,
+            f"{_names(move.previous)} -> {_names(move.to)} ({move.why})"
         )
+        for reason in move.gate.reasons:
+            note(f"    {reason}")
 
 
 def _names(versions: Versions) -> str:

@@ -69,15 +69,10 @@ def run_ranking(
     distribution: Distribution,
     retrieval: TrainedRetrieval | None = None,
 ) -> Answer:
-    """Trains a ranker for the latest retrieval model and exports it."""
+    """Trains a ranker for a retrieval model, by default the one in CHECKPOINTS, and exports it."""
     start = time.perf_counter()
     dataset = open_dataset(config.dataset)
-    if retrieval is None:
-        retrieval = load_retrieval(retrieval_checkpoint(config), dataset)
-        warn(
-            *overruled(config, retrieval.description.config_over(config), ("retrieval", "features"))
-        )
-    check_dataset(config, retrieval, dataset)
+    retrieval = retrieval or _latest_retrieval(config, dataset)
     check_ranking(retrieval.description.config_over(config), dataset, init_from)
     warn(*without_effect(config, retrieval.corpus.facts, ("ranking",)))
     source = bundle_of(config, retrieval)  # refuses before training if there is none
@@ -106,41 +101,48 @@ def run_all(config: Config, init_from: Path | None, distribution: Distribution) 
     trained, retrieval = run_retrieval(config, distribution)
     ranking = run_ranking(config, init_from, distribution, trained)
     start = time.perf_counter()
-    retrieval_bundle = Path(retrieval["bundle"])
-    ranking_bundle = Path(ranking["bundle"])
-    bundle = export_recommender(retrieval_bundle, ranking_bundle, config)
-    with track(config, "recommender") as tracker:
-        tracker.start(uuid.uuid4().hex[:8], None)
-        tracker.use(retrieval_bundle)
-        tracker.use(ranking_bundle)
-        tracker.log_bundle(bundle)
+    bundle = _compose(config, Path(retrieval["bundle"]), Path(ranking["bundle"]))
     report = evaluate(config, "test", more=rating_errors)
     show_systems(report)
     show_ratings(report)
     show_examples(config)
     test_metrics = report["systems"]["recommender"]
-    recommender = {
+    recommender = ranking | {
         "stage": "recommender",
         "bundle": str(bundle),
         "version": int(bundle.name),
         "metrics": ranking["metrics"] | {f"test/{name}": x for name, x in test_metrics.items()},
-        "examples_per_second": ranking["examples_per_second"],
         "seconds": round(time.perf_counter() - start, 1),
     }
     return {"retrieval": retrieval, "ranking": ranking, "recommender": recommender}
+
+
+def _compose(config: Config, retrieval: Path, ranking: Path) -> Path:
+    """Exports two bundles as one recommender, which a run of its own tracks."""
+    bundle = export_recommender(retrieval, ranking, config)
+    with track(config, "recommender") as tracker:
+        tracker.start(uuid.uuid4().hex[:8], None)
+        tracker.use(retrieval)
+        tracker.use(ranking)
+        tracker.log_bundle(bundle)
+    return bundle
 
 
 def retrieval_checkpoint(config: Config) -> Path:
     return Path(config.output.checkpoints) / "retrieval"
 
 
-def check_dataset(config: Config, retrieval: TrainedRetrieval, dataset: Dataset) -> None:
-    """Raises UserError if the retrieval model was trained on other data."""
+def _latest_retrieval(config: Config, dataset: Dataset) -> TrainedRetrieval:
+    """The model in CHECKPOINTS. Raises UserError if there is none, or if it was trained on other data."""
+    directory = retrieval_checkpoint(config)
+    retrieval = load_retrieval(directory, dataset)
+    warn(*overruled(config, retrieval.description.config_over(config), ("retrieval", "features")))
     if retrieval.description.dataset != dataset.id:
         raise UserError(
-            f"{retrieval_checkpoint(config)} was trained on another data set than {config.dataset}: "
+            f"{directory} was trained on another data set than {config.dataset}: "
             "run python -m rec.train --stage retrieval first"
         )
+    return retrieval
 
 
 def check_ranking(config: Config, dataset: Dataset, init_from: Path | None) -> None:

@@ -1,9 +1,7 @@
 """What both stages' training loops share: a run that can be interrupted at any moment and resumed.
 
     run = TrainingRun(model, directory, description, files, schedule)
-    run.resume() or run.begin(metrics_before_training)
-    for epoch in run.epochs():
-        run.save(run.train(batches(epoch)) | metrics())
+    run.fit(batches, metrics)  # functions: of an epoch, and of the model as it is
     run.restore_best()
     run.finish(metrics())
 
@@ -23,10 +21,9 @@ A resumed run ends like an unbroken one, to the last digit.
 import json
 import os
 import shutil
-import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,7 +33,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from rec.errors import UserError
+from rec.errors import UserError, note
 from rec.features import unsharded
 from rec.files import read_whole, replace_directory, writing
 from rec.optimizer import LazyAdam
@@ -172,10 +169,25 @@ class TrainingRun:
         self.state = TrainState(examples, history=[{}])
         self._epoch_seconds = 0.0
 
+    def fit(
+        self, batches: Callable[[int], tf.data.Dataset], measure: Callable[[], Metrics]
+    ) -> None:
+        """Trains to the last epoch, from the beginning or from where the same run was interrupted.
+
+        Args:
+          batches: those of an epoch, counted from 0.
+          measure: the metrics of the model on validation data, after each epoch and before the first.
+        """
+        if not self._resume():
+            self._begin(measure())
+        for epoch in self._epochs():
+            loss = self._train(batches(epoch))
+            self._save(loss | measure())
+
     # ------------------------------------------------------------------------------------------------------------
     # Start
 
-    def resume(self) -> bool:
+    def _resume(self) -> bool:
         """Takes up an interrupted run with the same description. False if there is none."""
         if not (self._partial / "state.json").exists():
             return False
@@ -183,11 +195,11 @@ class TrainingRun:
             return False
         self.state = _read_state(self._partial)
         self._checkpoint.read(self._weights_of(self.state.epoch)).assert_consumed()
-        print(f"resuming after epoch {self.state.epoch} from {self._partial}", file=sys.stderr)
+        note(f"resuming after epoch {self.state.epoch} from {self._partial}")
         self._tracker.start(self.state.run_id, self._partial)
         return True
 
-    def begin(self, metrics: Metrics) -> None:
+    def _begin(self, metrics: Metrics) -> None:
         """Starts anew, with the metrics of the untrained model."""
         self.state = TrainState(self._examples, history=[metrics])
         if self._distribution.is_chief:
@@ -201,7 +213,7 @@ class TrainingRun:
     # ------------------------------------------------------------------------------------------------------------
     # One epoch after the other
 
-    def epochs(self) -> Iterator[int]:
+    def _epochs(self) -> Iterator[int]:
         """The epochs that are left, from 0, until the last one or until patience is at an end."""
         state = self.state
         last = self._schedule.last_epoch
@@ -223,7 +235,7 @@ class TrainingRun:
         names = ("loss", self._schedule.monitor)
         return {name: values[name] for name in names if name in values}
 
-    def train(self, batches: tf.data.Dataset) -> Metrics:
+    def _train(self, batches: tf.data.Dataset) -> Metrics:
         """Trains one epoch. Raises UserError if the loss diverges."""
         state = self.state
         self._set_learning_rate()
@@ -256,7 +268,7 @@ class TrainingRun:
         rate = self._schedule.learning_rate * (1 + np.cos(np.pi * progress)) / 2
         self._optimizer.learning_rate.assign(rate)
 
-    def save(self, values: Metrics) -> None:
+    def _save(self, values: Metrics) -> None:
         """Ends an epoch with its metrics."""
         state = self.state
         is_best = self._is_better(values)

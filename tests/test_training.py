@@ -82,10 +82,7 @@ def train(
         distribution=OneProcess(),
         tracker=EpochWatcher(on_epoch),
     )
-    if not run.resume():
-        run.begin(measure())
-    for epoch in run.epochs():
-        run.save(run.train(data(epoch)) | measure())
+    run.fit(data, measure)
     run.restore_best()
     return run.finish({})
 

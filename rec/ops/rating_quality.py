@@ -1,11 +1,10 @@
 """How well a ranker of objective `rating` predicts held-out ratings, next to rating baselines."""
 
-import sys
-
 import numpy as np
 
 from rec import metrics
 from rec.bundles.recommender import Recommender
+from rec.errors import note
 from rec.evaluation import Report, Task
 from rec.features import PAD
 from rec.ops.rating_baselines import rating_baselines
@@ -49,4 +48,4 @@ def squared_errors(task: Task, pair: Recommender) -> np.ndarray:
 def show_ratings(report: Report) -> None:
     """Prints the errors on stderr, if the report has any."""
     for name, values in report.get("ratings", {}).items():
-        print(f"{name:20}{'rmse':>12} {values['rmse']:.4f}", file=sys.stderr)
+        note(f"{name:20}{'rmse':>12} {values['rmse']:.4f}")

@@ -9,7 +9,6 @@ asked and nothing imported. W&B's failures never stop training: they are warned 
 """
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ import tensorflow as tf
 
 from rec.bundles.metadata import metadata_to_json, read_metadata
 from rec.config import Config, to_dict
+from rec.errors import warn
 from rec.ops.registry import PROJECT
 
 PATIENCE = 300  # seconds for W&B to take a run, an artifact, or a run's end
@@ -54,10 +54,7 @@ class Tracker:
         if not self._config.use_wandb:
             return
         if not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") != "offline":
-            print(
-                "warning: use_wandb without tracking: neither WANDB_API_KEY nor WANDB_MODE=offline",
-                file=sys.stderr,
-            )
+            warn("use_wandb without tracking: neither WANDB_API_KEY nor WANDB_MODE=offline")
             return
         with self._forgiving():
             import wandb
@@ -117,7 +114,7 @@ class Tracker:
         try:
             yield
         except Exception as error:  # whatever W&B raises, training is worth more
-            print(f"warning: W&B failed, tracking ends: {error}", file=sys.stderr)
+            warn(f"W&B failed, tracking ends: {error}")
             self._run = None
 
 

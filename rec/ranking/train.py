@@ -11,7 +11,6 @@ Point 2 is where two-stage systems leak: a ranker that is trained on lists of a 
 trust the retrieval score, and fails in service.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from rec import metrics
 from rec.checkpoint import RankingRun, read_run, write_run
 from rec.config import Config, Ranking, ResolvedRanking, with_ranking_defaults
 from rec.corpus import Corpus
-from rec.errors import UserError, warn
+from rec.errors import UserError, note, warn
 from rec.files import read_whole
 from rec.ranking.candidates import (
     CandidateLists,
@@ -169,12 +168,7 @@ def fit_ranking(
         distribution=distribution,
         tracker=tracker or NoTracker(),
     )
-    if not run.resume():
-        run.begin(data.measure())
-    for epoch in run.epochs():
-        rng = np.random.default_rng([config.seed, epoch])
-        loss = run.train(data.batches(rng))
-        run.save(loss | data.measure())
+    run.fit(lambda epoch: data.batches(np.random.default_rng([config.seed, epoch])), data.measure)
     if not distribution.is_chief:  # it alone finishes the run
         return TrainedRanking(model, retrieval, run.state, description)
     run.restore_best()
@@ -243,10 +237,7 @@ def _train_miner(
     config: Config, retrieval: TrainedRetrieval, past: Sequences, distribution: Distribution
 ) -> RetrievalModel:
     """The retrieval model's twin that has seen `past` only, with the same taste weight and popularity bias."""
-    print(
-        "training a retrieval model without the ranker's labels, to mine its candidates",
-        file=sys.stderr,
-    )
+    note("training a retrieval model without the ranker's labels, to mine its candidates")
     miner = train_miner(
         replace(config, retrieval=retrieval.model.config),
         retrieval.corpus,

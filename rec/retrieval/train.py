@@ -148,11 +148,7 @@ def _train(
         distribution=distribution,
         tracker=tracker,
     )
-    if not run.resume():
-        run.begin(measure())
-    for epoch in run.epochs():
-        loss = run.train(window_batches(corpus, settings, train, config.seed, epoch))
-        run.save(loss | measure())
+    run.fit(lambda epoch: window_batches(corpus, settings, train, config.seed, epoch), measure)
 
     # --------------------------------------------------------------------------------------------------------
     # What is fitted after training
