@@ -45,7 +45,19 @@ def per_user(
     fit, a user without held-out items, an item row outside [-1, N) or twice in a list, or a k above K.
     """
     relevant = binary(relevant)
-    users = relevant.shape[0]
+    held_out = np.diff(relevant.indptr)
+    _check_lists(ranked, held_out, ks)
+    parts = []
+    for start in range(0, max(len(ranked), 1), USERS_A_SLICE):
+        part = slice(start, start + USERS_A_SLICE)
+        hits = _hits(ranked[part], relevant[part], start)
+        parts.append(_metrics_of_hits(hits, held_out[part], ks))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _check_lists(ranked: np.ndarray, held_out: np.ndarray, ks: Sequence[int]) -> None:
+    """Raises ValueError for shapes that do not fit, a user without held-out items, or a k above K."""
+    users = len(held_out)
     if ranked.ndim != 2 or len(ranked) != users:
         raise ValueError(
             f"ranked has shape {ranked.shape}, relevant has {users} users: one ranked list a user"
@@ -55,29 +67,24 @@ def per_user(
             raise ValueError(
                 f"a metric at k = {k} needs k ranked items a user: ranked has {ranked.shape[1]} columns"
             )
-    held_out = np.diff(relevant.indptr)
     if not held_out.all():
         raise ValueError(
             f"user row {np.argmin(held_out)} has no held-out items: leave such users out"
         )
-    discounts = 1 / np.log2(np.arange(2, ranked.shape[1] + 2))
+
+
+def _metrics_of_hits(
+    hits: np.ndarray, held_out: np.ndarray, ks: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """`per_user` of hits [U, K]; `held_out` [U] is the number of each user's held-out items."""
+    discounts = 1 / np.log2(np.arange(2, hits.shape[1] + 2))
     ideal = np.cumsum(discounts)
-    parts = []
-    for start in range(0, max(users, 1), USERS_A_SLICE):
-        part = slice(start, start + USERS_A_SLICE)
-        hits, counts = _hits(ranked[part], relevant[part], start), held_out[part]
-        recall = {f"recall@{k}": hits[:, :k].sum(axis=1) / counts for k in ks}
-        ndcg = {
-            f"ndcg@{k}": hits[:, :k] @ discounts[:k] / ideal[np.minimum(k, counts) - 1] for k in ks
-        }
-        parts.append(
-            {
-                **recall,
-                **ndcg,
-                "mrr": np.where(hits.any(axis=1), 1 / (hits.argmax(axis=1) + 1), 0.0),
-            }
-        )
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    recall = {f"recall@{k}": hits[:, :k].sum(axis=1) / held_out for k in ks}
+    ndcg = {
+        f"ndcg@{k}": hits[:, :k] @ discounts[:k] / ideal[np.minimum(k, held_out) - 1] for k in ks
+    }
+    mrr = np.where(hits.any(axis=1), 1 / (hits.argmax(axis=1) + 1), 0.0)
+    return {**recall, **ndcg, "mrr": mrr}
 
 
 def _hits(ranked: np.ndarray, relevant: csr_matrix, first_row: int) -> np.ndarray:

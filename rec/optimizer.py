@@ -22,16 +22,19 @@ class LazyAdam(tf.keras.optimizers.Adam):
             super().update_step(gradient, variable)
             return
         index = self._index_dict[self._var_key(variable)]
-        momentums = self._momentums[index]
-        velocities = self._velocities[index]
         step = tf.cast(self.iterations + 1, variable.dtype)
         correction = tf.sqrt(1 - tf.pow(self.beta_2, step)) / (1 - tf.pow(self.beta_1, step))
         rate = self.learning_rate * correction
         rows = gradient.indices
         values = gradient.values  # Keras has summed the gradients of equal rows
-        momentum = self.beta_1 * tf.gather(momentums, rows) + (1 - self.beta_1) * values
-        velocity = self.beta_2 * tf.gather(velocities, rows) + (1 - self.beta_2) * tf.square(values)
-        momentums.scatter_update(tf.IndexedSlices(momentum, rows))
-        velocities.scatter_update(tf.IndexedSlices(velocity, rows))
+        momentum = _decay(self._momentums[index], rows, self.beta_1, values)
+        velocity = _decay(self._velocities[index], rows, self.beta_2, tf.square(values))
         change = rate * momentum / (tf.sqrt(velocity) + self.epsilon)
         variable.scatter_sub(tf.IndexedSlices(change, rows))
+
+
+def _decay(table: tf.Variable, rows: tf.Tensor, beta: float, values: tf.Tensor) -> tf.Tensor:
+    """Moves the rows of a table of moments towards `values`, by a share of 1 - beta; returns them."""
+    moment = beta * tf.gather(table, rows) + (1 - beta) * values
+    table.scatter_update(tf.IndexedSlices(moment, rows))
+    return moment

@@ -147,7 +147,7 @@ def mine(
     *,
     next_item: bool,
 ) -> CandidateLists:
-    """Candidate lists of length `n` from a model that was trained on `past`.
+    """Candidate lists: the `n` best items that the user has not seen, by a model that was trained on `past`.
 
     `next_item`: only the first label after the query is right, and the later ones are left out of the list.
     Otherwise all labels after the query are right.

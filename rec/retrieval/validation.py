@@ -66,10 +66,9 @@ def factorized_top_k(model: RetrievalModel, corpus: Corpus) -> dict[str, float]:
     """
     val = corpus.val
     candidates = model.candidates()
-    row_names = tf.strings.as_string(tf.range(FIRST_ITEM, FIRST_ITEM + model.n_items))
     depths = [min(k, model.n_items) for k in FACTORIZED_KS]  # TFRS fails beyond the catalogue
     search = tfrs.layers.factorized_top_k.BruteForce(k=max(depths))
-    search.index(candidates, row_names)
+    search.index(candidates)
     metric = tfrs.metrics.FactorizedTopK(candidates=search, ks=depths)
     drawn = np.random.default_rng(0).permutation(len(val.items))[:MAX_INTERACTIONS]
     drawn = np.sort(drawn)
@@ -77,8 +76,8 @@ def factorized_top_k(model: RetrievalModel, corpus: Corpus) -> dict[str, float]:
     for at in split_users(drawn, model.n_items):
         users = owners[at]
         queries = model.query_compiled(users, corpus.train.last(users))
-        chosen = val.items[at]
-        positive = tf.gather(candidates, chosen - FIRST_ITEM)
-        metric.update_state(queries, positive, tf.strings.as_string(chosen)[:, None])
+        chosen = val.items[at] - FIRST_ITEM
+        positive = tf.gather(candidates, chosen)
+        metric.update_state(queries, positive, chosen[:, None])
     values = zip(FACTORIZED_KS, metric.metrics, strict=True)
     return {f"val/factorized_top_k@{k}": float(value.result()) for k, value in values}
