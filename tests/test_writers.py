@@ -1,6 +1,7 @@
 """Two commands that write the same directory at once, and a disk that is full, in real processes."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -48,6 +49,7 @@ def test_two_trainings_do_not_mix_in_one_directory(tmp_path: Path) -> None:
     while not (partial / "state.json").exists():
         assert first.poll() is None, first.communicate()[1]
         time.sleep(0.1)
+    first.send_signal(signal.SIGSTOP)  # it keeps its locks, and leaves the processor to the others
 
     others = ("--set", "retrieval.epochs=2", "--set", "retrieval.embedding_dim=8")
     stdout, stderr = train(tmp_path, *others).communicate()

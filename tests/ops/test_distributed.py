@@ -17,7 +17,7 @@ import tensorflow as tf
 from rec.bundles.recommender import load_bundle
 from rec.errors import UserError
 from rec.ops.distributed import distribution_of
-from tests.conftest import ROOT, Trained, environment
+from tests.conftest import ROOT, Trained, environment, run_here
 
 # Without random masks, which every worker draws for itself, the result is the same to the last digits.
 SETTINGS = (
@@ -29,9 +29,9 @@ SETTINGS = (
 )
 
 
-def start(place: Path, *overrides: str, **env: str) -> subprocess.Popen[str]:
-    """A retrieval training that writes to `place`."""
-    command = [sys.executable, "-m", "rec.train", "--stage", "retrieval"]
+def arguments(place: Path, *overrides: str) -> list[str]:
+    """Of a retrieval training that writes to `place`."""
+    command = ["rec.train", "--stage", "retrieval"]
     for setting in (
         *SETTINGS,
         f"output.checkpoints={place}",
@@ -39,7 +39,12 @@ def start(place: Path, *overrides: str, **env: str) -> subprocess.Popen[str]:
         *overrides,
     ):
         command += ["--set", setting]
+    return command
+
+
+def start(place: Path, *overrides: str, **env: str) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
+    command = [sys.executable, "-m", *arguments(place, *overrides)]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment(**env), stdout=pipe, stderr=pipe, text=True
     )
@@ -65,17 +70,9 @@ def cluster(place: Path, *overrides: str, **jobs: int) -> list[subprocess.Popen[
 
 def dataset(place: Path, users: int, items: int) -> str:
     """The setting of a new one."""
-    make = [
-        sys.executable,
-        "-m",
-        "rec.data_prep.dummy",
-        "--users",
-        str(users),
-        "--items",
-        str(items),
-        "--output-dir",
-    ]
-    subprocess.run([*make, str(place)], env=environment(), check=True, capture_output=True)
+    sizes = ["--users", users, "--items", items]
+    done = run_here("rec.data_prep.dummy", *sizes, "--output-dir", place)
+    assert done.returncode == 0, done.stderr
     return f"dataset={place}"
 
 
@@ -105,7 +102,8 @@ def epochs(place: Path) -> list[dict[str, Any]]:
 def test_two_workers_end_as_one_even_if_one_is_killed_and_all_start_again(tmp_path: Path) -> None:
     data = dataset(tmp_path / "data", 150, 100)
     alone, together = tmp_path / "alone", tmp_path / "together"
-    finish(start(alone, data))
+    done = run_here(*arguments(alone, data))
+    assert done.returncode == 0, done.stderr
 
     chief, other = cluster(together, data, worker=2)
     wait_for_epoch(2, together, [chief, other])

@@ -186,15 +186,16 @@ def test_other_aliases_are_free_and_one_is_the_canary(config: Config, store: Loc
 
 
 def test_rolling_back_goes_further_back_each_time(config: Config, store: LocalStore):
+    alias = "candidate"  # before which no gate stands
     for version in (1, 2, 3):
-        promote(store, config, "recommender", version, "to try", force=True)
-    assert roll_back(store, "no good").to == SPOILT
-    assert roll_back(store, "nor this").to == ONE
+        promote(store, config, "recommender", version, "to try", alias)
+    assert roll_back(store, "no good", alias).to == SPOILT
+    assert roll_back(store, "nor this", alias).to == ONE
     with pytest.raises(
-        UserError, match="production: there are no versions before these to go back to"
+        UserError, match="candidate: there are no versions before these to go back to"
     ):
-        roll_back(store, "nor this")
-    assert store.versions_of("production") == ONE
+        roll_back(store, "nor this", alias)
+    assert store.versions_of(alias) == ONE
 
 
 @pytest.mark.parametrize("name", ["saved_model.pb", "items.parquet", "metadata.json"])

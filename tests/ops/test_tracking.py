@@ -18,7 +18,7 @@ from rec.ops import promotion
 from rec.ops.registry import WandbStore
 from rec.ops.serving.start import find_pair
 from rec.ops.tracking import track
-from tests.conftest import Trained, run
+from tests.conftest import Trained, run, run_here
 from tests.small import bundle_metadata
 from tests.wandb_server import WandbServer
 
@@ -245,26 +245,24 @@ def test_offline_nothing_can_be_promoted_or_downloaded(
 
 def test_from_training_to_production(server: WandbServer, trained: Trained, tmp_path: Path):
     """The commands, as a team runs them."""
-    client = server.environment(tmp_path / "client")
-    places = [f"output.{kind}={tmp_path / kind}" for kind in ("checkpoints", "savedmodels")]
-    options = (
-        "--config",
-        trained.config,
-        "--set",
-        places[0],
-        "--set",
-        places[1],
-        "--set",
+    options: list[object] = ["--config", trained.config]
+    for setting in (
+        f"output.checkpoints={tmp_path / 'checkpoints'}",
+        f"output.savedmodels={tmp_path / 'savedmodels'}",
+        "retrieval={arch: two_tower, taste_dim: 0, batch_size: 16}",
         "use_wandb=true",
-    )
-    done = run(
-        "rec.train", "--stage", "all", *options, "--set", "retrieval.batch_size=16", changes=client
-    )
-    assert done.returncode == 0 and "warning: W&B" not in done.stderr, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
-    retrieval, ranking = (
-        server.runs[report[stage]["run_id"]] for stage in ("retrieval", "ranking")
-    )
+    ):
+        options += ["--set", setting]
+    artifact = ["--artifact-name", "team/rec/recommender_bundle"]
+    with server.client(tmp_path / "client"):
+        done = run_here("rec.train", "--stage", "all", *options)
+        assert done.returncode == 0 and "warning: W&B" not in done.stderr, done.stderr
+        report = json.loads(done.stdout.splitlines()[-1])
+        retrieval, ranking = (
+            server.runs[report[stage]["run_id"]] for stage in ("retrieval", "ranking")
+        )
+        promoted = run_here("rec.promote", *artifact, "--run-id", ranking.id, *options)
+        history = run_here("rec.promote", *artifact, "--history", *options)
     assert (retrieval.logged, ranking.used, ranking.logged) == (
         ["retrieval_bundle:v0"],
         ["retrieval_bundle:v0"],
@@ -273,17 +271,13 @@ def test_from_training_to_production(server: WandbServer, trained: Trained, tmp_
     names = set().union(*retrieval.history)
     assert {"train/loss", "train/steps_per_second", "val/ndcg@10", "val/recall@100"} <= names
     lines = (tmp_path / "checkpoints" / "retrieval" / "metrics.jsonl").read_text().splitlines()
-    assert [
-        json.loads(line).items() <= row.items()
-        for line, row in zip(lines, retrieval.history, strict=True)
-    ]
+    for line, row in zip(lines, retrieval.history, strict=True):
+        assert json.loads(line).items() <= row.items()
 
-    artifact = ("--artifact-name", "team/rec/recommender_bundle")
-    done = run("rec.promote", *artifact, "--run-id", ranking.id, *options, changes=client)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["to"] == {"retrieval": 0, "ranking": 0, "recommender": 0}
+    assert promoted.returncode == 0, promoted.stderr
+    assert json.loads(promoted.stdout)["to"] == {"retrieval": 0, "ranking": 0, "recommender": 0}
     assert "production" in server.find("ranking_bundle:v0").aliases  # type: ignore[union-attr]
-    done = run("rec.promote", *artifact, "--history", *options, changes=client)
     assert (
-        "production promoted: nothing -> retrieval 0 ranking 0 recommender 0 (run " in done.stderr
+        "production promoted: nothing -> retrieval 0 ranking 0 recommender 0 (run "
+        in history.stderr
     )

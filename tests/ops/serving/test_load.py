@@ -1,9 +1,7 @@
 """A real server under load: new bundles, hostile requests, hang-ups, its end; and what its schema promises."""
 
-import contextlib
 import http.client
 import json
-import os
 import shutil
 import signal
 import socket
@@ -212,24 +210,6 @@ def test_what_is_in_flight_is_finished_on_sigterm(server: Running) -> None:
     asking.join()
     assert answers[0][0] == 200 and len(answers[0][1]["answers"]) == 100
     assert server.process.wait(30) == 0
-
-
-def test_several_workers_share_a_port_and_their_numbers(trained: Trained, tmp_path: Path) -> None:
-    running = Running(
-        Path(shutil.copytree(trained.savedmodels, tmp_path / "savedmodels")), "--workers", "2"
-    )
-    try:
-        load = Load(running.port, lambda n: get(f"/v1/users/u{n % 200}/recommendations"))
-        load.run(16, 1.0)
-        counted = running.metric(
-            'rec_requests_total{address="/v1/users/{user_id:path}/recommendations",status="200"}'
-        )
-        assert set(load.statuses) == {200} and counted >= load.statuses[200] > 0
-        with contextlib.suppress(OSError):
-            os.kill(running.process.pid, signal.SIGTERM)
-        assert running.process.wait(30) == 0
-    finally:
-        running.process.kill()
 
 
 def test_the_api_the_bundle_and_the_c_api_answer_alike(trained: Trained) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.serving import Load, get
 from tests.conftest import Trained
 from tests.ops.serving.test_front import publish_ranking
 from tests.ops.serving.test_load import Running
@@ -101,8 +102,12 @@ class Asking:
 def server(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     copied = tmp_path_factory.mktemp("workers") / "savedmodels"
     running = Running(Path(shutil.copytree(trained.savedmodels, copied)), "--workers", "2")
-    yield running
-    running.process.kill()
+    try:
+        yield running
+        running.process.terminate()
+        assert running.process.wait(30) == 0
+    finally:
+        running.process.kill()
 
 
 def wait_for_two(server: Running) -> None:
@@ -114,6 +119,15 @@ def test_the_second_process_answers_only_when_it_is_warm(server: Running) -> Non
         wait_for_two(server)
         time.sleep(1)
     assert set(asking.statuses) == {200} and not asking.lost
+
+
+def test_both_share_a_port_and_their_numbers(server: Running) -> None:
+    load = Load(server.port, lambda n: get(f"/v1/users/u{n % 200}/recommendations"))
+    load.run(16, 1.0)
+    counted = server.metric(
+        'rec_requests_total{address="/v1/users/{user_id:path}/recommendations",status="200"}'
+    )
+    assert set(load.statuses) == {200} and counted >= load.statuses[200] > 0
 
 
 def test_a_killed_process_is_replaced_by_one_that_answers_when_it_is_warm(server: Running) -> None:
