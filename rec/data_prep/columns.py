@@ -17,6 +17,7 @@ from typing import Any
 from duckdb import DuckDBPyConnection as Connection
 from duckdb.sqltypes import DuckDBPyType
 
+from rec.data_prep.engine import only_row
 from rec.data_prep.raw_files import RawFile, literal, quoted
 from rec.errors import UserError, note
 
@@ -212,7 +213,7 @@ def _looks(con: Connection, name: str) -> str:
     text = quoted(name)
     values = f"(select {text} from raw where {text} is not null limit {SAMPLE})"
     counts = [f"count_if(regexp_full_match({text}, {literal(pattern)}))" for pattern in LOOKS]
-    total, *found = con.execute(f"select count(*), {', '.join(counts)} from {values}").fetchall()[0]
+    total, *found = only_row(con, f"select count(*), {', '.join(counts)} from {values}")
     for count, what in zip(found, LOOKS.values(), strict=True):
         if total and 2 * count > total:
             return f"; looks like {what}"
@@ -221,6 +222,4 @@ def _looks(con: Connection, name: str) -> str:
 
 def _one(con: Connection, *values: str, where: str = "true") -> tuple[Any, ...]:
     """The row of some aggregates of table `raw`."""
-    row: tuple[Any, ...]
-    (row,) = con.execute(f"select {', '.join(values)} from raw where {where}").fetchall()
-    return row
+    return only_row(con, f"select {', '.join(values)} from raw where {where}")

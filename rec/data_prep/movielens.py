@@ -98,13 +98,13 @@ def _find(name: str, file: str, source: Path, scratch: Path) -> RawFile:
         title = str(path)
         if path is source:
             raise UserError(f"{source} holds no {file}: is it really {folder}?")
-    if file == "u.item" or (name, file) == ("1m", "movies.dat"):  # titles in Latin-1
-        text = path.read_text("latin-1")
-        path = scratch / file
-        path.write_text(text, "utf-8")
     delimiter, columns = FORMATS[file]
     quote = "" if columns else '"'
-    return RawFile(path, delimiter, quote, tuple(columns.split()), title=title)
+    is_latin = file == "u.item" or (name, file) == ("1m", "movies.dat")
+    encoding = "latin-1" if is_latin else ""
+    header = tuple(columns.split())
+    found = RawFile(path, delimiter, quote, header, title=title, encoding=encoding)
+    return found.plain(scratch)
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ JSON = "\0"  # the delimiter of JSON lines, which have one field: no text holds 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": JSON, ".ndjson": JSON, ".parquet": ""}
 QUOTES = {".csv": '"'}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+BYTES = "surrogateescape"  # reads and writes bytes that are not UTF-8 as they are
 SEPARATORS = (",", ";", "\t", "|")  # those that are looked for
 # The first bytes of files that are neither text nor what their name says. Longer ones come first.
 BEGINNINGS = {
@@ -78,12 +79,15 @@ class RawFile:
     has_options: bool = False  # whether its command has --delimiter, --quote and --skip-bad-rows
     title: str = ""  # how messages call it; none: its path
     decimal: str = "."  # what numbers have before their fraction
+    encoding: str = ""  # of a text file; "": UTF-8
+    times: str = ""  # how they are written, for strptime, or their unit; "": seconds or ISO 8601
+    skip_bad_rows: bool = False  # drop them instead of refusing the file
 
     @classmethod
     def of(
-        cls, path: Path, delimiter: str | None = None, quote: str | None = None, decimal: str = "."
+        cls, path: Path, delimiter: str | None = None, quote: str | None = None, **form: Any
     ) -> "RawFile":
-        """A user's file; `delimiter` and `quote` replace what is usual for its extension.
+        """A user's file; `delimiter` and `quote` replace what is usual for its extension, `form` is further fields.
 
         Raises UserError if the extension does not tell the format, or the file is empty or none.
         """
@@ -96,14 +100,15 @@ class RawFile:
             raise UserError(f"{path} is not a file")
         if not path.stat().st_size:
             raise UserError(f"{path} is empty")
-        if DELIMITERS[kind] in ("", JSON):
-            header = ("json",) if DELIMITERS[kind] else ()
-            return cls(path, DELIMITERS[kind], header=header, has_options=bool(header))
+        usual = DELIMITERS[kind]
+        if usual in ("", JSON):
+            form |= {"decimal": ".", "header": ("json",) if usual else ()}
+            return cls(path, usual, has_options=bool(usual), **form)
         if delimiter is None:
-            delimiter = DELIMITERS[kind]
+            delimiter = usual
         if quote is None:
             quote = QUOTES.get(kind, "")
-        return cls(path, delimiter, quote, has_options=True, decimal=decimal)
+        return cls(path, delimiter, quote, has_options=True, **form)
 
     def __str__(self) -> str:
         return self.title or str(self.path)
@@ -118,35 +123,32 @@ class RawFile:
         """Whether each line is a JSON object."""
         return self.delimiter == JSON
 
-    def plain(self, scratch: Path, encoding: str | None = None) -> "RawFile":
+    def plain(self, scratch: Path) -> "RawFile":
         """This file, or a copy in `scratch` that is neither compressed nor in another encoding than UTF-8.
 
         Raises UserError for a file that is damaged, or not in that encoding.
         """
         compression = COMPRESSIONS.get(self.path.suffix.lower())
-        if not self.is_text or not (compression or encoding):
+        if not self.is_text or not (compression or self.encoding):
             return self
         copy = Path(tempfile.mkdtemp(dir=scratch), "plain")
         try:
             with pa.input_stream(str(self.path), compression=compression) as source:
-                if encoding:
-                    text = io.TextIOWrapper(source, encoding, newline="")
-                    with open(copy, "w", encoding="utf-8", newline="") as target:
-                        shutil.copyfileobj(text, target, 2**20)
-                else:
-                    with open(copy, "wb") as binary:
-                        shutil.copyfileobj(source, binary, 2**20)
+                errors = "strict" if self.encoding else BYTES  # rows.py names a row of other bytes
+                text = io.TextIOWrapper(source, self.encoding or "utf-8", errors, newline="")
+                with open(copy, "w", encoding="utf-8", errors=BYTES, newline="") as target:
+                    shutil.copyfileobj(text, target, 2**20)
         except (OSError, UnicodeDecodeError, LookupError) as error:
             if isinstance(error, OSError) and error.errno:  # the disk is full, say
                 raise
-            form = " in ".join(filter(None, (compression, encoding)))
+            form = " in ".join(filter(None, (compression, self.encoding)))
             raise UserError(f"{self} cannot be read as {form}: {error}") from None
         return replace(self, path=copy, title=str(self))
 
     def records(self) -> Iterator[Record]:
         """The rows of a text file, with its header and blank lines. Bytes that are not UTF-8 become surrogates."""
         csv.field_size_limit(2**31 - 1)
-        with open(self.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        with open(self.path, encoding="utf-8-sig", errors=BYTES, newline="") as text:
             if not self.quote:
                 for number, line in enumerate(text, 1):
                     content = line.rstrip("\r\n")
@@ -298,7 +300,7 @@ def delimiter_of(text: str) -> str:
 
 def encoding_problem(file: RawFile, record: Record) -> str:
     """What is wrong with a row that was read from bytes which are not UTF-8; "" if they are."""
-    content = file.delimiter.join(record.fields).encode("utf-8", "surrogateescape")
+    content = file.delimiter.join(record.fields).encode("utf-8", BYTES)
     try:
         content.decode()
     except UnicodeDecodeError:

@@ -67,24 +67,18 @@ NO_LISTS = ListColumns()
 
 
 def load_interactions(
-    con: Connection,
-    file: RawFile,
-    columns: Sequence[str | None],
-    split: str | None = None,
-    skip: bool = False,
-    time_format: str | None = None,
+    con: Connection, file: RawFile, columns: Sequence[str | None], split: str | None = None
 ) -> int:
     """Adds a file's rows to table `interactions`, under `split` if given; returns how many malformed ones it skipped.
 
     `columns` is what the file calls the user id, item id, time, rating, event and weight, None for what it lacks.
-    `time_format` is how times are written, for strptime; None: as seconds or in ISO 8601. Raises UserError for a
-    missing column, or a malformed row unless `skip`.
+    Raises UserError for a missing column, or a malformed row unless the file's are skipped.
     """
     named = {name: column for name, column in zip(VALUES, columns, strict=False) if column}
     part = f", '{split}' as split" if split else ""
     rows = f"select * replace (source_row + {{}} as source_row){part} from raw"
     with in_a_sentence(file):
-        skipped = read_rows(con, file, named, skip, time_format=time_format)
+        skipped = read_rows(con, file, named)
         con.execute(f"create table if not exists interactions as {rows.format(0)} limit 0")
         last = "select coalesce(max(source_row), 0) from interactions"
         con.execute(f"insert into interactions {rows.format(f'({last})')}; drop table raw")
@@ -92,22 +86,17 @@ def load_interactions(
 
 
 def load_features(
-    con: Connection,
-    file: RawFile,
-    table: str,
-    column: str,
-    lists: ListColumns = NO_LISTS,
-    skip: bool = False,
+    con: Connection, file: RawFile, table: str, column: str, lists: ListColumns = NO_LISTS
 ) -> int:
     """Creates table `users` or `items` from a file; returns how many malformed rows it skipped.
 
     `column` is what the file calls the id. Each other column has a comment in the database: what decided its type.
-    Raises UserError for no column of ids, a malformed row (an id that comes again is one) unless `skip`, or a list
-    column that has nothing to split.
+    Raises UserError for no column of ids, a malformed row (an id that comes again is one) unless the file's are
+    skipped, or a list column that has nothing to split.
     """
     key = KEYS[table]
     with in_a_sentence(file):
-        skipped = read_rows(con, file, {key: column}, skip, features=True)
+        skipped = read_rows(con, file, {key: column}, features=True)
         typed = type_columns(con, file, lists)
         values = [key, *(f"{each.value} as {quoted(name)}" for name, each in typed.items())]
         con.execute(f"create table {table} as select {', '.join(values)} from raw; drop table raw")
@@ -187,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--encoding", help="of text files, such as cp1252 or utf-16; default: UTF-8")
     add("--decimal", choices=[".", ","], help="before the fraction of a number; default: .")
     add("--seed", type=int, help="of what is drawn if data without times are split; default: 42")
-    add("--skip-bad-rows", dest="skip", action="store_true", help="drop and count malformed rows")
+    add("--skip-bad-rows", action="store_true", help="drop and count malformed rows")
     return parser
 
 
@@ -204,8 +193,14 @@ def main() -> None:
     check_options(args)
     delimiter = None if args.delimiter is None else delimiter_of(args.delimiter)
     quote = "" if args.quote == "none" else args.quote
+    form = {
+        "decimal": args.decimal or ".",
+        "encoding": args.encoding,
+        "times": args.timestamp_format or args.timestamp_unit or "",
+        "skip_bad_rows": args.skip_bad_rows,
+    }
     files = {
-        name: [RawFile.of(each, delimiter, quote, args.decimal or ".") for each in _matching(path)]
+        name: [RawFile.of(each, delimiter, quote, **form) for each in _matching(path)]
         for name in ("interactions", *SPLITS, *KEYS)
         if (path := getattr(args, name))
     }
@@ -278,13 +273,11 @@ def _load(
     bad_rows = 0
     features = []
     columns = [getattr(args, option) for option in COLUMNS]
-    times = args.timestamp_format or args.timestamp_unit
     for name in [name for name in files if name not in KEYS]:
         for file in files[name]:
             note(f"reading {file}")
             split = name if name in SPLITS else None
-            plain = file.plain(scratch, args.encoding)
-            bad_rows += load_interactions(con, plain, columns, split, args.skip, times)
+            bad_rows += load_interactions(con, file.plain(scratch), columns, split)
     if args.timestamp_col and not args.allow_any_time:
         check_times(con)
     lists = ListColumns(args.list_col, args.list_separator)
@@ -293,8 +286,7 @@ def _load(
         (file, *others) = files[table]
         if others:
             raise UserError(f"--{table} names {len(others) + 1} files: name one")
-        plain = file.plain(scratch, args.encoding)
-        bad_rows += load_features(con, plain, table, key, lists, args.skip)
+        bad_rows += load_features(con, file.plain(scratch), table, key, lists)
         features += con.table(table).columns[1:]  # without the id
     for name in set(args.list_col) - set(features):
         near = difflib.get_close_matches(name, features, 1)
