@@ -14,6 +14,7 @@ To add another encoder, add a function to ENCODERS. Vectors of images come in th
 column of lists of fractions. Not covered: texts in more than one language that should have the same vectors.
 """
 
+import argparse
 import importlib
 import itertools
 import re
@@ -150,8 +151,7 @@ def read_texts(
     return rows.drop_columns("text_of_row").rename_columns(names), texts
 
 
-def main() -> None:
-    """The command."""
+def _parser() -> argparse.ArgumentParser:
     parser = command_parser("rec.data_prep.embed", __doc__)
     add = parser.add_argument
     add("--items", required=True, type=Path, help="a file of items or users, as of tabular")
@@ -161,7 +161,12 @@ def main() -> None:
     add("--encoder", default="hashing", help="hashing (default) or sentence-transformers:MODEL")
     add("--dim", type=int, help=f"numbers per vector of hashing; default: {DIM}")
     add("--learn-from", type=Path, help="the file that the vectors in use were made of")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """The command."""
+    args = _parser().parse_args()
     if args.output.suffix != ".parquet":
         raise UserError(f"--output {args.output} must end in .parquet, which holds vectors")
     if args.dim is not None and args.dim < 1:

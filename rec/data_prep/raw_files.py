@@ -6,12 +6,14 @@
   character like any other.
 - Lines end in \\n, \\r\\n or \\r, all of a file alike; the last one may have no end. Blank lines are no rows.
 - A compressed file (.gz, .zst) and one in the encoding that --encoding names are first copied as plain UTF-8.
-- A line of a .jsonl or .ndjson is an object. A field inside another is named by a dotted path, such as user.id.
+- A line of a .jsonl, .ndjson or .json is an object. A field inside another is named by a dotted path, such as user.id.
+  Lines that Python printed, which begin with {' or {u', are first copied as JSON.
 - Another encoding, or another kind of file, is refused by the name of what it seems to be.
 
 What becomes of its rows is in rows.py.
 """
 
+import ast
 import codecs
 import csv
 import glob
@@ -34,7 +36,9 @@ from duckdb import DuckDBPyConnection as Connection
 from rec.errors import UserError, note
 
 JSON = "\0"  # the delimiter of JSON lines, which have one field: no text holds it
-DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": JSON, ".ndjson": JSON, ".parquet": ""}
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".parquet": ""}
+DELIMITERS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), JSON)
+PYTHON = ("{'", "{u'")  # how a dictionary begins as Python prints it
 QUOTES = {".csv": '"'}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BYTES = "surrogateescape"  # reads and writes bytes that are not UTF-8 as they are
@@ -94,7 +98,7 @@ class RawFile:
         name = path.stem if path.suffix.lower() in COMPRESSIONS else path.name
         kind = Path(name).suffix.lower()
         if kind not in DELIMITERS or kind == ".parquet" != path.suffix.lower():
-            known = "end in .csv, .tsv, .jsonl (or one of these and .gz or .zst) or .parquet"
+            known = "end in .csv, .tsv, .jsonl, .json (or one of these and .gz or .zst) or .parquet"
             raise UserError(f"{path}: the name must {known}, so that the format is known")
         if not path.is_file():
             raise UserError(f"{path} is not a file")
@@ -129,7 +133,8 @@ class RawFile:
         Raises UserError for a file that is damaged, or not in that encoding.
         """
         compression = COMPRESSIONS.get(self.path.suffix.lower())
-        if not self.is_text or not (compression or self.encoding):
+        needs_copy = compression or self.encoding or (self.is_json and self._is_python())
+        if not self.is_text or not needs_copy:
             return self
         copy = Path(tempfile.mkdtemp(dir=scratch), "plain")
         try:
@@ -137,13 +142,20 @@ class RawFile:
                 errors = "strict" if self.encoding else BYTES  # rows.py names a row of other bytes
                 text = io.TextIOWrapper(source, self.encoding or "utf-8", errors, newline="")
                 with open(copy, "w", encoding="utf-8", errors=BYTES, newline="") as target:
-                    shutil.copyfileobj(text, target, 2**20)
+                    if self.is_json:
+                        target.writelines(map(_as_json, text))
+                    else:
+                        shutil.copyfileobj(text, target, 2**20)
         except (OSError, UnicodeDecodeError, LookupError) as error:
             if isinstance(error, OSError) and error.errno:  # the disk is full, say
                 raise
             form = " in ".join(filter(None, (compression, self.encoding)))
             raise UserError(f"{self} cannot be read as {form}: {error}") from None
         return replace(self, path=copy, title=str(self))
+
+    def _is_python(self) -> bool:
+        """Whether the first line is a dictionary as Python prints it."""
+        return "".join(self.first_record().fields).startswith(PYTHON)
 
     def records(self) -> Iterator[Record]:
         """The rows of a text file, with its header and blank lines. Bytes that are not UTF-8 become surrogates."""
@@ -277,6 +289,16 @@ def _json_relation(
     names = [quoted(name) for name in ("bad_json", *fields)]
     names += [f"fields.{quoted(name)} as {quoted(name)}" for name in others]
     return typed.project(", ".join(names))
+
+
+def _as_json(line: str) -> str:
+    """A line that Python printed as JSON; another one as it is."""
+    if not line.startswith(PYTHON):
+        return line
+    try:
+        return json.dumps(ast.literal_eval(line.rstrip())) + "\n"
+    except (ValueError, SyntaxError, TypeError):  # rows.py names it
+        return line
 
 
 def quoted(name: str) -> str:

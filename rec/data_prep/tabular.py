@@ -17,6 +17,7 @@
   refused with its line. No field of interactions goes on to another line; one of users or items may.
 - --delimiter names the separator. If the one that the extension tells is not in the first line, and another gives
   all the columns, that one is taken and printed. In a .tsv, and with --quote none, quotes are plain characters.
+- --header names the columns of interactions without a first line of names.
 - Names that end in .gz or .zst are compressed. Text is UTF-8, or as --encoding says. --interactions, --train, --val and
   --test may be patterns. A field inside another of a JSON line is named by a dotted path.
 - A column without a name, such as pandas' index, is left out and printed.
@@ -141,13 +142,13 @@ def _flag(option: str) -> str:
     return f"--{option.replace('_', '-')}"
 
 
-def _parser() -> argparse.ArgumentParser:
+def file_parser() -> argparse.ArgumentParser:
     parser = output_parser("rec.data_prep.tabular", __doc__)
     add = parser.add_argument
-    add("--interactions", type=Path, help="all interactions, to be split")
-    add("--train", type=Path, help="interactions that are split already; needs --test")
-    add("--val", type=Path, help="default: a tenth of --train, chosen as --test was")
-    add("--test", type=Path)
+    add("--interactions", type=Path, nargs="+", help="all interactions, to be split")
+    add("--train", type=Path, nargs="+", help="interactions that are split already; needs --test")
+    add("--val", type=Path, nargs="+", help="default: a tenth of --train, chosen as --test was")
+    add("--test", type=Path, nargs="+")
     add("--user-col", default="user_id", help="its name in every file that has it")
     add("--item-col", default="item_id", help="its name in every file that has it")
     add("--timestamp-col", help="without it the data are unordered")
@@ -166,13 +167,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--weight-col", help="a number per interaction, which its event's weight multiplies")
     add("--negative-events", help="dislike,skip: events that say what a user does not want")
     add("--target-events", help="purchase: what val and test ask for; the others are history")
-    add("--users", type=Path, help="features of users; users without interactions are left out")
-    add("--items", type=Path, help="features of items; all of them make up the catalogue")
+    add(
+        "--users",
+        type=Path,
+        nargs=1,
+        help="features of users; users without interactions are left out",
+    )
+    add("--items", type=Path, nargs=1, help="features of items; all of them make up the catalogue")
     add("--list-col", action="append", default=[], help='a text like "a|b|c"; repeatable')
     add("--list-separator", help="of --list-col; default: |, else what is found, and printed")
     add("--split", choices=list(STRATEGIES), help="default: temporal; given if there is --train")
     add("--delimiter", help="separates the fields of text files; default: by the extension")
     add("--quote", choices=["none", '"'], help='opens fields; default: ", none in a .tsv')
+    add("--header", help="user,item,time: columns of interactions without a first line of names")
     add("--encoding", help="of text files, such as cp1252 or utf-16; default: UTF-8")
     add("--decimal", choices=[".", ","], help="before the fraction of a number; default: .")
     add("--seed", type=int, help="of what is drawn if data without times are split; default: 42")
@@ -180,9 +187,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """The command."""
-    args = _parser().parse_args()
+def prepare_files(args: argparse.Namespace, name: str = "", source: str = "") -> None:
+    """Writes the dataset that options of `file_parser` describe.
+
+    `name` and `source` are what dataset.json says of it; "": the names of its files.
+    """
     is_given = bool(args.train or args.val or args.test)
     strategy = args.split or ("given" if is_given else "temporal")
     if is_given == bool(args.interactions) or is_given != (strategy == "given"):
@@ -193,6 +202,7 @@ def main() -> None:
     check_options(args)
     delimiter = None if args.delimiter is None else delimiter_of(args.delimiter)
     quote = "" if args.quote == "none" else args.quote
+    header = parse_names(args.header or "")
     form = {
         "decimal": args.decimal or ".",
         "encoding": args.encoding,
@@ -200,12 +210,18 @@ def main() -> None:
         "skip_bad_rows": args.skip_bad_rows,
     }
     files = {
-        name: [RawFile.of(each, delimiter, quote, **form) for each in _matching(path)]
-        for name in ("interactions", *SPLITS, *KEYS)
-        if (path := getattr(args, name))
+        role: [
+            RawFile.of(each, delimiter, quote, header=() if role in KEYS else header, **form)
+            for path in paths
+            for each in _matching(path)
+        ]
+        for role in ("interactions", *SPLITS, *KEYS)
+        if (paths := getattr(args, role))
     }
     every = [file for group in files.values() for file in group]
-    text_options = [name for name in ("delimiter", "quote", "decimal") if getattr(args, name)]
+    text_options = [
+        name for name in ("delimiter", "quote", "decimal", "header") if getattr(args, name)
+    ]
     if text_options and all(file.is_json or not file.is_text for file in every):
         raise UserError(f"--{text_options[0]} is for CSV and TSV, and no file is one")
     if args.encoding and not any(file.is_text for file in every):
@@ -218,12 +234,11 @@ def main() -> None:
         negatives=parse_names(args.negative_events or ""),
         targets=parse_names(args.target_events or ""),
     )
-    paths = [file.path for file in every]
     prepare(
         args.output_dir,
         lambda con, scratch: _load(con, scratch, args, files, events),
-        name=paths[0].name.partition(".")[0],
-        source=", ".join(path.name for path in paths),
+        name=name or every[0].path.name.partition(".")[0],
+        source=source or ", ".join(file.path.name for file in every),
         strategy=strategy,
         seed=42 if args.seed is None else args.seed,
         filters=Filters(
@@ -296,6 +311,11 @@ def _load(
     if args.event_weights or args.weight_col or args.event_col:
         dropped["of_weight_0"] = weigh_events(con, events)
     return dropped
+
+
+def main() -> None:
+    """The command."""
+    prepare_files(file_parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -41,6 +41,10 @@ JSON = [{"user": {"id": user}, "item_id": item, "time": time} for user, item, ti
 NESTED = ["--user-col", "user.id", *TIMED]
 
 
+def zipped(content: bytes) -> bytes:
+    return gzip.compress(content, mtime=0)  # the same bytes at any time
+
+
 def zstd(content: bytes) -> bytes:
     return pa.compress(content, codec="zstd", asbytes=True)
 
@@ -48,14 +52,21 @@ def zstd(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "args"),
     [
-        ("c.csv.gz", gzip.compress(CLICKS.encode()), TIMED),
+        ("c.csv.gz", zipped(CLICKS.encode()), TIMED),
         ("c.csv.zst", zstd(CLICKS.encode()), TIMED),
-        ("c.tsv.gz", gzip.compress(CLICKS.replace(",", "\t").encode()), TIMED),
+        ("c.tsv.gz", zipped(CLICKS.replace(",", "\t").encode()), TIMED),
         ("c.csv", CLICKS.encode("cp1252"), [*TIMED, "--encoding", "cp1252"]),
         ("c.csv", CLICKS.encode("utf-16"), [*TIMED, "--encoding", "utf-16"]),
-        ("c.csv.gz", gzip.compress(CLICKS.encode("utf-16")), [*TIMED, "--encoding", "utf-16"]),
+        ("c.csv.gz", zipped(CLICKS.encode("utf-16")), [*TIMED, "--encoding", "utf-16"]),
         ("c.jsonl", lines_of_json(JSON).encode(), NESTED),
-        ("c.ndjson.gz", gzip.compress(lines_of_json(JSON).encode()), NESTED),
+        ("c.json", lines_of_json(JSON).encode(), NESTED),
+        ("c.json", "".join(f"{row}\n" for row in JSON).encode(), NESTED),  # as Python prints it
+        (
+            "c.csv",
+            CLICKS.partition("\n")[2].encode(),
+            [*TIMED, "--header", "user_id, item_id,time"],
+        ),
+        ("c.ndjson.gz", zipped(lines_of_json(JSON).encode()), NESTED),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -70,10 +81,10 @@ def test_every_form_gives_the_same_interactions(
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("c.csv.gz", gzip.compress(CLICKS.encode())[:30], "^c.csv.gz cannot be read as gzip: "),
+        ("c.csv.gz", zipped(CLICKS.encode())[:30], "^c.csv.gz cannot be read as gzip: "),
         ("c.csv.zst", CLICKS.encode(), "^c.csv.zst cannot be read as zstd: "),
-        ("c.csv.gz", gzip.compress(f"{CLICKS}u\n".encode()), "^c.csv.gz:8: has fewer fields"),
-        ("c.csv", gzip.compress(CLICKS.encode()), "a gzip file: let its name end in .gz, after"),
+        ("c.csv.gz", zipped(f"{CLICKS}u\n".encode()), "^c.csv.gz:8: has fewer fields"),
+        ("c.csv", zipped(CLICKS.encode()), "a gzip file: let its name end in .gz, after"),
         ("c.parquet.gz", b"PAR1", "the name must end in .csv"),
     ],
 )
@@ -104,6 +115,7 @@ def test_another_encoding_than_the_one_named_is_refused(run: Run) -> None:
         ("{", "line '{' is no JSON object"),
         ("[1]", r"line '\[1\]' is no JSON object"),
         ("user_id,item_id", "line 'user_id,item_id' is no JSON object"),
+        ("{'user': w}", "line \"{'user': w}\" is no JSON object"),
         ('{"user": {"id": "w"}, "time": 3}', "item_id '' is empty"),
         ('{"user": "w", "item_id": "a", "time": 3}', "user.id '' is empty"),
         ('{"user": {"id": "w"}, "item_id": "a", "time": "soon"}', "time 'soon' is neither"),
@@ -154,6 +166,10 @@ def test_a_pattern_names_several_files_in_order_of_their_names(run: Run) -> None
     assert last["user_id"].tolist() == ["w", "u", "v"]
     assert last["item_id"].tolist() == ["c", "é", "é"]  # of the same second, from the later file
     assert dataset.manifest["source"].startswith("part-0.csv, part-1.csv, ")
+    files = {}
+    named = ["part-0.csv", "part-[1-5].csv", "part-9.csv"]
+    again = run("--interactions", *named, *TIMED, files=files)
+    assert again.manifest["files"] == dataset.manifest["files"]
     with pytest.raises(UserError, match=r"no file matches none-\*.csv"):
         run("--interactions", "none-*.csv", *TIMED, files={})
     with pytest.raises(UserError, match="--items names 7 files: name one"):
