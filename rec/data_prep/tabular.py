@@ -31,6 +31,7 @@ Not covered: quotes escaped otherwise than by doubling them, numbers with separa
 
 import argparse
 import difflib
+import functools
 import glob
 import itertools
 from collections.abc import Sequence
@@ -111,7 +112,7 @@ def load_features(
 def check_options(args: argparse.Namespace) -> None:
     """Raises UserError for an option that needs another one, or could have no effect."""
     for option, other in NEEDS.items():
-        if getattr(args, option) not in (None, False) and not getattr(args, other):
+        if getattr(args, option) not in (None, False, ()) and not getattr(args, other):
             raise UserError(f"{_flag(option)} needs {_flag(other)}")
     if args.timestamp_format and args.timestamp_unit:
         raise UserError("--timestamp-format and --timestamp-unit exclude each other: use one")
@@ -143,12 +144,15 @@ def _flag(option: str) -> str:
 
 
 def file_parser() -> argparse.ArgumentParser:
+    """The parser of the command."""
     parser = output_parser("rec.data_prep.tabular", __doc__)
     add = parser.add_argument
-    add("--interactions", type=Path, nargs="+", help="all interactions, to be split")
-    add("--train", type=Path, nargs="+", help="interactions that are split already; needs --test")
-    add("--val", type=Path, nargs="+", help="default: a tenth of --train, chosen as --test was")
-    add("--test", type=Path, nargs="+")
+    files = functools.partial(add, type=Path, default=[])
+    names = functools.partial(add, type=parse_names, default=())
+    files("--interactions", nargs="+", help="all interactions, to be split")
+    files("--train", nargs="+", help="interactions that are split already; needs --test")
+    files("--val", nargs="+", help="default: a tenth of --train, chosen as --test was")
+    files("--test", nargs="+")
     add("--user-col", default="user_id", help="its name in every file that has it")
     add("--item-col", default="item_id", help="its name in every file that has it")
     add("--timestamp-col", help="without it the data are unordered")
@@ -165,22 +169,17 @@ def file_parser() -> argparse.ArgumentParser:
     add("--event-col", help="what a user did, such as view or purchase")
     add("--event-weights", help="view=1,cart=3,purchase=10: for all events; 0 drops one")
     add("--weight-col", help="a number per interaction, which its event's weight multiplies")
-    add("--negative-events", help="dislike,skip: events that say what a user does not want")
-    add("--target-events", help="purchase: what val and test ask for; the others are history")
-    add(
-        "--users",
-        type=Path,
-        nargs=1,
-        help="features of users; users without interactions are left out",
-    )
-    add("--items", type=Path, nargs=1, help="features of items; all of them make up the catalogue")
+    names("--negative-events", help="dislike,skip: events that say what a user does not want")
+    names("--target-events", help="purchase: what val and test ask for; the others are history")
+    files("--users", nargs=1, help="features of users; users without interactions are left out")
+    files("--items", nargs=1, help="features of items; all of them make up the catalogue")
     add("--list-col", action="append", default=[], help='a text like "a|b|c"; repeatable')
     add("--list-separator", help="of --list-col; default: |, else what is found, and printed")
     add("--split", choices=list(STRATEGIES), help="default: temporal; given if there is --train")
     add("--delimiter", help="separates the fields of text files; default: by the extension")
     add("--quote", choices=["none", '"'], help='opens fields; default: ", none in a .tsv')
-    add("--header", help="user,item,time: columns of interactions without a first line of names")
-    add("--encoding", help="of text files, such as cp1252 or utf-16; default: UTF-8")
+    names("--header", help="user,item,time: columns of interactions without a first line of names")
+    add("--encoding", default="", help="of text files, such as cp1252 or utf-16; default: UTF-8")
     add("--decimal", choices=[".", ","], help="before the fraction of a number; default: .")
     add("--seed", type=int, help="of what is drawn if data without times are split; default: 42")
     add("--skip-bad-rows", action="store_true", help="drop and count malformed rows")
@@ -192,47 +191,17 @@ def prepare_files(args: argparse.Namespace, name: str = "", source: str = "") ->
 
     `name` and `source` are what dataset.json says of it; "": the names of its files.
     """
-    is_given = bool(args.train or args.val or args.test)
-    strategy = args.split or ("given" if is_given else "temporal")
-    if is_given == bool(args.interactions) or is_given != (strategy == "given"):
-        raise UserError("name --interactions, or --train and --test where the split is `given`")
-    if is_given and not (args.train and args.test):
-        missing = "--test" if args.train else "--train"
-        raise UserError(f"{missing} is missing: a given split needs --train and --test")
+    strategy = _strategy(args)
     check_options(args)
-    delimiter = None if args.delimiter is None else delimiter_of(args.delimiter)
-    quote = "" if args.quote == "none" else args.quote
-    header = parse_names(args.header or "")
-    form = {
-        "decimal": args.decimal or ".",
-        "encoding": args.encoding,
-        "times": args.timestamp_format or args.timestamp_unit or "",
-        "skip_bad_rows": args.skip_bad_rows,
-    }
-    files = {
-        role: [
-            RawFile.of(each, delimiter, quote, header=() if role in KEYS else header, **form)
-            for path in paths
-            for each in _matching(path)
-        ]
-        for role in ("interactions", *SPLITS, *KEYS)
-        if (paths := getattr(args, role))
-    }
+    files = _open_files(args)
     every = [file for group in files.values() for file in group]
-    text_options = [
-        name for name in ("delimiter", "quote", "decimal", "header") if getattr(args, name)
-    ]
-    if text_options and all(file.is_json or not file.is_text for file in every):
-        raise UserError(f"--{text_options[0]} is for CSV and TSV, and no file is one")
-    if args.encoding and not any(file.is_text for file in every):
-        raise UserError("--encoding is for text files, and all files are Parquet")
-    is_drawn = not args.val if is_given else not args.timestamp_col
+    is_drawn = not (args.val if strategy == "given" else args.timestamp_col)
     if args.seed is not None and not is_drawn:
         note(f"--seed {args.seed} has no effect: this split draws nothing at random")
     events = Events(
         weights=parse_weights(args.event_weights) if args.event_weights else {},
-        negatives=parse_names(args.negative_events or ""),
-        targets=parse_names(args.target_events or ""),
+        negatives=args.negative_events,
+        targets=args.target_events,
     )
     prepare(
         args.output_dir,
@@ -253,6 +222,44 @@ def prepare_files(args: argparse.Namespace, name: str = "", source: str = "") ->
         engine=ENGINES[args.engine],
         wait=args.wait,
     )
+
+
+def _strategy(args: argparse.Namespace) -> str:
+    """How to split. Raises UserError if the files do not fit it."""
+    is_given = bool(args.train or args.val or args.test)
+    strategy: str = args.split or ("given" if is_given else "temporal")
+    if is_given == bool(args.interactions) or is_given != (strategy == "given"):
+        raise UserError("name --interactions, or --train and --test where the split is `given`")
+    if is_given and not (args.train and args.test):
+        missing = "--test" if args.train else "--train"
+        raise UserError(f"{missing} is missing: a given split needs --train and --test")
+    return strategy
+
+
+def _open_files(args: argparse.Namespace) -> dict[str, list[RawFile]]:
+    """The files by their options. Raises UserError if one cannot be, or no file is of a kind that an option is for."""
+    delimiter = None if args.delimiter is None else delimiter_of(args.delimiter)
+    quote = "" if args.quote == "none" else args.quote
+    form = {
+        "decimal": args.decimal or ".",
+        "encoding": args.encoding,
+        "times": args.timestamp_format or args.timestamp_unit or "",
+        "skip_bad_rows": args.skip_bad_rows,
+    }
+    files: dict[str, list[RawFile]] = {}
+    for role in ("interactions", *SPLITS, *KEYS):
+        form["header"] = () if role in KEYS else args.header
+        paths = [path for pattern in getattr(args, role) for path in _matching(pattern)]
+        if paths:
+            files[role] = [RawFile.of(path, delimiter, quote, **form) for path in paths]
+    every = [file for group in files.values() for file in group]
+    text_options = ("delimiter", "quote", "decimal", "header")
+    used = [option for option in text_options if getattr(args, option)]
+    if used and all(file.is_json or not file.is_text for file in every):
+        raise UserError(f"{_flag(used[0])} is for CSV and TSV, and no file is one")
+    if args.encoding and not any(file.is_text for file in every):
+        raise UserError("--encoding is for text files, and all files are Parquet")
+    return files
 
 
 def _matching(path: Path) -> list[Path]:
