@@ -152,16 +152,12 @@ def test_id_dropout_replaces_ids_by_the_unknown_one_in_training_only():
 # Vectors
 
 
-VECTORS = pd.DataFrame(
-    {
-        "item_id": ["a", "b", "c", "d", "e"],
-        "image": [
-            *map(np.float32, ([1, 0, 5], [3, 0, 5])),
-            None,
-            *map(np.float32, ([2, 2, 5], [200, 0, 5])),
-        ],
-    }
-)
+def vector(*numbers: float) -> np.ndarray:
+    return np.array(numbers, np.float32)
+
+
+IMAGES = [vector(1, 0, 5), vector(3, 0, 5), None, vector(2, 2, 5), vector(200, 0, 5)]
+VECTORS = pd.DataFrame({"item_id": ["a", "b", "c", "d", "e"], "image": IMAGES})
 
 
 def image_column() -> Column:
@@ -201,7 +197,7 @@ def test_a_table_with_other_vectors_than_training_had_is_refused() -> None:
     column.check(VECTORS, "data/new")
     column.check(VECTORS.assign(image=None), "data/new")
     assert column.encode(VECTORS.assign(image=None)).tolist() == [[0] * 4] * 5
-    wider = VECTORS.assign(image=[np.zeros(7, np.float32)] * 5)
+    wider = VECTORS.assign(image=pd.Series([vector(0, 0, 0, 0, 0, 0, 0)] * 5))
     with pytest.raises(UserError, match="data/new: column image holds vectors of 7 numbers, not 3"):
         column.check(wider, "data/new")
     with pytest.raises(UserError, match="column image holds .* was trained with vector: prepare"):

@@ -22,13 +22,24 @@ EVERYTHING = ["--split", "leave_one_out", "--min-interactions", "1", "--min-item
 
 
 def amazon_2023(user: str, item: str, time: datetime) -> str:
-    review = {"rating": 5.0, "title": "Good", "text": "a, b", "images": [], "asin": f"{item}x"}
+    review: dict[str, object] = {
+        "rating": 5.0,
+        "title": "Good",
+        "text": "a, b",
+        "images": [],
+        "asin": f"{item}x",
+    }
     review |= {"parent_asin": item, "user_id": user, "timestamp": int(time.timestamp() * 1000)}
     return json.dumps(review | {"helpful_vote": 0, "verified_purchase": True})
 
 
 def amazon_2014(user: str, item: str, time: datetime) -> str:
-    review = {"reviewerID": user, "asin": item, "reviewerName": 'J. "K"', "helpful": [0, 0]}
+    review: dict[str, object] = {
+        "reviewerID": user,
+        "asin": item,
+        "reviewerName": 'J. "K"',
+        "helpful": [0, 0],
+    }
     review |= {"reviewText": "Ok", "overall": 4.0, "summary": "S", "reviewTime": "05 1, 2018"}
     return json.dumps(review | {"unixReviewTime": int(time.timestamp())})
 
@@ -42,12 +53,24 @@ def steam(user: str, item: str, time: datetime) -> str:
 
 
 def yelp(user: str, item: str, time: datetime) -> str:
-    review = {"review_id": "r", "user_id": user, "business_id": item, "stars": 3.0, "text": "x\ny"}
+    review: dict[str, object] = {
+        "review_id": "r",
+        "user_id": user,
+        "business_id": item,
+        "stars": 3.0,
+        "text": "x\ny",
+    }
     return json.dumps(review | {"date": f"{time:%Y-%m-%d %H:%M:%S}"})
 
 
 def goodreads(user: str, item: str, time: datetime) -> str:
-    shelf = {"user_id": user, "book_id": item, "review_id": "r", "is_read": True, "rating": 5}
+    shelf: dict[str, object] = {
+        "user_id": user,
+        "book_id": item,
+        "review_id": "r",
+        "is_read": True,
+        "rating": 5,
+    }
     written = f"{time:%a %b %d %H:%M:%S} -0700 {time:%Y}"
     return json.dumps(shelf | {"date_added": written, "read_at": ""})
 
