@@ -7,8 +7,8 @@
     dataset.md             counts, columns and warnings, for a person; nothing reads it
 
 The same input and flags give the same bytes, so dataset.json's own sha256 is the dataset's id. Column types are few:
-string, int64, bool, float (32 bits), double, list<string>, list<float>; times are seconds since 1970 (UTC). Files are read with
-`partitioning=None`, since a folder above them that is named `a=b` adds no column.
+string, int64, bool, float (32 bits), double, list<string>, list<float> (vectors); times are seconds since 1970 (UTC).
+Files are read with `partitioning=None`, since a folder above them that is named `a=b` adds no column.
 """
 
 import hashlib

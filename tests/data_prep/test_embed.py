@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scipy.sparse
 
 from rec.data_prep import embed, tabular
 from rec.data_prep.dataset import open_dataset
@@ -62,9 +63,17 @@ def test_later_items_have_vectors_of_the_same_kind(run: Run, tmp_path: Path) -> 
     assert then["p4"] != run("--dim", "4", items=later)["p4"]
 
 
+def test_the_axes_are_those_of_an_exact_decomposition() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.random((200, 50)) * (rng.random((200, 50)) < 0.2) / np.arange(1, 51)
+    axes = embed._main_axes(scipy.sparse.csr_array(rows), 5)
+    exact = np.linalg.svd(rows)[2][:5]
+    assert np.abs((axes * exact).sum(axis=1)) == pytest.approx(np.ones(5))  # but for their signs
+
+
 def test_several_columns_and_lists_are_one_text(run: Run) -> None:
     vectors = run(columns="title, tags")
-    assert len(vectors["w1"]) == 5  # six texts have at most five directions
+    assert len(vectors["w1"]) == 6  # six texts have at most six directions
     assert np.dot(vectors["w1"], vectors["p1"]) > 1e-3  # x is in all of them
 
 
@@ -117,8 +126,8 @@ def test_what_cannot_be_embedded_is_one_sentence(
     ("texts", "problem"),
     [
         ([None, ""], "none of 2 rows has a text"),
-        (["word"], "learns from two texts with words"),
-        (["!", "?"], "learns from two texts with words"),
+        (["word"], "no two texts share a word"),
+        (["!", "?"], "no two texts share a word"),
     ],
 )
 def test_too_few_texts_are_one_sentence(texts: list[str | None], problem: str) -> None:
