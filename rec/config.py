@@ -49,7 +49,8 @@ Widths = Annotated[tuple[Count, ...], Field(min_length=1), BeforeValidator(_list
 
 @dataclass(frozen=True, config=STRICT)
 class Features:
-    """Kinds: categorical, multi (a list, such as genres), numeric, text (title tokens), time (seconds since 1970)."""
+    """Kinds: categorical, multi (a list, such as genres), numeric, text (title tokens), time (seconds since 1970) and
+    vector (numbers, all alike)."""
 
     users: Columns = "auto"
     """Columns of users.parquet, {column: kind}. auto: all, each with the kind of its type. {}: none."""

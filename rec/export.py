@@ -39,6 +39,7 @@ from rec.config import Config, add_config_arguments, load_config, overruled, wit
 from rec.corpus import Corpus
 from rec.data_prep.dataset import open_dataset
 from rec.errors import UserError, command_parser, note, run_command, warn
+from rec.features import vector_width
 from rec.ranking.count_features import CountFeatures
 from rec.ranking.train import TrainedRanking, load_ranking
 from rec.retrieval.index import ExactIndex, ScannIndex, build_index
@@ -153,8 +154,10 @@ def _metadata(
 
 
 def _item_table(corpus: Corpus) -> pd.DataFrame:
-    """The rows of items.parquet."""
-    return corpus.item_table.assign(popularity=corpus.popularity[corpus.items.first :])
+    """The rows of items.parquet, without vectors: a server shows the columns, and the model holds the vectors."""
+    table = corpus.item_table
+    vectors = [name for name in table if vector_width(table[name])]
+    return table.drop(columns=vectors).assign(popularity=corpus.popularity[corpus.items.first :])
 
 
 def _save(module: Module, metadata: BundleMetadata, items: pd.DataFrame, config: Config) -> Path:

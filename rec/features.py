@@ -7,7 +7,7 @@
 - `Encoder` (a Keras layer) turns rows into vectors: the id's embedding plus what the feature columns say of the row.
   The encoded columns are part of the layer, so the exported graph computes exactly what training computed.
 
-Not covered: images and pre-computed vectors; give them to `Encoder` as further numeric columns.
+Vectors of images and texts are computed before, such as by rec.data_prep.embed, and are columns of kind `vector`.
 """
 
 import hashlib
@@ -83,8 +83,8 @@ class Column:
     tokens: tuple[
         str, ...
     ] = ()  # of a kind of TOKENIZERS: the vocabulary; token j is encoded as FIRST_TOKEN + j
-    mean: float = 0.0  # of a kind of NUMBERS: of the training rows
-    std: float = 1.0
+    mean: tuple[float, ...] = (0.0,)  # of a kind of NUMBERS: of the training rows
+    std: float = 1.0  # of all numbers of a vector alike, so that directions stay
 
     @property
     def is_tokens(self) -> bool:
@@ -96,9 +96,16 @@ class Column:
             raise UserError(
                 f"{where} has no column {self.name}, which the model was trained with: add it, or train again"
             )
-        if self.kind in NUMBERS and not _holds_numbers(table[self.name]):
+        values = table[self.name]
+        holds = str(values.dtype)
+        fits = self.kind not in NUMBERS or _holds(values, self.kind)
+        if self.kind == "vector" and fits:
+            width = vector_width(values)
+            holds = f"vectors of {width} numbers, not {len(self.mean)}"
+            fits = width in (0, len(self.mean))
+        if not fits:
             raise UserError(
-                f"{where}: column {self.name} holds {table[self.name].dtype}, and the model was trained with "
+                f"{where}: column {self.name} holds {holds}, and the model was trained with "
                 f"{self.kind}: prepare it as it was, or train again"
             )
 
@@ -113,14 +120,12 @@ class Column:
                 for j, token in enumerate(tokens[:width]):
                     encoded[row, j] = numbers.get(token, OOV_TOKEN)
             return encoded
-        values = _numbers(table[self.name])
-        missing = ~np.isfinite(values)
-        scaled = np.where(missing, 0.0, (values - self.mean) / self.std)
-        further = [
-            np.where(missing, 0.0, part)
-            for part in NUMBERS[self.kind](np.where(missing, 0.0, values))
-        ]
-        return np.stack([np.clip(scaled, -5, 5), ~missing, *further], axis=-1).astype(np.float32)
+        values = _matrix(table[self.name], self.kind, len(self.mean))
+        present = np.isfinite(values).all(axis=1, keepdims=True)
+        values = np.where(present, values, np.asarray(self.mean, values.dtype))
+        scaled = np.clip((values - np.asarray(self.mean, values.dtype)) / self.std, -5, 5)
+        further = [part * present for part in NUMBERS[self.kind](values)]
+        return np.concatenate([scaled, present, *further], axis=1).astype(np.float32)
 
 
 def cyclic(seconds: Any) -> list[Any]:
@@ -135,10 +140,34 @@ def cyclic(seconds: Any) -> list[Any]:
     return waves
 
 
-def _holds_numbers(values: pd.Series) -> bool:
+def _holds(values: pd.Series, kind: str) -> bool:
     """Whether a column can be of a kind of NUMBERS."""
+    if kind == "vector":
+        return vector_width(values) > 0 or not values.notna().any()
     is_number = pd.api.types.is_numeric_dtype(values)
     return is_number or pd.api.types.is_datetime64_any_dtype(values)
+
+
+def is_vector(value: object) -> bool:
+    """Whether a value of a table is a vector of numbers."""
+    return isinstance(value, np.ndarray) and value.dtype.kind == "f"
+
+
+def vector_width(values: pd.Series) -> int:
+    """How many numbers each vector of a column has; 0 if there are none, or their widths differ."""
+    widths = {len(value) if is_vector(value) else 0 for value in values.dropna()}
+    return widths.pop() if len(widths) == 1 else 0
+
+
+def _matrix(values: pd.Series, kind: str, width: int) -> np.ndarray:
+    """[n, width] numbers of a column of a kind of NUMBERS; NaN for a missing value. Only vectors are wider than 1."""
+    if kind != "vector":
+        return _numbers(values)[:, None]
+    vectors = np.full((len(values), width), np.nan, np.float32)
+    present = values.notna().to_numpy()
+    if present.any():
+        vectors[present] = np.stack(values[present].to_list())
+    return vectors
 
 
 def _numbers(values: pd.Series) -> np.ndarray:
@@ -165,10 +194,11 @@ TOKENIZERS: dict[str, Callable[[Any], list[str]]] = {
     "multi": lambda values: [_token(value) for value in values] if np.ndim(values) else [],
     "text": lambda value: re.findall(r"\w+", str(value).lower()),
 }
-# Kinds that are read as numbers: float64 [n] -> what the model reads of them, [n] each, beside the standardised number.
+# Kinds that are read as numbers: [n, width] -> what the model reads beside the standardised numbers, [n, 1] each.
 NUMBERS: dict[str, Callable[[np.ndarray], list[np.ndarray]]] = {
     "numeric": lambda _: [],
     "time": cyclic,
+    "vector": lambda _: [],
 }
 
 
@@ -180,6 +210,8 @@ def infer_kind(values: pd.Series) -> str:
 def _infer_kind(values: pd.Series) -> tuple[str, str]:
     """The kind that `auto` gives a column, and what decided it."""
     present = values.dropna()
+    if len(present) and is_vector(present.iloc[0]):
+        return "vector", f"it holds vectors of {len(present.iloc[0])} numbers"
     if len(present) and isinstance(present.iloc[0], (list, tuple, np.ndarray)):
         return "multi", "it holds lists"
     if pd.api.types.is_datetime64_any_dtype(values):
@@ -254,16 +286,19 @@ def _check_kind(
             f"{where}.{name}: there is no kind {kind!r}; choose one of {', '.join(known)}"
         )
     values = table[name]
-    if kind in NUMBERS and not _holds_numbers(values):
-        raise UserError(f"{where}.{name}: {kind} needs numbers, the column holds {values.dtype}")
+    if kind in NUMBERS and not _holds(values, kind):
+        needed = "lists of numbers, all of one width" if kind == "vector" else "numbers"
+        raise UserError(f"{where}.{name}: {kind} needs {needed}, the column holds {values.dtype}")
 
 
 def _fit_numbers(seen: pd.DataFrame, name: str, kind: str) -> Column:
-    values = _numbers(seen[name])
-    values = values[np.isfinite(values)]
-    if not len(values):
+    values = _matrix(seen[name], kind, vector_width(seen[name]))
+    values = values[np.isfinite(values).all(axis=1)]
+    if not values.size:
         return Column(name, kind)
-    return Column(name, kind, mean=float(values.mean()), std=float(values.std()) or 1.0)
+    mean = values.mean(axis=0, dtype=np.float64)
+    std = float(np.sqrt(values.var(axis=0, dtype=np.float64).mean()))
+    return Column(name, kind, mean=tuple(mean.tolist()), std=std or 1.0)
 
 
 def _fit_tokens(seen: pd.DataFrame, name: str, kind: str) -> Column:
@@ -296,7 +331,8 @@ def _says_nothing(column: Column, seen: pd.Series, values: pd.Series) -> str:
         first = tokens_of(present.iloc[0])
         is_constant = all(tokens_of(value) == first for value in present)
     else:
-        is_constant = bool(np.ptp(_numbers(present)) == 0)
+        numbers = _matrix(present, column.kind, len(column.mean))
+        is_constant = not np.ptp(numbers, axis=0).any()
     return f"all {len(seen):,} trained rows have {example}" if is_constant else ""
 
 
@@ -320,8 +356,10 @@ def columns_to_json(columns: Iterable[Column]) -> str:
 
 
 def columns_from_json(text: str) -> tuple[Column, ...]:
+    lists = ("tokens", "mean")
     return tuple(
-        Column(**{**column, "tokens": tuple(column["tokens"])}) for column in json.loads(text)
+        Column(**{**column, **{name: tuple(column[name]) for name in lists}})
+        for column in json.loads(text)
     )
 
 

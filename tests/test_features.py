@@ -91,7 +91,7 @@ def test_time_adds_hour_and_weekday():
 def test_encodings_are_learnt_from_training_rows_only():
     only_first = np.array([True, True, False, False])
     assert column("title", "text", only_first).tokens == ("red",)
-    assert column("year", "numeric", only_first).mean == 1995
+    assert column("year", "numeric", only_first).mean == (1995,)
 
 
 def test_auto_takes_the_kind_from_the_type():
@@ -149,6 +149,69 @@ def test_id_dropout_replaces_ids_by_the_unknown_one_in_training_only():
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Vectors
+
+
+def vector(*numbers: float) -> np.ndarray:
+    return np.array(numbers, np.float32)
+
+
+IMAGES = [vector(1, 0, 5), vector(3, 0, 5), None, vector(2, 2, 5), vector(200, 0, 5)]
+VECTORS = pd.DataFrame({"item_id": ["a", "b", "c", "d", "e"], "image": IMAGES})
+
+
+def image_column() -> Column:
+    trained = np.array([True, True, True, False, False])
+    (column,) = fit_columns(VECTORS, "item_id", "auto", trained, "features.items")
+    return column
+
+
+def test_a_vector_is_standardised_as_a_whole_and_flagged_if_it_is_missing() -> None:
+    column = image_column()
+    assert (column.kind, column.mean) == ("vector", (2, 0, 5))
+    assert column.std == pytest.approx(np.sqrt(1 / 3))  # the variances are 1, 0 and 0
+    unit = np.sqrt(3)
+    assert column.encode(VECTORS) == pytest.approx(
+        np.array(
+            [[-unit, 0, 0, 1], [unit, 0, 0, 1], [0, 0, 0, 0], [0, 2 * unit, 0, 1], [5, 0, 0, 1]]
+        ),
+        abs=1e-5,
+    )
+    assert columns_from_json(columns_to_json([column])) == (column,)
+
+
+def test_vectors_of_items_that_came_later_reach_the_encoder() -> None:
+    column = image_column()
+    vocabulary = Vocabulary(VECTORS["item_id"].to_numpy(object), FIRST_ITEM, 3)
+    layer = Encoder(vocabulary, (column,), VECTORS, 4, UNKNOWN)
+    layer(tf.constant([FIRST_ITEM]))
+    layer._project.set_weights([np.ones_like(w) for w in layer._project.get_weights()])
+    later = layer(tf.constant([FIRST_ITEM + 3, FIRST_ITEM + 4])).numpy()
+    assert (later[0] != later[1]).all()
+    layer.freeze()  # as in a bundle
+    assert layer(tf.constant([FIRST_ITEM + 3, FIRST_ITEM + 4])).numpy() == pytest.approx(later)
+
+
+def test_a_table_with_other_vectors_than_training_had_is_refused() -> None:
+    column = image_column()
+    column.check(VECTORS, "data/new")
+    column.check(VECTORS.assign(image=None), "data/new")
+    assert column.encode(VECTORS.assign(image=None)).tolist() == [[0] * 4] * 5
+    wider = VECTORS.assign(image=pd.Series([vector(0, 0, 0, 0, 0, 0, 0)] * 5))
+    with pytest.raises(UserError, match="data/new: column image holds vectors of 7 numbers, not 3"):
+        column.check(wider, "data/new")
+    with pytest.raises(UserError, match="column image holds .* was trained with vector: prepare"):
+        column.check(VECTORS.assign(image="words"), "data/new")
+
+
+def test_a_column_that_is_declared_a_vector_and_is_none_is_refused() -> None:
+    with pytest.raises(UserError, match="x: vector needs lists of numbers, all of one width"):
+        fit([np.zeros(2), np.zeros(3)], "vector", 2)
+    with pytest.raises(UserError, match="x: numeric needs numbers"):
+        fit([np.zeros(2), np.ones(2)], "numeric", 2)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # What is said of columns
 
 
@@ -195,6 +258,7 @@ def test_a_line_per_column_says_its_kind_and_what_decided_it(
         (["a", "a", "b"], "categorical", 2, "all 2 trained rows have 'a'"),
         ([["a", "b"], ["a", "b"], []], "multi", 2, "all 2 trained rows have ['a', 'b']"),
         ([5, 5, 6], "numeric", 2, "all 2 trained rows have 5"),
+        ([np.ones(2), np.ones(2), np.zeros(2)], "auto", 2, "all 2 trained rows have [1.0, 1.0]"),
         (
             ["Toy Story", "Heat", "Heat"],
             "categorical",
@@ -236,7 +300,7 @@ def test_whole_numbers_with_gaps_are_read_as_those_without() -> None:
     (column,) = fit(values, "categorical", 4)
     assert column.tokens == ("46",)
     (column,) = fit(values, "auto", 4)
-    assert (column.kind, column.mean) == ("numeric", pytest.approx(140 / 3))
+    assert (column.kind, column.mean) == ("numeric", pytest.approx((140 / 3,)))
 
 
 def test_a_table_that_a_trained_column_does_not_fit_is_refused() -> None:

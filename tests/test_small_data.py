@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rec.config import load_config
@@ -62,6 +64,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         columns = ["--timestamp-col", "timestamp", "--rating-col", "rating"]
         if name == "everything_seen":  # without times: a model of sets
             columns = columns[2:]
+        if name == "new_users_only":  # one item has no vector, another one no interactions
+            vectors = [[item / 7, 1.0, item % 2] if item else None for item in range(16)]
+            ids = [f"i{item}" for item in range(16)]
+            pq.write_table(pa.table({"item_id": ids, "image": vectors}), root / "items.parquet")
+            columns += ["--items", f"{root}/items.parquet"]
         source = ["--interactions", f"{root}/{name}.csv"]
         commands[name] = ["rec.data_prep.tabular", *source, *columns, *options]
     refusals = {}
@@ -120,7 +127,10 @@ def test_small_data_are_trained_measured_and_asked(
     assert ("1,024 ratings per step, learning rate 0.003" in said) == (objective == "rating")
     assert report["systems"]["recommender"]["recall@100"] > 0
 
+    assert ("image   vector" in said) == (name == "new_users_only")
+
     pair = load_latest(config)
+    assert "image" not in pair.items
     known = dataset.interactions("train")["user_id"].iloc[0]
     first = str(pair.items.index[0])
     found = pair.answer([known, "", "nobody"], [None, [first], None], [[], [], [first]])

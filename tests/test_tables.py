@@ -24,6 +24,7 @@ TYPED: dict[str, list[Any]] = {
     "height": [1.5, None, 46.0],
     "tags": [["a", "b"], None, []],
 }
+VECTORS = [[0.5, 1.5], None, [0.0, -2.0]]
 
 
 def test_a_table_is_read_without_a_change_of_types(tmp_path: Path) -> None:
@@ -73,8 +74,11 @@ def prepare(folder: Path, dataset: Path, **columns: list[Any]) -> Path:
 
 
 def test_types_survive_from_the_file_to_the_bundle(tmp_path: Path, trained: Trained) -> None:
-    dataset = prepare(tmp_path, trained.dataset, **TYPED)
-    first = pq.read_table(dataset / "items.parquet")["item_id"].to_pylist()[:3]
+    dataset = prepare(tmp_path, trained.dataset, **TYPED, image=VECTORS)
+    items = pq.read_table(dataset / "items.parquet")
+    assert items["image"].to_pylist()[:3] == VECTORS
+    assert open_dataset(dataset).manifest["columns"]["items"]["image"] == "list<float>"
+    first = items["item_id"].to_pylist()[:3]
     arguments = ["--stage", "retrieval", "--config", trained.config, "--set", f"dataset={dataset}"]
     arguments += ["--set", f"output.savedmodels={tmp_path}/savedmodels"]
     done = run_here("rec.export", *arguments)
@@ -82,6 +86,7 @@ def test_types_survive_from_the_file_to_the_bundle(tmp_path: Path, trained: Trai
     bundle = Path(json.loads(done.stdout.splitlines()[-1])["bundle"])
 
     written = pq.read_table(bundle / "items.parquet")
+    assert "image" not in written.column_names  # an answer has no vectors
     kinds = {name: str(written.schema.field(name).type) for name in TYPED}
     assert kinds == {
         "count": "int64",

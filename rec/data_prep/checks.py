@@ -11,11 +11,11 @@ import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from math import isfinite
-from typing import Any
 
 from duckdb import DuckDBPyConnection as Connection
 
 from rec.data_prep.dataset import RESERVED
+from rec.data_prep.engine import only_row
 from rec.errors import UserError, note, warn
 
 DAY = 86_400
@@ -33,16 +33,10 @@ DIFFERENCES = {
 }
 SAME = f"nfc_normalize({EDGES})"  # ids that look alike
 
-# Numbers that are no seconds since 1970: dates by the number of their digits, as strptime and as one writes them;
-# and what they count, the number of seconds in it, and its value at 1970.
-DATES = {
-    14: ("%Y%m%d%H%M%S", "YYYYMMDDHHMMSS"),
-    12: ("%Y%m%d%H%M", "YYYYMMDDHHMM"),
-    10: ("%Y%m%d%H", "YYYYMMDDHH"),
-    8: ("%Y%m%d", "YYYYMMDD"),
-    6: ("%Y%m", "YYYYMM"),
-    4: ("%Y", "YYYY"),
-}
+# Numbers that are no seconds since 1970: dates, of which each part but the year has two digits; and what they count,
+# the number of seconds in it, and its value at 1970.
+DATE = "YYYYMMDDHHMMSS"
+DATE_PARTS = ("%Y", "%m", "%d", "%H", "%M", "%S")
 UNITS = (
     ("days as spreadsheets count them, from 1899-12-30", DAY, 25_569),
     ("days since 1970", DAY, 0),
@@ -79,16 +73,9 @@ def check_tables(con: Connection) -> None:
     if "timestamp" in columns:
         _describe_times(con)
     if "rating" in columns:
-        low, high = _one(con, "select min(rating), max(rating) from interactions")
+        low, high = only_row(con, "select min(rating), max(rating) from interactions")
         if low == high and low is not None:
             note(f"every rating is {low:g}, so ratings tell nothing apart")
-
-
-def _one(con: Connection, select: str) -> tuple[Any, ...]:
-    """The only row of a select."""
-    row: tuple[Any, ...]
-    (row,) = con.execute(select).fetchall()
-    return row
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -97,7 +84,7 @@ def _one(con: Connection, select: str) -> tuple[Any, ...]:
 
 def _check_join(con: Connection, kind: str) -> None:
     """Prints how many ids have a row, and how many rows an id. Raises UserError if none has."""
-    met, both, listed = _one(
+    met, both, listed = only_row(
         con,
         "select count(met.id), count(met.id) filter (where listed.id is not null), count(listed.id)"
         " from met full join listed on met.id = listed.id",
@@ -125,10 +112,10 @@ def _check_join(con: Connection, kind: str) -> None:
 
 def _likely_pairs(con: Connection) -> tuple[int, str, str, str]:
     """How many ids of `unlisted` and `unmet` become equal by the difference that explains most, a pair, its name."""
-    mine, theirs = _one(con, "select (select min(id) from unlisted), min(id) from unmet")
+    mine, theirs = only_row(con, "select (select min(id) from unlisted), min(id) from unmet")
     pairs = [(0, mine, theirs, "")]
     for name, form in DIFFERENCES.items():
-        count, mine, theirs = _one(
+        count, mine, theirs = only_row(
             con,
             "select count(distinct unlisted.id), min(unlisted.id), arg_min(unmet.id, unlisted.id) from unlisted"
             f" join unmet on {form.format('unlisted.id')} = {form.format('unmet.id')}",
@@ -141,7 +128,7 @@ def _note_lookalikes(con: Connection, kind: str) -> None:
     """Notes ids that are different and look alike."""
     every = "(select id from met union select id from listed)"
     alike = f"select count(*) as n, min(id) as one, max(id) as other from {every} group by {SAME.format('id')}"
-    count, one, other = _one(
+    count, one, other = only_row(
         con, f"select sum(n), min(one), arg_min(other, one) from ({alike}) where n > 1"
     )
     if count:
@@ -158,7 +145,7 @@ def _note_lookalikes(con: Connection, kind: str) -> None:
 def _describe_times(con: Connection) -> None:
     """Prints the range of the times; and those in it that are likely mistakes."""
     tomorrow = time.time() + DAY
-    first, last, early, late = _one(
+    first, last, early, late = only_row(
         con,
         f"select min(timestamp), max(timestamp), count_if(timestamp < {EARLIEST}),"
         f" count_if(timestamp > {tomorrow}) from interactions",
@@ -177,7 +164,7 @@ def _describe_times(con: Connection) -> None:
 
 def check_times(con: Connection) -> None:
     """Raises UserError if the times of table `interactions` end before 1990 or start after tomorrow."""
-    first, last = _one(con, "select min(timestamp), max(timestamp) from interactions")
+    first, last = only_row(con, "select min(timestamp), max(timestamp) from interactions")
     if first is None or (last >= EARLIEST and first <= time.time() + DAY):
         return
     unit = likely_unit(first, last)
@@ -190,12 +177,13 @@ def check_times(con: Connection) -> None:
 def likely_unit(low: float, high: float) -> str:
     """What numbers from `low` to `high` count if not seconds since 1970, and what to do; "" if nothing is likely."""
     looks = f"{low:.15g} looks like"
-    form, digits = DATES.get(len(str(int(low))), ("", ""))
+    digits = len(str(int(low)))
+    form = "".join(DATE_PARTS[: digits // 2 - 1])
     with suppress(ValueError, OverflowError):
         dates = [datetime.strptime(str(int(number)), form) for number in (low, high)]
         if _are_recent([date.replace(tzinfo=UTC).timestamp() for date in dates]):
             hint = f"read it with --timestamp-format '{form}'"
-            return f"{looks} a date written {digits}; {hint}"
+            return f"{looks} a date written {DATE[:digits]}; {hint}"
     for name, seconds, at_1970 in UNITS:
         if _are_recent([(number - at_1970) * seconds for number in (low, high)]):
             if seconds < 1:

@@ -4,6 +4,7 @@
   first value that is no number is named.
 - Parquet's types keep their meaning: whole numbers become int64, booleans bool, fractions and decimals double, dates
   and times int64 seconds, lists list<string>. A whole number that int64 cannot hold stays as it is written, a string.
+- Lists of fractions are vectors, list<float>. All of a column have one width and finite numbers, or it is refused.
 - What has no form in a data set (a struct, a map, a list of lists, bytes that are not text) is left out, and said.
 - A column that --list-col names is split, at a separator that is given or found, and one value of it is printed.
 
@@ -17,6 +18,7 @@ from typing import Any
 from duckdb import DuckDBPyConnection as Connection
 from duckdb.sqltypes import DuckDBPyType
 
+from rec.data_prep.engine import only_row
 from rec.data_prep.raw_files import RawFile, literal, quoted
 from rec.errors import UserError, note
 
@@ -46,7 +48,7 @@ DIGITS = "-?[0-9]+([.][0-9]*)?([eE][+-]?[0-9]+)?"
 LOOKS = {  # pattern of a value -> what such strings look like, and what to do if they are
     "-?[0-9]+,[0-9]+": "numbers with a decimal comma: write 1.99, not 1,99",
     "[0-9]{4}-[0-9]{2}-[0-9]{2}([T ][0-9]{2}:.*)?": "dates: write seconds since 1970, or use Parquet",
-    rf"[\[(]?\s*{DIGITS}([\s,;]+{DIGITS}){{3,}}\s*[\])]?": "vectors: their numbers are read as words",
+    rf"[\[(]?\s*{DIGITS}([\s,;]+{DIGITS}){{3,}}\s*[\])]?": "vectors, read as words: write lists, in Parquet",
     r"[\[({]['\"].*|.+[|].+": "lists: name the column with --list-col",
 }
 
@@ -150,11 +152,32 @@ def _by_type(con: Connection, file: RawFile, name: str, kind: DuckDBPyType) -> T
         return Typed(f"decode({text})", f"{why}, all of them text")
     parts: dict[str, Any] = dict(kind.children) if kind.id in LISTS else {}
     element = parts["child"].id if parts else ""
+    if element in FRACTIONS:
+        return _vectors(con, file, name, why)
     if element in ("null", *FORM, *LARGE):
-        words = ": each number is read as a word" if element in INTEGERS + FRACTIONS else ""
+        words = ": each number is read as a word" if element in INTEGERS else ""
         filled = f"list_filter(cast({text} as varchar[]), lambda part: part <> '')"
         return Typed(filled, f"{why}{words}")
     return Typed("", f"it holds {str(kind)[:60]}, and a feature is a value or a list of values")
+
+
+def _vectors(con: Connection, file: RawFile, name: str, why: str) -> Typed:
+    """Of lists of fractions. Raises UserError unless all have as many numbers as the first, all of them finite."""
+    text = quoted(name)
+    filled = f"nullif(cast({text} as double[]), [])"
+    value = f"list_transform({filled}, lambda part: try_cast(part as float))"
+    (width,) = _one(con, f"arg_min(len({value}), source_row)")
+    finite = f"len(list_filter({value}, lambda part: isfinite(part)))"
+    row, numbers, usable = _one(
+        con,
+        f"min(source_row), arg_min(len({value}), source_row), arg_min({finite}, source_row)",
+        where=f"len({value}) <> {width or 0} or {finite} <> {width or 0}",
+    )
+    if row:
+        problem = f"column {name} has {numbers:,} numbers, {usable:,} of them finite"
+        hint = f"each vector needs {width:,}, as the first has; null stands for none"
+        raise UserError(f"{file}:{file.line_of(row)}: {problem}: {hint}")
+    return Typed(value, f"{why}: vectors of {width or 0:,} numbers")
 
 
 def _split(
@@ -212,7 +235,7 @@ def _looks(con: Connection, name: str) -> str:
     text = quoted(name)
     values = f"(select {text} from raw where {text} is not null limit {SAMPLE})"
     counts = [f"count_if(regexp_full_match({text}, {literal(pattern)}))" for pattern in LOOKS]
-    total, *found = con.execute(f"select count(*), {', '.join(counts)} from {values}").fetchall()[0]
+    total, *found = only_row(con, f"select count(*), {', '.join(counts)} from {values}")
     for count, what in zip(found, LOOKS.values(), strict=True):
         if total and 2 * count > total:
             return f"; looks like {what}"
@@ -221,6 +244,4 @@ def _looks(con: Connection, name: str) -> str:
 
 def _one(con: Connection, *values: str, where: str = "true") -> tuple[Any, ...]:
     """The row of some aggregates of table `raw`."""
-    row: tuple[Any, ...]
-    (row,) = con.execute(f"select {', '.join(values)} from raw where {where}").fetchall()
-    return row
+    return only_row(con, f"select {', '.join(values)} from raw where {where}")

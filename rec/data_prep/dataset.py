@@ -4,10 +4,11 @@
     interactions/{train,val,test}/00000.parquet ..   user_id, item_id, [timestamp], [rating], [event], [weight]
                                                      sorted by time
     users.parquet  items.parquet                     one row an id, sorted by id; feature columns
+    dataset.md             counts, columns and warnings, for a person; nothing reads it
 
 The same input and flags give the same bytes, so dataset.json's own sha256 is the dataset's id. Column types are few:
-string, int64, bool, float (32 bits), double, list<string>; times are seconds since 1970 (UTC). Files are read with
-`partitioning=None`, since a folder above them that is named `a=b` adds no column.
+string, int64, bool, float (32 bits), double, list<string>, list<float> (vectors); times are seconds since 1970 (UTC).
+Files are read with `partitioning=None`, since a folder above them that is named `a=b` adds no column.
 """
 
 import hashlib

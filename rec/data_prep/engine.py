@@ -6,9 +6,17 @@ their bytes. Not out of core: `percentile_disc`, for which DuckDB holds all valu
 """
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from duckdb import DuckDBPyConnection as Connection
+
+
+def only_row(con: Connection, select: str) -> tuple[Any, ...]:
+    """The row of a select that has one, such as an aggregate."""
+    row: tuple[Any, ...]
+    (row,) = con.execute(select).fetchall()
+    return row
 
 
 class Engine:

@@ -4,7 +4,7 @@
 
 - 100k (tabs, genre flags, Latin-1), 1m and 10m (`::`), 20m, 25m, 32m and latest-small (CSV).
 - Downloads the zip beside the output directory, resuming where an earlier run was cut off, and compares its sha256
-  with the one below; `--source` takes a zip or a folder that you have, whatever its sha256 is.
+  with the one in movielens.yaml; `--source` takes a zip or a folder that you have, whatever its sha256 is.
 - Items: title (without the year), year, genres. Users (100k and 1m): age, gender, occupation.
 
 The data may be used for research; read GroupLens' README of each. Not covered: tags, the tag genome, links.
@@ -14,6 +14,7 @@ Source: F. M. Harper and J. A. Konstan, The MovieLens Datasets: History and Cont
 import functools
 from pathlib import Path
 
+import yaml
 from duckdb import DuckDBPyConnection as Connection
 
 from rec.data_prep.columns import ListColumns
@@ -28,33 +29,10 @@ from rec.ops.archives import download, unpack
 from rec.ops.spark import ENGINES
 
 BASE_URL = "https://files.grouplens.org/datasets/movielens"
-FLAGS = """Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical
-    Mystery Romance Sci-Fi Thriller War Western"""
-FORMATS = {  # file -> its delimiter and columns; a CSV names them in its first line
-    "u.data": ("\t", "userId movieId rating timestamp"),
-    "u.item": ("|", f"movieId title date video url unknown {FLAGS}"),
-    "u.user": ("|", "userId age gender occupation zip"),
-    "ratings.dat": ("::", "userId movieId rating timestamp"),
-    "movies.dat": ("::", "movieId title genres"),
-    "users.dat": ("::", "userId gender age occupation zip"),
-    "ratings.csv": (",", ""),
-    "movies.csv": (",", ""),
-}
-FILES = {  # name -> its files of ratings, movies and, if any, users
-    "100k": ["u.data", "u.item", "u.user"],
-    "1m": ["ratings.dat", "movies.dat", "users.dat"],
-    "10m": ["ratings.dat", "movies.dat"],
-} | dict.fromkeys(["20m", "25m", "32m", "latest-small"], ["ratings.csv", "movies.csv"])
-# sha256 of GroupLens' own zips. They do not change, but for latest-small, which GroupLens may replace.
-DIGESTS = {
-    "100k": "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229",
-    "1m": "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
-    "10m": "813c411ccb6122564edfe752e7f80c4dcc5aa25fa94c93622f6877a7ba252862",
-    "20m": "96f243c338a8665f6bcc89c53edf6ee39162a846940de6b7c8c48aeada765ff3",
-    "25m": "8b21cfb7eb1706b4ec0aac894368d90acf26ebdfb6aced3ebd4ad5bd1eb9c6aa",
-    "32m": "e4a68655d7386b8f95f2f2424b2ff975dfdd15ffd59e0d864a14dca43e99d6ee",
-    "latest-small": "696d65a3dfceac7c45750ad32df2c259311949efec81f0f144fdfb91ebc9e436",
-}
+KNOWN = yaml.safe_load(Path(__file__).with_name("movielens.yaml").read_text(encoding="utf-8"))
+FORMATS: dict[str, list[str]] = KNOWN["formats"]
+FILES: dict[str, list[str]] = KNOWN["files"]
+DIGESTS: dict[str, str] = KNOWN["digests"]
 # "Toy Story (1995)", "Land Before Time III (1995) (V)", "Fawlty Towers (1975-1979)"; "Babylon 5" has none
 YEAR = r"\s*\((\d{4})(?:[-–]\d{0,4})?\)\s*(?:\(V\))?\s*$"
 
@@ -70,7 +48,8 @@ def load(con: Connection, scratch: Path, name: str, source: Path) -> dict[str, i
     load_features(con, movies, "items", "movieId", ListColumns(["genres"], "|"))
     genres = "list_filter(genres, lambda genre: genre <> '(no genres listed)')"
     if name == "100k":
-        flags = [f"case when {quoted(flag)} = 1 then {literal(flag)} end" for flag in FLAGS.split()]
+        genre_columns = movies.header[movies.header.index("unknown") + 1 :]
+        flags = [f"case when {quoted(flag)} = 1 then {literal(flag)} end" for flag in genre_columns]
         genres = f"list_filter([{', '.join(flags)}], lambda genre: genre is not null)"
     with in_a_sentence(movies):
         con.execute(f"""
@@ -98,13 +77,13 @@ def _find(name: str, file: str, source: Path, scratch: Path) -> RawFile:
         title = str(path)
         if path is source:
             raise UserError(f"{source} holds no {file}: is it really {folder}?")
-    if file == "u.item" or (name, file) == ("1m", "movies.dat"):  # titles in Latin-1
-        text = path.read_text("latin-1")
-        path = scratch / file
-        path.write_text(text, "utf-8")
     delimiter, columns = FORMATS[file]
     quote = "" if columns else '"'
-    return RawFile(path, delimiter, quote, tuple(columns.split()), title=title)
+    is_latin = file == "u.item" or (name, file) == ("1m", "movies.dat")
+    encoding = "latin-1" if is_latin else ""
+    header = tuple(columns.split())
+    found = RawFile(path, delimiter, quote, header, title=title, encoding=encoding)
+    return found.plain(scratch)
 
 
 def main() -> None:

@@ -6,12 +6,14 @@
   character like any other.
 - Lines end in \\n, \\r\\n or \\r, all of a file alike; the last one may have no end. Blank lines are no rows.
 - A compressed file (.gz, .zst) and one in the encoding that --encoding names are first copied as plain UTF-8.
-- A line of a .jsonl or .ndjson is an object. A field inside another is named by a dotted path, such as user.id.
+- A line of a .jsonl, .ndjson or .json is an object. A field inside another is named by a dotted path, such as user.id.
+  Lines that Python printed, which begin with {' or {u', are first copied as JSON.
 - Another encoding, or another kind of file, is refused by the name of what it seems to be.
 
 What becomes of its rows is in rows.py.
 """
 
+import ast
 import codecs
 import csv
 import glob
@@ -34,9 +36,12 @@ from duckdb import DuckDBPyConnection as Connection
 from rec.errors import UserError, note
 
 JSON = "\0"  # the delimiter of JSON lines, which have one field: no text holds it
-DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": JSON, ".ndjson": JSON, ".parquet": ""}
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".parquet": ""}
+DELIMITERS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), JSON)
+PYTHON = ("{'", "{u'")  # how a dictionary begins as Python prints it
 QUOTES = {".csv": '"'}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+BYTES = "surrogateescape"  # reads and writes bytes that are not UTF-8 as they are
 SEPARATORS = (",", ";", "\t", "|")  # those that are looked for
 # The first bytes of files that are neither text nor what their name says. Longer ones come first.
 BEGINNINGS = {
@@ -78,32 +83,36 @@ class RawFile:
     has_options: bool = False  # whether its command has --delimiter, --quote and --skip-bad-rows
     title: str = ""  # how messages call it; none: its path
     decimal: str = "."  # what numbers have before their fraction
+    encoding: str = ""  # of a text file; "": UTF-8
+    times: str = ""  # how they are written, for strptime, or their unit; "": seconds or ISO 8601
+    skip_bad_rows: bool = False  # drop them instead of refusing the file
 
     @classmethod
     def of(
-        cls, path: Path, delimiter: str | None = None, quote: str | None = None, decimal: str = "."
+        cls, path: Path, delimiter: str | None = None, quote: str | None = None, **form: Any
     ) -> "RawFile":
-        """A user's file; `delimiter` and `quote` replace what is usual for its extension.
+        """A user's file; `delimiter` and `quote` replace what is usual for its extension, `form` is further fields.
 
         Raises UserError if the extension does not tell the format, or the file is empty or none.
         """
         name = path.stem if path.suffix.lower() in COMPRESSIONS else path.name
         kind = Path(name).suffix.lower()
         if kind not in DELIMITERS or kind == ".parquet" != path.suffix.lower():
-            known = "end in .csv, .tsv, .jsonl (or one of these and .gz or .zst) or .parquet"
+            known = "end in .csv, .tsv, .jsonl, .json (or one of these and .gz or .zst) or .parquet"
             raise UserError(f"{path}: the name must {known}, so that the format is known")
         if not path.is_file():
             raise UserError(f"{path} is not a file")
         if not path.stat().st_size:
             raise UserError(f"{path} is empty")
-        if DELIMITERS[kind] in ("", JSON):
-            header = ("json",) if DELIMITERS[kind] else ()
-            return cls(path, DELIMITERS[kind], header=header, has_options=bool(header))
+        usual = DELIMITERS[kind]
+        if usual in ("", JSON):
+            form |= {"decimal": ".", "header": ("json",) if usual else ()}
+            return cls(path, usual, has_options=bool(usual), **form)
         if delimiter is None:
-            delimiter = DELIMITERS[kind]
+            delimiter = usual
         if quote is None:
             quote = QUOTES.get(kind, "")
-        return cls(path, delimiter, quote, has_options=True, decimal=decimal)
+        return cls(path, delimiter, quote, has_options=True, **form)
 
     def __str__(self) -> str:
         return self.title or str(self.path)
@@ -118,35 +127,40 @@ class RawFile:
         """Whether each line is a JSON object."""
         return self.delimiter == JSON
 
-    def plain(self, scratch: Path, encoding: str | None = None) -> "RawFile":
+    def plain(self, scratch: Path) -> "RawFile":
         """This file, or a copy in `scratch` that is neither compressed nor in another encoding than UTF-8.
 
         Raises UserError for a file that is damaged, or not in that encoding.
         """
         compression = COMPRESSIONS.get(self.path.suffix.lower())
-        if not self.is_text or not (compression or encoding):
+        needs_copy = compression or self.encoding or (self.is_json and self._is_python())
+        if not self.is_text or not needs_copy:
             return self
         copy = Path(tempfile.mkdtemp(dir=scratch), "plain")
         try:
             with pa.input_stream(str(self.path), compression=compression) as source:
-                if encoding:
-                    text = io.TextIOWrapper(source, encoding, newline="")
-                    with open(copy, "w", encoding="utf-8", newline="") as target:
+                errors = "strict" if self.encoding else BYTES  # rows.py names a row of other bytes
+                text = io.TextIOWrapper(source, self.encoding or "utf-8", errors, newline="")
+                with open(copy, "w", encoding="utf-8", errors=BYTES, newline="") as target:
+                    if self.is_json:
+                        target.writelines(map(_as_json, text))
+                    else:
                         shutil.copyfileobj(text, target, 2**20)
-                else:
-                    with open(copy, "wb") as binary:
-                        shutil.copyfileobj(source, binary, 2**20)
         except (OSError, UnicodeDecodeError, LookupError) as error:
             if isinstance(error, OSError) and error.errno:  # the disk is full, say
                 raise
-            form = " in ".join(filter(None, (compression, encoding)))
+            form = " in ".join(filter(None, (compression, self.encoding)))
             raise UserError(f"{self} cannot be read as {form}: {error}") from None
         return replace(self, path=copy, title=str(self))
+
+    def _is_python(self) -> bool:
+        """Whether the first line is a dictionary as Python prints it."""
+        return "".join(self.first_record().fields).startswith(PYTHON)
 
     def records(self) -> Iterator[Record]:
         """The rows of a text file, with its header and blank lines. Bytes that are not UTF-8 become surrogates."""
         csv.field_size_limit(2**31 - 1)
-        with open(self.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        with open(self.path, encoding="utf-8-sig", errors=BYTES, newline="") as text:
             if not self.quote:
                 for number, line in enumerate(text, 1):
                     content = line.rstrip("\r\n")
@@ -277,6 +291,16 @@ def _json_relation(
     return typed.project(", ".join(names))
 
 
+def _as_json(line: str) -> str:
+    """A line that Python printed as JSON; another one as it is."""
+    if not line.startswith(PYTHON):
+        return line
+    try:
+        return json.dumps(ast.literal_eval(line.rstrip())) + "\n"
+    except (ValueError, SyntaxError, TypeError):  # rows.py names it
+        return line
+
+
 def quoted(name: str) -> str:
     """A column's name as SQL writes it."""
     return '"' + name.replace('"', '""') + '"'
@@ -298,7 +322,7 @@ def delimiter_of(text: str) -> str:
 
 def encoding_problem(file: RawFile, record: Record) -> str:
     """What is wrong with a row that was read from bytes which are not UTF-8; "" if they are."""
-    content = file.delimiter.join(record.fields).encode("utf-8", "surrogateescape")
+    content = file.delimiter.join(record.fields).encode("utf-8", BYTES)
     try:
         content.decode()
     except UnicodeDecodeError:

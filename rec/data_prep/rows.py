@@ -19,6 +19,7 @@ import duckdb
 from duckdb import DuckDBPyConnection as Connection
 
 from rec.data_prep.checks import time_hint
+from rec.data_prep.engine import only_row
 from rec.data_prep.raw_files import (
     SEPARATORS,
     RawFile,
@@ -76,25 +77,19 @@ def in_a_sentence(file: RawFile) -> Iterator[None]:
 
 
 def read_rows(
-    con: Connection,
-    file: RawFile,
-    columns: dict[str, str],
-    skip: bool,
-    features: bool = False,
-    time_format: str | None = None,
+    con: Connection, file: RawFile, columns: dict[str, str], features: bool = False
 ) -> int:
     """Creates table `raw` of a file's well-formed rows, numbered; returns the number of malformed ones.
 
     `columns`: a name in `raw` -> what the file calls that column, which is read as text. With `features` the other
-    columns are added as they are, no id may come twice, and a field may go on to another line. `time_format` is how
-    times are written, for strptime, or their unit, s, ms, us or ns. Raises UserError for a file that cannot be read as
-    a whole, and for a malformed row unless `skip`.
+    columns are added as they are, no id may come twice, and a field may go on to another line. Raises UserError for a
+    file that cannot be read as a whole, and for a malformed row unless the file's are skipped.
     """
     check_kind(file)
     if file.is_text:
         file = file.separated(columns.values())
     try:
-        _create_raw(con, file, columns, features, time_format)
+        _create_raw(con, file, columns, features)
     except duckdb.InvalidInputException as error:
         reason = f"{file} cannot be read: {str(error).splitlines()[0]}"
         raise UserError(_odd_line_end(file) or reason) from None
@@ -113,7 +108,7 @@ def read_rows(
     first = min(problems)
     total = sum(problem.rows for problem in problems)
     where = f"{file}:{first.line}: {first.reason}"
-    if not skip:
+    if not file.skip_bad_rows:
         hint = "fix the file"
         if file.has_options:
             hint += ", or drop them with --skip-bad-rows"
@@ -128,9 +123,7 @@ def read_rows(
 # Columns and values
 
 
-def _create_raw(
-    con: Connection, file: RawFile, columns: dict[str, str], features: bool, time_format: str | None
-) -> None:
+def _create_raw(con: Connection, file: RawFile, columns: dict[str, str], features: bool) -> None:
     """Creates `raw` of the rows that can be read: their number, values, and what makes them malformed if anything.
 
     `bad_row` is [the file's name of the column, the text that is wrong, what is wrong]; `line_breaks` is the number
@@ -139,14 +132,7 @@ def _create_raw(
     source = file.relation(con, columns.values(), features)
     types = dict(zip(source.columns, map(str, source.types), strict=True))
     _check_columns(file, columns, types, features)
-    meaning = dict(VALUES)
-    if time_format in SCALES:
-        seconds = f"try_cast(timestamp as double) / {SCALES[time_format]}"
-        problem = f"is not a number of {time_format} since 1970"
-        meaning["timestamp"] = (IN_RANGE.format(seconds), problem)
-    elif time_format:
-        seconds = f"epoch(try_strptime(timestamp, {literal(time_format)}))"
-        meaning["timestamp"] = (seconds, f"is not a time written {time_format!r}")
+    meaning = VALUES | {"timestamp": _meaning_of_times(file.times)}
     texts = []
     values = []
     cases = []
@@ -176,6 +162,17 @@ def _create_raw(
     numbered = source.project(", ".join(["row_number() over () as source_row", *texts, *others]))
     facts = [f"{line_breaks} as line_breaks", f"case {' '.join(cases)} end as bad_row"]
     numbered.project(", ".join(["source_row", *values, *others, *facts])).create("raw")
+
+
+def _meaning_of_times(form: str) -> tuple[str, str]:
+    """What VALUES says of times, if they are written in this form or unit; "" for the usual one."""
+    if form in SCALES:
+        seconds = f"try_cast(timestamp as double) / {SCALES[form]}"
+        return IN_RANGE.format(seconds), f"is not a number of {form} since 1970"
+    if form:
+        seconds = f"epoch(try_strptime(timestamp, {literal(form)}))"
+        return seconds, f"is not a time written {form!r}"
+    return VALUES["timestamp"]
 
 
 def _check_columns(
@@ -224,10 +221,8 @@ def _malformed_rows(con: Connection, file: RawFile) -> list[Problem]:
 
     Its line is right if all rows before it were read. If not, it is beyond that of an unreadable row.
     """
-    row, bad_row, count = con.execute(
-        "select min(source_row), arg_min(bad_row, source_row), count(bad_row)"
-        " from raw where bad_row is not null"
-    ).fetchall()[0]
+    first = "min(source_row), arg_min(bad_row, source_row), count(bad_row)"
+    row, bad_row, count = only_row(con, f"select {first} from raw where bad_row is not null")
     if not count:
         return []
     column, text, problem = bad_row
@@ -274,7 +269,7 @@ def count_lines(file: RawFile) -> int:
 def _check_lines(con: Connection, file: RawFile, unreadable: int, features: bool) -> None:
     """Raises UserError unless each line of a text file is in `raw`, unreadable, blank or the header."""
     expected = count_lines(file)
-    rows, line_breaks = con.execute("select count(*), sum(line_breaks) from raw").fetchall()[0]
+    rows, line_breaks = only_row(con, "select count(*), sum(line_breaks) from raw")
     read = rows + int(line_breaks or 0) + unreadable + (not file.header)
     if read != expected:
         raise UserError(_why_lines_are_lost(con, file, features, expected - read))

@@ -17,6 +17,7 @@
   refused with its line. No field of interactions goes on to another line; one of users or items may.
 - --delimiter names the separator. If the one that the extension tells is not in the first line, and another gives
   all the columns, that one is taken and printed. In a .tsv, and with --quote none, quotes are plain characters.
+- --header names the columns of interactions without a first line of names.
 - Names that end in .gz or .zst are compressed. Text is UTF-8, or as --encoding says. --interactions, --train, --val and
   --test may be patterns. A field inside another of a JSON line is named by a dotted path.
 - A column without a name, such as pandas' index, is left out and printed.
@@ -30,6 +31,7 @@ Not covered: quotes escaped otherwise than by doubling them, numbers with separa
 
 import argparse
 import difflib
+import functools
 import glob
 import itertools
 from collections.abc import Sequence
@@ -67,24 +69,18 @@ NO_LISTS = ListColumns()
 
 
 def load_interactions(
-    con: Connection,
-    file: RawFile,
-    columns: Sequence[str | None],
-    split: str | None = None,
-    skip: bool = False,
-    time_format: str | None = None,
+    con: Connection, file: RawFile, columns: Sequence[str | None], split: str | None = None
 ) -> int:
     """Adds a file's rows to table `interactions`, under `split` if given; returns how many malformed ones it skipped.
 
     `columns` is what the file calls the user id, item id, time, rating, event and weight, None for what it lacks.
-    `time_format` is how times are written, for strptime; None: as seconds or in ISO 8601. Raises UserError for a
-    missing column, or a malformed row unless `skip`.
+    Raises UserError for a missing column, or a malformed row unless the file's are skipped.
     """
     named = {name: column for name, column in zip(VALUES, columns, strict=False) if column}
     part = f", '{split}' as split" if split else ""
     rows = f"select * replace (source_row + {{}} as source_row){part} from raw"
     with in_a_sentence(file):
-        skipped = read_rows(con, file, named, skip, time_format=time_format)
+        skipped = read_rows(con, file, named)
         con.execute(f"create table if not exists interactions as {rows.format(0)} limit 0")
         last = "select coalesce(max(source_row), 0) from interactions"
         con.execute(f"insert into interactions {rows.format(f'({last})')}; drop table raw")
@@ -92,22 +88,17 @@ def load_interactions(
 
 
 def load_features(
-    con: Connection,
-    file: RawFile,
-    table: str,
-    column: str,
-    lists: ListColumns = NO_LISTS,
-    skip: bool = False,
+    con: Connection, file: RawFile, table: str, column: str, lists: ListColumns = NO_LISTS
 ) -> int:
     """Creates table `users` or `items` from a file; returns how many malformed rows it skipped.
 
     `column` is what the file calls the id. Each other column has a comment in the database: what decided its type.
-    Raises UserError for no column of ids, a malformed row (an id that comes again is one) unless `skip`, or a list
-    column that has nothing to split.
+    Raises UserError for no column of ids, a malformed row (an id that comes again is one) unless the file's are
+    skipped, or a list column that has nothing to split.
     """
     key = KEYS[table]
     with in_a_sentence(file):
-        skipped = read_rows(con, file, {key: column}, skip, features=True)
+        skipped = read_rows(con, file, {key: column}, features=True)
         typed = type_columns(con, file, lists)
         values = [key, *(f"{each.value} as {quoted(name)}" for name, each in typed.items())]
         con.execute(f"create table {table} as select {', '.join(values)} from raw; drop table raw")
@@ -121,7 +112,7 @@ def load_features(
 def check_options(args: argparse.Namespace) -> None:
     """Raises UserError for an option that needs another one, or could have no effect."""
     for option, other in NEEDS.items():
-        if getattr(args, option) not in (None, False) and not getattr(args, other):
+        if getattr(args, option) not in (None, False, ()) and not getattr(args, other):
             raise UserError(f"{_flag(option)} needs {_flag(other)}")
     if args.timestamp_format and args.timestamp_unit:
         raise UserError("--timestamp-format and --timestamp-unit exclude each other: use one")
@@ -152,13 +143,16 @@ def _flag(option: str) -> str:
     return f"--{option.replace('_', '-')}"
 
 
-def _parser() -> argparse.ArgumentParser:
+def file_parser() -> argparse.ArgumentParser:
+    """The parser of the command."""
     parser = output_parser("rec.data_prep.tabular", __doc__)
     add = parser.add_argument
-    add("--interactions", type=Path, help="all interactions, to be split")
-    add("--train", type=Path, help="interactions that are split already; needs --test")
-    add("--val", type=Path, help="default: a tenth of --train, chosen as --test was")
-    add("--test", type=Path)
+    files = functools.partial(add, type=Path, default=[])
+    names = functools.partial(add, type=parse_names, default=())
+    files("--interactions", nargs="+", help="all interactions, to be split")
+    files("--train", nargs="+", help="interactions that are split already; needs --test")
+    files("--val", nargs="+", help="default: a tenth of --train, chosen as --test was")
+    files("--test", nargs="+")
     add("--user-col", default="user_id", help="its name in every file that has it")
     add("--item-col", default="item_id", help="its name in every file that has it")
     add("--timestamp-col", help="without it the data are unordered")
@@ -175,60 +169,45 @@ def _parser() -> argparse.ArgumentParser:
     add("--event-col", help="what a user did, such as view or purchase")
     add("--event-weights", help="view=1,cart=3,purchase=10: for all events; 0 drops one")
     add("--weight-col", help="a number per interaction, which its event's weight multiplies")
-    add("--negative-events", help="dislike,skip: events that say what a user does not want")
-    add("--target-events", help="purchase: what val and test ask for; the others are history")
-    add("--users", type=Path, help="features of users; users without interactions are left out")
-    add("--items", type=Path, help="features of items; all of them make up the catalogue")
+    names("--negative-events", help="dislike,skip: events that say what a user does not want")
+    names("--target-events", help="purchase: what val and test ask for; the others are history")
+    files("--users", nargs=1, help="features of users; users without interactions are left out")
+    files("--items", nargs=1, help="features of items; all of them make up the catalogue")
     add("--list-col", action="append", default=[], help='a text like "a|b|c"; repeatable')
     add("--list-separator", help="of --list-col; default: |, else what is found, and printed")
     add("--split", choices=list(STRATEGIES), help="default: temporal; given if there is --train")
     add("--delimiter", help="separates the fields of text files; default: by the extension")
     add("--quote", choices=["none", '"'], help='opens fields; default: ", none in a .tsv')
-    add("--encoding", help="of text files, such as cp1252 or utf-16; default: UTF-8")
+    names("--header", help="user,item,time: columns of interactions without a first line of names")
+    add("--encoding", default="", help="of text files, such as cp1252 or utf-16; default: UTF-8")
     add("--decimal", choices=[".", ","], help="before the fraction of a number; default: .")
     add("--seed", type=int, help="of what is drawn if data without times are split; default: 42")
-    add("--skip-bad-rows", dest="skip", action="store_true", help="drop and count malformed rows")
+    add("--skip-bad-rows", action="store_true", help="drop and count malformed rows")
     return parser
 
 
-def main() -> None:
-    """The command."""
-    args = _parser().parse_args()
-    is_given = bool(args.train or args.val or args.test)
-    strategy = args.split or ("given" if is_given else "temporal")
-    if is_given == bool(args.interactions) or is_given != (strategy == "given"):
-        raise UserError("name --interactions, or --train and --test where the split is `given`")
-    if is_given and not (args.train and args.test):
-        missing = "--test" if args.train else "--train"
-        raise UserError(f"{missing} is missing: a given split needs --train and --test")
+def prepare_files(args: argparse.Namespace, name: str = "", source: str = "") -> None:
+    """Writes the dataset that options of `file_parser` describe.
+
+    `name` and `source` are what dataset.json says of it; "": the names of its files.
+    """
+    strategy = _strategy(args)
     check_options(args)
-    delimiter = None if args.delimiter is None else delimiter_of(args.delimiter)
-    quote = "" if args.quote == "none" else args.quote
-    files = {
-        name: [RawFile.of(each, delimiter, quote, args.decimal or ".") for each in _matching(path)]
-        for name in ("interactions", *SPLITS, *KEYS)
-        if (path := getattr(args, name))
-    }
+    files = _open_files(args)
     every = [file for group in files.values() for file in group]
-    text_options = [name for name in ("delimiter", "quote", "decimal") if getattr(args, name)]
-    if text_options and all(file.is_json or not file.is_text for file in every):
-        raise UserError(f"--{text_options[0]} is for CSV and TSV, and no file is one")
-    if args.encoding and not any(file.is_text for file in every):
-        raise UserError("--encoding is for text files, and all files are Parquet")
-    is_drawn = not args.val if is_given else not args.timestamp_col
+    is_drawn = not (args.val if strategy == "given" else args.timestamp_col)
     if args.seed is not None and not is_drawn:
         note(f"--seed {args.seed} has no effect: this split draws nothing at random")
     events = Events(
         weights=parse_weights(args.event_weights) if args.event_weights else {},
-        negatives=parse_names(args.negative_events or ""),
-        targets=parse_names(args.target_events or ""),
+        negatives=args.negative_events,
+        targets=args.target_events,
     )
-    paths = [file.path for file in every]
     prepare(
         args.output_dir,
         lambda con, scratch: _load(con, scratch, args, files, events),
-        name=paths[0].name.partition(".")[0],
-        source=", ".join(path.name for path in paths),
+        name=name or every[0].path.name.partition(".")[0],
+        source=source or ", ".join(file.path.name for file in every),
         strategy=strategy,
         seed=42 if args.seed is None else args.seed,
         filters=Filters(
@@ -243,6 +222,44 @@ def main() -> None:
         engine=ENGINES[args.engine],
         wait=args.wait,
     )
+
+
+def _strategy(args: argparse.Namespace) -> str:
+    """How to split. Raises UserError if the files do not fit it."""
+    is_given = bool(args.train or args.val or args.test)
+    strategy: str = args.split or ("given" if is_given else "temporal")
+    if is_given == bool(args.interactions) or is_given != (strategy == "given"):
+        raise UserError("name --interactions, or --train and --test where the split is `given`")
+    if is_given and not (args.train and args.test):
+        missing = "--test" if args.train else "--train"
+        raise UserError(f"{missing} is missing: a given split needs --train and --test")
+    return strategy
+
+
+def _open_files(args: argparse.Namespace) -> dict[str, list[RawFile]]:
+    """The files by their options. Raises UserError if one cannot be, or no file is of a kind that an option is for."""
+    delimiter = None if args.delimiter is None else delimiter_of(args.delimiter)
+    quote = "" if args.quote == "none" else args.quote
+    form = {
+        "decimal": args.decimal or ".",
+        "encoding": args.encoding,
+        "times": args.timestamp_format or args.timestamp_unit or "",
+        "skip_bad_rows": args.skip_bad_rows,
+    }
+    files: dict[str, list[RawFile]] = {}
+    for role in ("interactions", *SPLITS, *KEYS):
+        form["header"] = () if role in KEYS else args.header
+        paths = [path for pattern in getattr(args, role) for path in _matching(pattern)]
+        if paths:
+            files[role] = [RawFile.of(path, delimiter, quote, **form) for path in paths]
+    every = [file for group in files.values() for file in group]
+    text_options = ("delimiter", "quote", "decimal", "header")
+    used = [option for option in text_options if getattr(args, option)]
+    if used and all(file.is_json or not file.is_text for file in every):
+        raise UserError(f"{_flag(used[0])} is for CSV and TSV, and no file is one")
+    if args.encoding and not any(file.is_text for file in every):
+        raise UserError("--encoding is for text files, and all files are Parquet")
+    return files
 
 
 def _matching(path: Path) -> list[Path]:
@@ -278,13 +295,11 @@ def _load(
     bad_rows = 0
     features = []
     columns = [getattr(args, option) for option in COLUMNS]
-    times = args.timestamp_format or args.timestamp_unit
     for name in [name for name in files if name not in KEYS]:
         for file in files[name]:
             note(f"reading {file}")
             split = name if name in SPLITS else None
-            plain = file.plain(scratch, args.encoding)
-            bad_rows += load_interactions(con, plain, columns, split, args.skip, times)
+            bad_rows += load_interactions(con, file.plain(scratch), columns, split)
     if args.timestamp_col and not args.allow_any_time:
         check_times(con)
     lists = ListColumns(args.list_col, args.list_separator)
@@ -293,8 +308,7 @@ def _load(
         (file, *others) = files[table]
         if others:
             raise UserError(f"--{table} names {len(others) + 1} files: name one")
-        plain = file.plain(scratch, args.encoding)
-        bad_rows += load_features(con, plain, table, key, lists, args.skip)
+        bad_rows += load_features(con, file.plain(scratch), table, key, lists)
         features += con.table(table).columns[1:]  # without the id
     for name in set(args.list_col) - set(features):
         near = difflib.get_close_matches(name, features, 1)
@@ -304,6 +318,11 @@ def _load(
     if args.event_weights or args.weight_col or args.event_col:
         dropped["of_weight_0"] = weigh_events(con, events)
     return dropped
+
+
+def main() -> None:
+    """The command."""
+    prepare_files(file_parser().parse_args())
 
 
 if __name__ == "__main__":

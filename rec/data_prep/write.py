@@ -26,6 +26,7 @@ from rec.data_prep.checks import check_tables
 from rec.data_prep.dataset import FORMAT_VERSION, open_dataset
 from rec.data_prep.engine import Engine
 from rec.data_prep.events import Events
+from rec.data_prep.report import write_report
 from rec.data_prep.split import SPLITS, Filters, filter_interactions, split_interactions
 from rec.errors import UserError, command_parser, note, warn
 from rec.files import add_wait_argument, digest, replace_directory, sole_writer
@@ -118,7 +119,14 @@ def prepare(
                 if events.targets:
                     _report_labels(db, events)
                 note("writing")
-                manifest |= _write_tables(db, directory, reasons)
+                manifest |= {"counts": {}, "columns": {}}
+                lines = {
+                    table: _write_features(db, directory, table, reasons, manifest)
+                    for table in JOINS
+                }
+                _write_interactions(db, directory, manifest)
+                said = {REASONS[reason]: count for reason, count in dropped.items() if count}
+                write_report(con, directory, manifest, said, lines)
         except (duckdb.IOException, duckdb.OutOfMemoryException) as error:  # the disk is full, say
             reason = str(error).splitlines()[0]
             raise UserError(f"preparing {output_dir} failed: {reason}") from None
@@ -127,13 +135,13 @@ def prepare(
         manifest["files"] = {str(part.relative_to(directory)): digest(part) for part in in_order}
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         (directory / "dataset.json").write_text(text, encoding="utf-8")
-    for reason, count in dropped.items():
-        if count:
-            note(f"dropped: {count:,} {REASONS[reason]}")
+    for reason, count in said.items():
+        note(f"dropped: {count:,} {reason}")
     note(f"{output_dir}: {name}, {manifest['split']}")
     counts = manifest["counts"]
     for part, count in counts.items():
         note(f"  {part:<6}{count:>12,}")
+    note(f"{output_dir / 'dataset.md'} describes it")
     facts = {"dataset": str(output_dir), "id": open_dataset(output_dir).id}
     print(json.dumps({**facts, **counts, "dropped": dropped}))
 
@@ -179,30 +187,37 @@ def _comments(con: duckdb.DuckDBPyConnection) -> dict[tuple[str, str], str]:
     return {(table, column): comment for table, column, comment in rows}
 
 
-def _write_tables(
-    engine: Engine, directory: Path, reasons: dict[tuple[str, str], str]
-) -> dict[str, dict]:
-    """Writes all three tables as Parquet; returns the `counts` of rows and the `columns` with their types.
+def _write_features(
+    engine: Engine,
+    directory: Path,
+    table: str,
+    reasons: dict[tuple[str, str], str],
+    manifest: dict[str, Any],
+) -> list[ColumnLine]:
+    """Writes users or items as Parquet, adds their count and types to the manifest, and prints a line per column.
 
-    Prints a line per feature column; `reasons` is why it has its type: (table, column) -> a few words.
+    `reasons` is why a column has its type: (table, column) -> a few words.
     """
-    counts, columns = {}, {}
-    for table, join in JOINS.items():
-        key = f"{table[:-1]}_id"
-        occurring = f"(select distinct {key} from interactions) as occurring"
-        select = f"select * from {occurring} {join} join {table} using ({key}) order by {key}"
-        rows = engine.reader(select, GROUP_ROWS).read_all().combine_chunks()
-        pq.write_table(rows, directory / f"{table}.parquet")
-        counts[table] = len(rows)
-        columns[table] = _types(rows.schema)
-        features = [name for name in rows.column_names if name != key]
-        lines = [
-            _describe_column(name, rows[name], reasons.get((table, name), "")) for name in features
-        ]
-        describe_columns(f"{table}: columns of {len(rows):,} rows", lines)
-        for line in lines:
-            if not line.filled:
-                warn(f"{table}: column {line.name} is empty in all {len(rows):,} rows")
+    key = f"{table[:-1]}_id"
+    occurring = f"(select distinct {key} from interactions) as occurring"
+    select = f"select * from {occurring} {JOINS[table]} join {table} using ({key}) order by {key}"
+    rows = engine.reader(select, GROUP_ROWS).read_all().combine_chunks()
+    pq.write_table(rows, directory / f"{table}.parquet")
+    manifest["counts"][table] = len(rows)
+    manifest["columns"][table] = _types(rows.schema)
+    features = [name for name in rows.column_names if name != key]
+    lines = [
+        _describe_column(name, rows[name], reasons.get((table, name), "")) for name in features
+    ]
+    describe_columns(f"{table}: columns of {len(rows):,} rows", lines)
+    for line in lines:
+        if not line.filled:
+            warn(f"{table}: column {line.name} is empty in all {len(rows):,} rows")
+    return lines
+
+
+def _write_interactions(engine: Engine, directory: Path, manifest: dict[str, Any]) -> None:
+    """Writes the splits as Parquet, and adds their counts and types to the manifest."""
     has = [name for name in engine.columns if name not in ("source_row", "split")]
     selected = ", ".join(f"{CASTS.get(name, name)} as {name}" for name in has)
     order = "interactions.timestamp, source_row" if "timestamp" in has else "source_row"
@@ -212,9 +227,9 @@ def _write_tables(
         folder = directory / "interactions" / part
         names = {"format": "parquet", "basename_template": "0000{i}.parquet"}
         pyarrow.dataset.write_dataset(reader, folder, preserve_order=True, **names, **SHARDS)
-        counts[part] = sum(pq.read_metadata(file).num_rows for file in folder.iterdir())
-        columns["interactions"] = _types(reader.schema)
-    return {"counts": counts, "columns": columns}
+        rows = sum(pq.read_metadata(file).num_rows for file in folder.iterdir())
+        manifest["counts"][part] = rows
+        manifest["columns"]["interactions"] = _types(reader.schema)
 
 
 def _types(schema: pa.Schema) -> dict[str, str]:

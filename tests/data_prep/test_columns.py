@@ -90,11 +90,10 @@ def why(con: duckdb.DuckDBPyConnection) -> str:
         (pa.nulls(2), "VARCHAR", [None, None]),
         (pa.array([["a", None, "", "b"], None]), "VARCHAR[]", [["a", "b"], None]),
         (pa.array([[1, 2], []], pa.list_(pa.int32())), "VARCHAR[]", [["1", "2"], []]),
-        (
-            pa.array([[0.5, 1], None], pa.list_(pa.float32(), 2)),
-            "VARCHAR[]",
-            [["0.5", "1.0"], None],
-        ),
+        (pa.array([[0.5, 1], None], pa.list_(pa.float32(), 2)), "FLOAT[]", [[0.5, 1.0], None]),
+        (pa.array([[0.5, 1], [], None], pa.list_(pa.float64())), "FLOAT[]", [[0.5, 1], None, None]),
+        (pa.array([[0.5], None], pa.large_list(pa.float16())), "FLOAT[]", [[0.5], None]),
+        (pa.array([[], None], pa.list_(pa.float32())), "FLOAT[]", [None, None]),
     ],
     ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
 )
@@ -127,8 +126,28 @@ def test_what_has_no_form_in_a_dataset_is_left_out_and_said(
 
 def test_what_decided_a_type_is_the_columns_comment(load: Load) -> None:
     assert why(load(pa.array([2**64 - 1], pa.uint64()))) == f"{2**64 - 1} does not fit into int64"
-    assert why(load(pa.array([[0.5]]))) == "Parquet holds DOUBLE[]: each number is read as a word"
+    assert why(load(pa.array([[5]]))) == "Parquet holds BIGINT[]: each number is read as a word"
+    assert why(load(pa.array([[0.5, 1.5]]))) == "Parquet holds DOUBLE[]: vectors of 2 numbers"
     assert why(load(pa.nulls(1))) == "it is empty"
+
+
+@pytest.mark.parametrize(
+    ("third", "problem"),
+    [
+        ([1.0], "1 numbers, 1 of them finite"),
+        ([1.0, 2.0, 3.0], "3 numbers, 3 of them finite"),
+        ([1.0, float("nan")], "2 numbers, 1 of them finite"),
+        ([None, 1.0], "2 numbers, 1 of them finite"),
+        ([1e300, 1.0], "2 numbers, 1 of them finite"),
+        ([1.0, 2.0, float("inf")], "3 numbers, 2 of them finite"),
+    ],
+)
+def test_a_vector_of_another_width_or_not_finite_is_refused_with_its_row(
+    load: Load, third: list[float | None], problem: str
+) -> None:
+    values = pa.array([None, [0.5, 1.5], third, [1.0]], pa.list_(pa.float64()))
+    with pytest.raises(UserError, match=f"items.parquet:3: column x has {problem}: .* needs 2,"):
+        load(values)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -169,6 +169,7 @@ def test_an_existing_dataset_is_replaced_and_nothing_is_left_over(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["six"]
     assert sorted(path.name for path in (tmp_path / "six").iterdir()) == [
         "dataset.json",
+        "dataset.md",
         "interactions",
         "items.parquet",
         "users.parquet",

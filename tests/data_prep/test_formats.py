@@ -60,6 +60,13 @@ def zstd(content: bytes) -> bytes:
         ("c.csv", CLICKS.encode("utf-16"), [*TIMED, "--encoding", "utf-16"]),
         ("c.csv.gz", gzipped(CLICKS.encode("utf-16")), [*TIMED, "--encoding", "utf-16"]),
         ("c.jsonl", lines_of_json(JSON).encode(), NESTED),
+        ("c.json", lines_of_json(JSON).encode(), NESTED),
+        ("c.json", "".join(f"{row}\n" for row in JSON).encode(), NESTED),  # as Python prints it
+        (
+            "c.csv",
+            CLICKS.partition("\n")[2].encode(),
+            [*TIMED, "--header", "user_id, item_id,time"],
+        ),
         ("c.ndjson.gz", gzipped(lines_of_json(JSON).encode()), NESTED),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -109,6 +116,7 @@ def test_another_encoding_than_the_one_named_is_refused(run: Run) -> None:
         ("{", "line '{' is no JSON object"),
         ("[1]", r"line '\[1\]' is no JSON object"),
         ("user_id,item_id", "line 'user_id,item_id' is no JSON object"),
+        ("{'user': w}", "line \"{'user': w}\" is no JSON object"),
         ('{"user": {"id": "w"}, "time": 3}', "item_id '' is empty"),
         ('{"user": "w", "item_id": "a", "time": 3}', "user.id '' is empty"),
         ('{"user": {"id": "w"}, "item_id": "a", "time": "soon"}', "time 'soon' is neither"),
@@ -159,6 +167,10 @@ def test_a_pattern_names_several_files_in_order_of_their_names(run: Run) -> None
     assert last["user_id"].tolist() == ["w", "u", "v"]
     assert last["item_id"].tolist() == ["c", "é", "é"]  # of the same second, from the later file
     assert dataset.manifest["source"].startswith("part-0.csv, part-1.csv, ")
+    files = {}
+    named = ["part-0.csv", "part-[1-5].csv", "part-9.csv"]
+    again = run("--interactions", *named, *TIMED, files=files)
+    assert again.manifest["files"] == dataset.manifest["files"]
     with pytest.raises(UserError, match=r"no file matches none-\*.csv"):
         run("--interactions", "none-*.csv", *TIMED, files={})
     with pytest.raises(UserError, match="--items names 7 files: name one"):

@@ -82,11 +82,11 @@ def test_every_line_is_a_row_or_counted_or_the_file_is_refused(
     path.write_bytes(content)
     con = connected()
     try:
-        file = RawFile.of(path, quote=quote)
+        file = RawFile.of(path, quote=quote, skip_bad_rows=True)
         if table == "items":
-            bad = load_features(con, file, table, "item_id", skip=True)
+            bad = load_features(con, file, table, "item_id")
         else:
-            bad = load_interactions(con, file, ("user_id", "item_id", None, None), skip=True)
+            bad = load_interactions(con, file, ("user_id", "item_id", None, None))
     except UserError as error:
         assert re.fullmatch(f"{re.escape(str(path))}.+", str(error))  # one line
         return
@@ -127,7 +127,7 @@ def test_a_table_that_is_written_well_is_read_as_it_was(
     path.write_bytes((text if ends else text.removesuffix(line_end)).encode(encoding))
     con = connected()
     file = RawFile.of(path, quote='"')
-    assert read_rows(con, file, {"item_id": "item_id"}, skip=False, features=True) == 0
+    assert read_rows(con, file, {"item_id": "item_id"}, features=True) == 0
     read = con.execute("select one, two from raw order by source_row").fetchall()
     assert read == [(one or None, two or None) for one, two in rows]
 

@@ -414,7 +414,7 @@ def test_a_feature_called_like_the_id_is_refused(run: Run) -> None:
         (["--train", "c.csv"], "--test is missing"),
         (["--interactions", "c.csv", "--min-rating", "3"], "--min-rating needs --rating-col"),
         (["--interactions", "none.csv"], "none.csv is not a file"),
-        (["--interactions", "c.xlsx"], "must end in .csv, .tsv, .jsonl .* or .parquet"),
+        (["--interactions", "c.xlsx"], "must end in .csv, .tsv, .jsonl, .json .* or .parquet"),
         (["--interactions", "c.csv"], "the temporal split needs timestamps"),
         (["--interactions", "c.csv", "--items", "c.csv", "--list-col", "tme"], "came before"),
         (
