@@ -19,6 +19,7 @@ import pytest
 import yaml
 from nbclient import NotebookClient
 
+from rec.__main__ import COMMANDS
 from rec.config import load_config
 from rec.serving.schemas import BatchRequest, RecommendRequest
 from tests.conftest import ROOT, environment
@@ -106,7 +107,7 @@ def shell_lines(name: str) -> list[str]:
             lines += [line for line in block.splitlines() if line and not line.startswith("#")]
         elif language == "console" and name not in RUN:
             lines += [line[2:] for line in block.splitlines() if line.startswith("$ ")]
-    starts = r"make|python -m|curl|docker|export|git|apt|pip|\.ci/run"
+    starts = r"make|python -m|rec \w+|curl|docker|export|git|apt|pip|\.ci/run"
     command = rf"^(?:    |# )(?:\$ )?((?:{starts})\b.*)$"
     return lines + re.findall(command, outside_of_blocks(text), re.M)
 
@@ -117,11 +118,19 @@ def code_spans(name: str) -> list[str]:
     return [span.replace("\n", " ") for span in spans]
 
 
+def as_modules(command: str) -> str:
+    """A command of the package as its module: `rec prep dummy` is `python -m rec.data_prep.dummy`."""
+    for name in COMMANDS:
+        module = name.replace("prep ", "data_prep.")
+        command = re.sub(rf"^(?:python -m )?rec {name}\b", f"python -m rec.{module}", command)
+    return command
+
+
 def module_calls(commands: list[str]) -> list[tuple[str, list[str]]]:
-    """Module and arguments of each `python -m rec...` or `python -m bench...`."""
+    """Module and arguments of each `python -m rec...`, `rec ...` or `python -m bench...`."""
     word = r"""(?:"[^"]*"|'[^']*'|[^\s#|&;<>"'])+"""
     pattern = re.compile(rf"python -m ((?:rec|bench)[\w.]*)((?: +{word})*)")
-    calls = [call for command in commands for call in pattern.findall(command)]
+    calls = [call for command in commands for call in pattern.findall(as_modules(command))]
     return [(module, shlex.split(_fill_placeholders(arguments))) for module, arguments in calls]
 
 
@@ -184,7 +193,7 @@ def is_checked(command: str) -> bool:
         target = command.split()[1]
         return bool(re.search(rf"^{target}:", read("Makefile"), re.M))
     starts = ("python -m rec", "python -m bench", "export TF_CONFIG", "curl -s")
-    return command.startswith(starts)
+    return as_modules(command).startswith(starts)
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if shell_lines(name)])
