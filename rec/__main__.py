@@ -7,6 +7,7 @@
     rec export                            bundles anew, without training
     rec promote                           which of them is in production
     rec serve                             answers HTTP requests with them
+    rec doctor                            whether rec works on this machine
 
 `rec train` and `python -m rec.train` are the same, and so are `rec prep dummy` and `python -m rec.data_prep.dummy`.
 README.md says how they go together.
@@ -28,6 +29,7 @@ COMMANDS = (
     "export",
     "promote",
     "serve",
+    "doctor",
 )
 
 
