@@ -19,7 +19,7 @@ PLATFORM := s/ and (platform_machine == 'x86_64'|sys_platform == 'linux')//g; \
     s/(;|and) python_full_version < '3.14' and /\1 /; s/ (;|and) python_full_version < '3.14' / /
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint serve bench docs dist lock clean
+.PHONY: help install quickstart test lint serve bench openapi docs dist lock clean
 MAKEFLAGS += --no-print-directory
 
 help: ## list the targets
@@ -47,6 +47,9 @@ bench: $(VENV)/.bench ## the quick benchmarks, at small sizes, some 5 minutes; e
 	$(BIN)/python -m bench.index --items 20000
 	$(BIN)/python -m bench.prep --rows 1000000
 	$(BIN)/python -m bench.growth --interactions 30000 100000 300000 --users 1000 10000
+
+openapi: $(VENV)/.runtime ## write docs/openapi.json, the schema of the API
+	$(BIN)/python -m rec.serve --openapi | $(BIN)/python -m json.tool --indent 1 > docs/openapi.json
 
 docs: $(VENV)/docs/.installed ## build the site of docs/ into site/; fails on a warning
 	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict --quiet
