@@ -32,20 +32,7 @@ from rec.ops.serving.start import serve
 
 def parse() -> argparse.Namespace:
     parser = command_parser("rec.serve", __doc__)
-    for stage in ("retrieval", "ranking"):
-        group = parser.add_mutually_exclusive_group()
-        group.add_argument(
-            f"--{stage}-bundle",
-            type=Path,
-            metavar="D",
-            help="a directory: SAVEDMODELS/STAGE/VERSION",
-        )
-        group.add_argument(
-            f"--{stage}-wandb", metavar="REF", help="a W&B artifact: ENTITY/PROJECT/NAME:ALIAS"
-        )
-    parser.add_argument(
-        "--alias", default="latest", help="of the config's bundles (default: %(default)s)"
-    )
+    _add_bundles(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="0.0.0.0 for everyone who reaches this machine"
     )
@@ -80,11 +67,29 @@ def parse() -> argparse.Namespace:
         "--log-format", choices=("json", "text"), default="json", help="of these (%(default)s)"
     )
     parser.add_argument("--openapi", action="store_true", help="print the API's schema, and exit")
+    return parser.parse_args()
+
+
+def _add_bundles(parser: argparse.ArgumentParser) -> None:
+    """The options that say which bundles answer."""
+    for stage in ("retrieval", "ranking"):
+        group = parser.add_mutually_exclusive_group()
+        group.add_argument(
+            f"--{stage}-bundle",
+            type=Path,
+            metavar="D",
+            help="a directory: SAVEDMODELS/STAGE/VERSION",
+        )
+        group.add_argument(
+            f"--{stage}-wandb", metavar="REF", help="a W&B artifact: ENTITY/PROJECT/NAME:ALIAS"
+        )
+    parser.add_argument(
+        "--alias", default="latest", help="of the config's bundles (default: %(default)s)"
+    )
     parser.add_argument(
         "--allow-mismatch", action="store_true", help="serve a pair that was not trained together"
     )
     add_config_arguments(parser)
-    return parser.parse_args()
 
 
 def main() -> None:
