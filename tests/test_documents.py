@@ -5,6 +5,7 @@
   Makefile, or the API's schema. NOT_RUN lists the commands that cannot be checked here, with the reason.
 """
 
+import ast
 import json
 import re
 import shlex
@@ -27,7 +28,7 @@ from tests.conftest import ROOT, environment
 PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 DOCUMENTS = [*sorted(path.name for path in ROOT.glob("*.md")), *PAGES]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "config").rglob("*.yaml"))
-RUN = ("docs/guide.md", "docs/serving.md", "docs/extend.md")
+RUN = ("docs/guide.md", "docs/serving.md", "docs/recipes.md", "docs/extend.md")
 
 NOT_RUN = {
     "docker run": "containers cannot be started here; test_deploy.py checks the files, and "
@@ -340,6 +341,19 @@ def test_the_pages_commands_and_examples_run(project: Path) -> None:
         ["bash", "-c", text], cwd=project, env=env, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def test_two_towers_take_100_lines_and_each_step_is_worth_what_the_text_says() -> None:
+    notebook = nbformat.read(ROOT / "notebooks" / "two_towers.ipynb", as_version=4)
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    lines = [line.strip() for cell in code for line in cell.splitlines()]
+    assert len([line for line in lines if line and not line.startswith("#")]) <= 100
+    NotebookClient(notebook, timeout=600).execute()
+    shown = ast.literal_eval(notebook.cells[-2].outputs[-1]["data"]["text/plain"])
+    steps = [re.findall(r"[\d.]+", text) for text in shown.values()]
+    _, table, softmax, logq, history = [(float(new), float(known)) for new, known in steps]
+    assert softmax[1] < table[1] < logq[1] < history[1]
+    assert history[0] > 0.1 > max(table[0], softmax[0], logq[0])
 
 
 def test_the_tour_runs_from_a_clean_kernel(project: Path) -> None:
