@@ -72,7 +72,7 @@ def pins(*extras: str) -> dict[str, str]:
     """{package: version} of what the package needs, or of these extras; fails on one without a version of its own."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lists = [project["optional-dependencies"][extra] for extra in extras]
-    found = {}
+    found: dict[str, str] = {}
     for entry in itertools.chain(*lists or [project["dependencies"]]):
         if entry.startswith(f"{project['name']}["):  # other extras
             found |= pins(*re.findall(r"\w+", entry.partition("[")[2]))

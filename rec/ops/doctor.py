@@ -26,6 +26,7 @@ MEMORY = 2  # GiB; training the dummy data takes 1.5
 DISK = 1  # GiB for data, checkpoints and bundles
 FLAGS = ("avx", "avx2", "fma")  # what TensorFlow's and ScaNN's wheels are compiled for
 
+HAS_WHEEL = (sys.platform, os.uname().machine) == ("linux", "x86_64")  # of ScaNN
 LIBRARIES = {  # module -> distribution
     "tensorflow": "tensorflow",
     "tf_keras": "tf-keras",
@@ -79,7 +80,7 @@ def check_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Check:
     """The instructions of an x86-64 processor. Others have none of these, and need none."""
     machine = os.uname().machine
     if machine != "x86_64" or not cpuinfo.exists():
-        return fine("processor", f"{machine}: there is no ScaNN for it, so the index is exact")
+        return fine("processor", f"{machine}: nothing to check")
     lines = cpuinfo.read_text().splitlines()
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     missing = [flag for flag in FLAGS if flag not in flags]
@@ -122,7 +123,10 @@ def judge_libraries(answer: dict) -> Iterator[Check]:
     else:
         yield _judge("keras 2", keras, install)
     yield _judge("tfrs", answer["tensorflow_recommenders"], install)
-    yield _judge("scann", answer["scann"], f"{install}, or use --set index.kind=exact")
+    if "error" in answer["scann"] and not HAS_WHEEL:
+        yield fine("scann", "there is none for this machine: the index is exact")
+    else:
+        yield _judge("scann", answer["scann"], f"{install}, or use --set index.kind=exact")
     gpus = answer.get("gpus", 0)
     yield fine("gpu", f"{gpus} for training" if gpus else "none: training runs on the processor")
 

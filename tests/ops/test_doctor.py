@@ -104,14 +104,15 @@ def test_a_processor_without_the_instructions_kills_only_the_probe(tmp_path: Pat
     assert found == {"ok": False, "text": "it needs instructions that this processor does not have"}
 
 
-def test_keras_3_that_was_used_first_is_a_line_of_the_doctor_and_ends_other_commands(
-    tmp_path: Path,
+def test_keras_3_that_was_used_first_ends_every_command_but_the_doctor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "import tensorflow; tensorflow.keras.version()"
     (tmp_path / "sitecustomize.py").write_text(text)
     changes = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "TF_USE_LEGACY_KERAS": "0"}
-    done = run("rec.doctor", "--port", 0, changes=changes)
-    found = json.loads(done.stdout)["checks"]
-    assert found["keras 2"] == {"ok": False, "text": KERAS_3} and found["tensorflow"]["ok"]
-    done = run("rec.train", changes=changes)
+    done = run("rec", changes=changes)
     assert done.returncode == 1 and done.stderr.endswith(f"ImportError: {KERAS_3}\n")
+
+    monkeypatch.setattr("rec.ops.doctor.HAS_KERAS_3", True)
+    answer = {name: {"version": "2.20.0"} for name in LIBRARIES}
+    assert Check("keras 2", False, KERAS_3) in judge_libraries(answer)
