@@ -1,7 +1,7 @@
 """Says whether rec works on this machine, and how to fix what does not.
 
     python -m rec.doctor                 a few seconds
-    python -m rec.doctor --smoke         also makes data, trains both stages on it, and prints recommendations
+    python -m rec.doctor --smoke         also makes data, trains a small model on it, and asks it for an answer
 
 Each check is a line on stderr. The last line of stdout is JSON: {"ok", "checks": {NAME: {"ok", "text"}}}. The exit code
 is 1 if something has to be fixed.
