@@ -2,8 +2,7 @@
 # To choose the interpreter: make PYTHON=python3.12 quickstart
 #
 # What is installed comes from the locks: requirements*.lock name every package at one version, with the hashes that
-# PyPI has for its files, and pip refuses any other file. The inputs, requirements*.txt, are for people; `make lock`
-# resolves them anew.
+# PyPI has for its files, and pip refuses any other file. `make lock` makes them from the requirements in pyproject.toml.
 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
@@ -13,13 +12,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALL := $(PIP) install --require-hashes --requirement
 UV := uv==0.13.9
+UPGRADE := --upgrade # make lock UPGRADE= keeps the versions that are locked
 # uv repeats the platform of pyproject.toml in every line. `make lock` takes that out: elsewhere pip would skip such lines
 # without a word; now it finds no file and says so.
 PLATFORM := s/ and (platform_machine == 'x86_64'|sys_platform == 'linux')//g; \
     s/(;|and) python_full_version < '3.14' and /\1 /; s/ (;|and) python_full_version < '3.14' / /
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint serve bench docs lock clean
+.PHONY: help install quickstart test lint serve bench openapi docs dist lock clean
 MAKEFLAGS += --no-print-directory
 
 help: ## list the targets
@@ -48,15 +48,25 @@ bench: $(VENV)/.bench ## the quick benchmarks, at small sizes, some 5 minutes; e
 	$(BIN)/python -m bench.prep --rows 1000000
 	$(BIN)/python -m bench.growth --interactions 30000 100000 300000 --users 1000 10000
 
+openapi: $(VENV)/.runtime ## write docs/openapi.json, the schema of the API
+	$(BIN)/python -m rec.serve --openapi | $(BIN)/python -m json.tool --indent 1 > docs/openapi.json
+
 docs: $(VENV)/docs/.installed ## build the site of docs/ into site/; fails on a warning
 	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict --quiet
 
-lock: $(VENV)/.uv ## resolve requirements*.txt anew, into requirements*.lock
-	@for name in '' -spark -dev -bench; do \
-	    shared=$${name:+--constraint requirements.lock}; \
-	    $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
-	        --custom-compile-command 'make lock' $$shared \
-	        requirements$$name.txt --output-file requirements$$name.lock && \
+dist: $(VENV)/.uv ## build the wheel and the source archive of the package, into dist/
+	$(BIN)/uv build --quiet
+
+# NAME=EXTRAS: requirements-NAME.lock is for the package with these extras. The first is requirements.lock.
+LOCKS := =serve,wandb -spark=serve,wandb,spark -dev=dev -bench=serve,wandb,bench
+
+lock: $(VENV)/.uv ## resolve the requirements of pyproject.toml anew, into requirements*.lock
+	@for lock in $(LOCKS); do \
+	    name=$${lock%%=*}; shared=$${name:+--constraint requirements.lock}; \
+	    extras=$$(echo $${lock#*=} | sed 's/^/--extra /; s/,/ --extra /g'); \
+	    $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes $(UPGRADE) \
+	        --custom-compile-command 'make lock' $$shared $$extras \
+	        pyproject.toml --output-file requirements$$name.lock && \
 	    sed -i -E "$(PLATFORM)" requirements$$name.lock || exit 1; \
 	done
 
@@ -95,9 +105,11 @@ $(VENV)/.bench: requirements-bench.lock $(VENV)/.runtime
 
 # An environment of its own, because the site's packages would move pins of the locks. They have no lock themselves:
 # nothing that runs or is tested depends on them.
-$(VENV)/docs/.installed: requirements-docs.txt | $(VENV)/.created
+DOCS := import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]
+$(VENV)/docs/.installed: pyproject.toml | $(VENV)/.created
 	@$(PYTHON) -m venv $(VENV)/docs
-	@$(VENV)/docs/bin/python -m pip --quiet --disable-pip-version-check install --requirement requirements-docs.txt
+	@$(PYTHON) -c '$(DOCS); print(*extras["docs"], sep="\n")' > $(VENV)/docs/requirements.txt
+	@$(VENV)/docs/bin/python -m pip --quiet --disable-pip-version-check install --requirement $(VENV)/docs/requirements.txt
 	@touch $@
 
 $(VENV)/.uv: | $(VENV)/.created

@@ -1,6 +1,6 @@
 """Recall and latency of rec's index beside ScaNN itself, faiss, hnswlib and Chroma, one query a call, one thread.
 
-    pip install -r requirements-bench.txt
+    make bench   (or: pip install --requirement requirements-bench.lock)
     python -m bench.index                            100k and 1M items; an hour
     python -m bench.index --items 100000 --curve     with other settings too, for the chart
 
@@ -331,7 +331,7 @@ def measure(items: int, names: list[str], args: argparse.Namespace, folder: str)
             built[name] = makers[name]()
         except ModuleNotFoundError as error:
             print(
-                f"{name} is left out: {error}; pip install -r requirements-bench.txt",
+                f"{name} is left out: {error}; pip install --requirement requirements-bench.lock",
                 file=sys.stderr,
             )
             continue

@@ -14,11 +14,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Where TensorFlow is there already, tf.keras is chosen at its first use: too late only if that has happened.
-if "tensorflow" in sys.modules and hasattr(sys.modules["tensorflow"].keras, "version"):
-    raise ImportError(
-        "tf.keras was used before rec was imported, as Keras 3, with which TensorFlow Recommenders does not work: "
-        "import rec first, or set TF_USE_LEGACY_KERAS=1 in the environment"
-    )
+HAS_KERAS_3 = "tensorflow" in sys.modules and hasattr(sys.modules["tensorflow"].keras, "version")
+KERAS_3 = (
+    "tf.keras was used before rec was imported, as Keras 3, with which TensorFlow Recommenders does not work: "
+    "import rec first, or set TF_USE_LEGACY_KERAS=1 in the environment"
+)
+if HAS_KERAS_3 and not {"doctor", "rec.doctor"} & {*sys.orig_argv}:  # rec.doctor reports it
+    raise ImportError(KERAS_3)
 
 __version__ = "0.2.0.dev0"
 

@@ -1,6 +1,7 @@
 """The configuration: strict YAML into frozen pydantic dataclasses. Every key is a field below, described under it.
 
 - `load_config(path, ["retrieval.epochs=3"])` reads a file, then the `--set` overrides (values are YAML too).
+- If the working directory has no such file, the one that comes with rec is read: `config/your_data.yaml` always works.
 - An unknown, missing or repeated key, a wrong type, an impossible value: one sentence that names the file and the key.
 - A key that has no effect, because another key or the data decide so: one sentence too (`without_effect`, `overruled`).
 - `auto` means that the data or another key choose the value: see `with_data_defaults` and `with_ranking_defaults`.
@@ -272,7 +273,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     config = Config(dataset="")
     where = str(path)
     try:
-        tree = yaml.load(Path(path).read_bytes(), _Loader)  # a SafeLoader: it builds plain values
+        tree = yaml.load(_find(path).read_bytes(), _Loader)  # a SafeLoader: it builds plain values
         if tree is None:
             raise ValueError("the file is empty; it needs at least `dataset: data/NAME`")
         config = _update(config, tree, "")
@@ -289,6 +290,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (yaml.YAMLError, ValueError) as error:  # the latter also for a date such as 2024-13-45
         raise UserError(f"{where}: {error}") from None
     return config
+
+
+def _find(path: str | Path) -> Path:
+    """The file, or else the one of this name that comes with rec, such as config/dummy/dummy_small.yaml."""
+    package = Path(__file__).parent  # where it is installed, or in a checkout
+    places = (Path(path), package / "shipped" / path, package.parent / path)
+    return next((place for place in places if place.exists()), places[0])
 
 
 def _parse_override(text: str) -> object:

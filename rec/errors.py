@@ -39,5 +39,12 @@ def run_command(main: Callable[[], None]) -> None:
         OSError,
     ) as error:  # no such file, no permission, disk full: the system's own sentence
         sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("rec"):  # a programming mistake
+            raise
+        sys.exit(
+            f"error: the package {error.name} is not installed; pip install 'rec-two-tower[serve,wandb,spark]' "
+            "installs everything that a command of rec can need"
+        )
     except KeyboardInterrupt:
         sys.exit(130)

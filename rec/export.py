@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version as library_version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -169,7 +170,7 @@ def _save(module: Module, metadata: BundleMetadata, items: pd.DataFrame, config:
     options = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"] if has_scann else [])
     complete = replace(
         metadata,
-        libraries={name: library_version(name) for name in LIBRARIES},
+        libraries=_library_versions(),
         git_commit=_git_commit(),
         command=shlex.join(["python", *sys.orig_argv[1:]]),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -215,6 +216,12 @@ def _warmup(
     return prediction_log_pb2.PredictionLog(
         predict_log=prediction_log_pb2.PredictLog(request=request)
     )
+
+
+def _library_versions() -> dict[str, str]:
+    """Of those that are installed: ScaNN may be missing."""
+    installed = [name for name in LIBRARIES if find_spec(name.replace("-", "_"))]
+    return {name: library_version(name) for name in installed}
 
 
 def _git_commit() -> str | None:

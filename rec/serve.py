@@ -4,6 +4,7 @@
     python -m rec.serve --alias production                   the pair that rec.promote has put there
     python -m rec.serve --ranking-bundle savedmodels/ranking/3 --port 8001
     python -m rec.serve --retrieval-bundle savedmodels/retrieval/production        an alias; retrieval alone
+    python -m rec.serve --openapi                            the schema of the API, without a server
     curl -s 'http://127.0.0.1:8000/v1/users/u7/recommendations?k=5'
     curl -s http://127.0.0.1:8000/v1/recommend -H 'Content-Type: application/json' -d '{"history": ["i1", "i2"]}'
 
@@ -21,6 +22,7 @@
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from rec.config import add_config_arguments
@@ -30,20 +32,7 @@ from rec.ops.serving.start import serve
 
 def parse() -> argparse.Namespace:
     parser = command_parser("rec.serve", __doc__)
-    for stage in ("retrieval", "ranking"):
-        group = parser.add_mutually_exclusive_group()
-        group.add_argument(
-            f"--{stage}-bundle",
-            type=Path,
-            metavar="D",
-            help="a directory: SAVEDMODELS/STAGE/VERSION",
-        )
-        group.add_argument(
-            f"--{stage}-wandb", metavar="REF", help="a W&B artifact: ENTITY/PROJECT/NAME:ALIAS"
-        )
-    parser.add_argument(
-        "--alias", default="latest", help="of the config's bundles (default: %(default)s)"
-    )
+    _add_bundles(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="0.0.0.0 for everyone who reaches this machine"
     )
@@ -75,10 +64,32 @@ def parse() -> argparse.Namespace:
         "--no-access-log", action="store_true", help="no line per request on stdout"
     )
     parser.add_argument(
+        "--log-format", choices=("json", "text"), default="json", help="of these (%(default)s)"
+    )
+    parser.add_argument("--openapi", action="store_true", help="print the API's schema, and exit")
+    return parser.parse_args()
+
+
+def _add_bundles(parser: argparse.ArgumentParser) -> None:
+    """The options that say which bundles answer."""
+    for stage in ("retrieval", "ranking"):
+        group = parser.add_mutually_exclusive_group()
+        group.add_argument(
+            f"--{stage}-bundle",
+            type=Path,
+            metavar="D",
+            help="a directory: SAVEDMODELS/STAGE/VERSION",
+        )
+        group.add_argument(
+            f"--{stage}-wandb", metavar="REF", help="a W&B artifact: ENTITY/PROJECT/NAME:ALIAS"
+        )
+    parser.add_argument(
+        "--alias", default="latest", help="of the config's bundles (default: %(default)s)"
+    )
+    parser.add_argument(
         "--allow-mismatch", action="store_true", help="serve a pair that was not trained together"
     )
     add_config_arguments(parser)
-    return parser.parse_args()
 
 
 def main() -> None:
@@ -87,6 +98,11 @@ def main() -> None:
         raise UserError(f"--workers {args.workers}: must be at least 1")
     if args.follow < 0:
         raise UserError(f"--follow {args.follow}: must be 0 (never) or a number of seconds")
+    if args.openapi:
+        from rec.ops.serving.front import describe
+
+        print(json.dumps(describe()))
+        return
     serve(args)
 
 

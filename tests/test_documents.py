@@ -5,6 +5,7 @@
   Makefile, or the API's schema. NOT_RUN lists the commands that cannot be checked here, with the reason.
 """
 
+import ast
 import json
 import re
 import shlex
@@ -19,6 +20,7 @@ import pytest
 import yaml
 from nbclient import NotebookClient
 
+from rec.__main__ import COMMANDS
 from rec.config import load_config
 from rec.serving.schemas import BatchRequest, RecommendRequest
 from tests.conftest import ROOT, environment
@@ -26,10 +28,15 @@ from tests.conftest import ROOT, environment
 PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 DOCUMENTS = [*sorted(path.name for path in ROOT.glob("*.md")), *PAGES]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "config").rglob("*.yaml"))
-RUN = ("docs/guide.md", "docs/serving.md", "docs/extend.md")
+RUN = ("docs/guide.md", "docs/serving.md", "docs/recipes.md", "docs/extend.md")
 
 NOT_RUN = {
-    "docker run": "TF Serving is not available here; test_bundle.py calls the bundles through its C API",
+    "docker run": "containers cannot be started here; test_deploy.py checks the files, and "
+    "test_signatures.py calls the bundles through TF Serving's C API",
+    "docker build": "as docker run",
+    "docker compose": "as docker run",
+    "REC_ALIAS=production docker": "as docker run",
+    "promtool": "test_deploy.py runs it where it is installed",
     "curl -d": "asks the TF Serving of the line before",
     ".ci/run": "runs the tests",
     "apt install": "needs root",
@@ -106,7 +113,7 @@ def shell_lines(name: str) -> list[str]:
             lines += [line for line in block.splitlines() if line and not line.startswith("#")]
         elif language == "console" and name not in RUN:
             lines += [line[2:] for line in block.splitlines() if line.startswith("$ ")]
-    starts = r"make|python -m|curl|docker|export|git|apt|pip|\.ci/run"
+    starts = r"make|python -m|rec \w+|curl|docker|export|git|apt|pip|\.ci/run"
     command = rf"^(?:    |# )(?:\$ )?((?:{starts})\b.*)$"
     return lines + re.findall(command, outside_of_blocks(text), re.M)
 
@@ -117,11 +124,19 @@ def code_spans(name: str) -> list[str]:
     return [span.replace("\n", " ") for span in spans]
 
 
+def as_modules(command: str) -> str:
+    """A command of the package as its module: `rec prep dummy` is `python -m rec.data_prep.dummy`."""
+    for name in COMMANDS:
+        module = name.replace("prep ", "data_prep.")
+        command = re.sub(rf"^(?:python -m )?rec {name}\b", f"python -m rec.{module}", command)
+    return command
+
+
 def module_calls(commands: list[str]) -> list[tuple[str, list[str]]]:
-    """Module and arguments of each `python -m rec...` or `python -m bench...`."""
+    """Module and arguments of each `python -m rec...`, `rec ...` or `python -m bench...`."""
     word = r"""(?:"[^"]*"|'[^']*'|[^\s#|&;<>"'])+"""
     pattern = re.compile(rf"python -m ((?:rec|bench)[\w.]*)((?: +{word})*)")
-    calls = [call for command in commands for call in pattern.findall(command)]
+    calls = [call for command in commands for call in pattern.findall(as_modules(command))]
     return [(module, shlex.split(_fill_placeholders(arguments))) for module, arguments in calls]
 
 
@@ -184,7 +199,7 @@ def is_checked(command: str) -> bool:
         target = command.split()[1]
         return bool(re.search(rf"^{target}:", read("Makefile"), re.M))
     starts = ("python -m rec", "python -m bench", "export TF_CONFIG", "curl -s")
-    return command.startswith(starts)
+    return as_modules(command).startswith(starts)
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if shell_lines(name)])
@@ -326,6 +341,19 @@ def test_the_pages_commands_and_examples_run(project: Path) -> None:
         ["bash", "-c", text], cwd=project, env=env, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def test_two_towers_take_100_lines_and_each_step_is_worth_what_the_text_says() -> None:
+    notebook = nbformat.read(ROOT / "notebooks" / "two_towers.ipynb", as_version=4)
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    lines = [line.strip() for cell in code for line in cell.splitlines()]
+    assert len([line for line in lines if line and not line.startswith("#")]) <= 100
+    NotebookClient(notebook, timeout=600).execute()
+    shown = ast.literal_eval(notebook.cells[-2].outputs[-1]["data"]["text/plain"])
+    steps = [re.findall(r"[\d.]+", text) for text in shown.values()]
+    _, table, softmax, logq, history = [(float(new), float(known)) for new, known in steps]
+    assert softmax[1] < table[1] < logq[1] < history[1]
+    assert history[0] > 0.1 > max(table[0], softmax[0], logq[0])
 
 
 def test_the_tour_runs_from_a_clean_kernel(project: Path) -> None:

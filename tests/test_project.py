@@ -2,10 +2,12 @@
 
 import ast
 import io
+import itertools
 import re
 import sys
 import textwrap
 import tokenize
+import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +46,14 @@ LAYOUT = {
     tokenize.DEDENT,
     tokenize.ENDMARKER,
 }
-EXTRAS = ("spark", "dev", "bench")  # requirements-EXTRA.txt
+LOCKS = {  # the extras in each lock, as `make lock` puts them there
+    "requirements": ("serve", "wandb"),
+    "requirements-spark": ("serve", "wandb", "spark"),
+    "requirements-dev": ("dev",),
+    "requirements-bench": ("serve", "wandb", "bench"),
+}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-PACKAGES = {  # import name -> name in requirements.txt, where they differ
+PACKAGES = {  # import name -> name in pyproject.toml, where they differ
     "dotenv": "python-dotenv",
     "google": "protobuf",
     "prometheus_client": "prometheus-client",
@@ -57,15 +64,18 @@ PACKAGES = {  # import name -> name in requirements.txt, where they differ
 }
 
 
-def pins(name: str) -> dict[str, str]:
-    """{package: version} of a requirements file; fails on a line that is not `package==version`."""
-    found = {}
-    for line in (ROOT / name).read_text().splitlines():
-        entry = line.partition("#")[0].strip()
-        if entry and not entry.startswith("-r "):
-            match = re.fullmatch(r"([A-Za-z0-9_-]+)(?:\[\w+\])?==([\w.]+)", entry)
-            assert match, f"{name}: not pinned with ==: {entry}"
-            found[match[1]] = match[2]
+def pins(*extras: str) -> dict[str, str]:
+    """{package: version} of what the package needs, or of these extras; fails on one without a version of its own."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = [project["optional-dependencies"][extra] for extra in extras]
+    found: dict[str, str] = {}
+    for entry in itertools.chain(*lists or [project["dependencies"]]):
+        if entry.startswith(f"{project['name']}["):  # other extras
+            found |= pins(*re.findall(r"\w+", entry.partition("[")[2]))
+            continue
+        match = re.fullmatch(r"([A-Za-z0-9_-]+)(?:\[\w+\])?==([\w.]+)(?:; .*)?", entry)
+        assert match, f"pyproject.toml: not pinned with ==: {entry}"
+        found[match[1]] = match[2]
     return found
 
 
@@ -213,9 +223,8 @@ def test_the_readme_says_how_large_the_code_is(name: str) -> None:
 
 
 def test_requirements_are_pinned() -> None:
-    assert pins("requirements.txt")["tensorflow"] == "2.20.0"
-    assert pins("requirements-spark.txt")["pyspark"]
-    assert pins("requirements-dev.txt")["pytest"]
+    assert pins()["tensorflow"] == "2.20.0"
+    assert pins("dev").keys() > pins("spark").keys() | pins("serve").keys()
 
 
 def locked(name: str) -> dict[str, set[str]]:
@@ -236,12 +245,9 @@ def locked(name: str) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["requirements", *(f"requirements-{each}" for each in EXTRAS)])
+@pytest.mark.parametrize("name", LOCKS)
 def test_the_lock_holds_every_requirement_and_what_it_needs(name: str) -> None:
-    text = (ROOT / f"{name}.txt").read_text()
-    required = pins(f"{name}.txt")
-    for included in re.findall(r"^-r (\S+)", text, re.M):
-        required |= pins(included)
+    required = pins() | pins(*LOCKS[name])
     found = locked(f"{name}.lock")
     for package, version in required.items():
         assert found.get(package.lower()) == {version}, f"{package}: run make lock"
@@ -253,7 +259,7 @@ def test_the_lock_holds_every_requirement_and_what_it_needs(name: str) -> None:
 def test_everything_that_the_package_imports_is_required() -> None:
     names = set().union(*(imported(path) for path in (ROOT / "rec").rglob("*.py")))
     third_party = names - sys.stdlib_module_names - {"rec"}
-    required = pins("requirements.txt") | pins("requirements-spark.txt")
+    required = pins() | pins("serve", "wandb", "spark")
     assert {PACKAGES.get(name, name) for name in third_party} <= required.keys()
 
 

@@ -8,6 +8,7 @@ be exported as a bundle (`python -m rec.export --stage recommender`).
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -270,19 +271,23 @@ class Recommender:
 
 
 def load_bundle(path: Path, needed: str = "serving_default") -> tf.Module:
-    """tf.saved_model.load with ScaNN's operations registered.
+    """tf.saved_model.load with ScaNN's operations registered, if ScaNN is installed.
 
     Raises:
       UserError: the directory does not hold a SavedModel that can be read, or one without the function `needed`.
     """
-    import scann.scann_ops.py.scann_ops  # noqa: F401  (registers the operations that a ScaNN bundle is made of)
+    with suppress(ModuleNotFoundError):  # a bundle with an exact index does not need it
+        import scann.scann_ops.py.scann_ops  # noqa: F401  (registers the operations)
 
     try:
         module = tf.saved_model.load(str(path))
-    except (OSError, ValueError, tf.errors.OpError) as error:
-        raise UserError(
-            f"{path}: the SavedModel cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
+    except (OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
+        reason = str(error).splitlines()[0]
+        if "Scann>" in reason:
+            reason = (
+                "its index needs the package scann; export it again with --set index.kind=exact"
+            )
+        raise UserError(f"{path}: the SavedModel cannot be loaded: {reason}") from error
     if not hasattr(module, needed):
         raise UserError(f"{path} is from an older version of rec: export the bundle again")
     return module

@@ -189,9 +189,9 @@ class WandbStore:
     def __init__(self, project: str = "") -> None:
         """`project`: ENTITY/PROJECT, or PROJECT of the default entity; by default WANDB_PROJECT or `rec`."""
         self._project = project or os.environ.get("WANDB_PROJECT", PROJECT)
-        with _wandb_errors(self._project):
-            import wandb
+        import wandb  # if it is not installed, the command's error says what to install
 
+        with _wandb_errors(self._project):
             settings = wandb.Settings()
             settings.update_from_system_settings()
             settings.update_from_env_vars(dict(os.environ))

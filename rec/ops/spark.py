@@ -76,7 +76,7 @@ def _start(log: Path) -> Any:
     except Exception as error:  # not installed, no Java, a configuration that does not work
         lines = re.findall(r"^\S.*", log.read_text(), re.M)  # without Java's stack
         raise UserError(
-            "Spark did not start (`pip install -r requirements-spark.txt`, Java 17): "
+            "Spark did not start (`pip install 'rec-two-tower[spark]'`, Java 17): "
             f"{lines[-1] if lines else error}"
         ) from None
     finally:

@@ -17,6 +17,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
@@ -231,6 +232,8 @@ def build_index(
         return exact, metadata
     if len(embeddings) < MIN_SCANN_ROWS:
         reason = f"ScaNN needs {MIN_SCANN_ROWS} items, there are {len(embeddings)}"
+    elif find_spec("scann") is None:
+        reason = "the package scann is not installed (it has wheels for x86-64 Linux only)"
     elif len(queries) < 2:
         reason = f"tuning ScaNN needs 2 query embeddings, there are {len(queries)}"
     else:

@@ -138,7 +138,7 @@ def test_without_pyspark_one_sentence_says_what_to_install(
     )
     with pytest.raises(
         UserError,
-        match="^Spark did not start .`pip install -r requirements-spark.txt`, Java 17.: .*pyspark",
+        match=r"^Spark did not start \(`pip install 'rec-two-tower\[spark\]'`, Java 17\): .*pyspark",
     ):
         dummy.main()
     assert list(tmp_path.iterdir()) == []
@@ -151,7 +151,7 @@ def test_without_java_one_sentence_says_what_to_install(tmp_path: Path) -> None:
     *notes, last = done.stderr.splitlines()
     assert all(line.startswith(("generating ", "users: ", "items: ", "times: ")) for line in notes)
     assert last.startswith(
-        "error: Spark did not start (`pip install -r requirements-spark.txt`, Java 17): "
+        "error: Spark did not start (`pip install 'rec-two-tower[spark]'`, Java 17): "
     )
 
 

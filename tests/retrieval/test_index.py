@@ -79,6 +79,17 @@ def test_scann_reaches_its_target_on_queries_it_was_not_tuned_on(
     assert recall(rows.numpy(), embeddings, fresh) > 0.93
 
 
+def test_without_scann_the_index_is_exact_and_says_so(
+    embeddings: np.ndarray, queries: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "scann", None)
+    index, metadata = build_index(
+        embeddings, queries, kind="scann", recall_target=0.95, k=50, seed=3
+    )
+    assert isinstance(index, ExactIndex) and metadata["kind"] == "exact"
+    assert metadata["fallback"].startswith("the package scann is not installed")
+
+
 def test_scann_does_not_search_more_than_the_target_needs(scann: tuple[ScannIndex, dict]) -> None:
     _, metadata = scann
     assert metadata["leaves"] == 71  # the root of 5,000

@@ -22,9 +22,7 @@ from rec.ops.serving.start import listen
 from rec.serving.service import Service
 from tests.conftest import Trained, rewrite
 
-selenium = pytest.importorskip(
-    "selenium", reason="the page's test needs selenium (requirements-dev.txt)"
-)
+selenium = pytest.importorskip("selenium", reason="the page's test needs selenium (the extra dev)")
 from selenium.webdriver import Chrome, ChromeOptions  # noqa: E402
 from selenium.webdriver.chrome.service import Service as Driver  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402

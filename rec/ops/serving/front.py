@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -13,8 +14,9 @@ from starlette.types import ASGIApp, Message, Scope
 
 from rec.errors import UserError
 from rec.ops.serving import metrics
-from rec.ops.serving.gate import RELOAD, Gate, Tokens
+from rec.ops.serving.gate import RELOAD, Format, Gate, Tokens
 from rec.ops.serving.shortcut import Shortcut
+from rec.serving.answer import Backend
 from rec.serving.app import PROBLEMS, create_app
 from rec.serving.service import Service
 
@@ -32,18 +34,28 @@ def guarded_app(
     tokens: Tokens,
     reload: Reload = never_reload,
     origins: tuple[str, ...] = (),
-    access_log: bool = False,
+    access_log: Format | None = None,
 ) -> ASGIApp:
     """The application of a service.
 
     Args:
       origins: of pages elsewhere whose scripts may call the API (CORS).
+      access_log: makes a line per request for stdout. None: no lines.
     """
     app = create_app(service, operations(reload))
     gate = Gate(Shortcut(app, service), tokens, access_log)
     if not origins:
         return gate
     return CORSMiddleware(gate, origins, allow_methods=["*"], allow_headers=["*"])
+
+
+def describe() -> dict[str, Any]:
+    """The OpenAPI schema, without any models."""
+    return create_app(Service(_load_nothing), operations(never_reload)).openapi()
+
+
+def _load_nothing() -> Backend:
+    raise UserError("this application only describes itself")
 
 
 def operations(reload: Reload) -> APIRouter:

@@ -6,7 +6,7 @@
 - An address or headers that two programs could understand differently are refused.
 - Without API tokens /v1/* is open to all; with `required` everything but the health checks is closed to all.
 - A request whose client has hung up is cancelled, so that no model works for it.
-- The log is one JSON line per request on stdout. A request keeps its X-Request-ID, or gets one.
+- The log is one line per request on stdout, JSON or text. A request keeps its X-Request-ID, or gets one.
 
 Not covered: users, scopes, rate limits, TLS. Those belong to the proxy in front.
 """
@@ -17,9 +17,10 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from dotenv import dotenv_values
@@ -155,6 +156,19 @@ def _problem(status: int, sentence: str) -> JSONResponse:
     return JSONResponse({"detail": sentence}, status)
 
 
+Line = dict[str, Any]  # of the log
+Format = Callable[[Line], str]
+
+
+def as_text(line: Line) -> str:
+    """For people: `2026-11-30T16:41:07.120+00:00 127.0.0.1 GET "/v1/items" 200 1.52 ms 5f0c2a9be1d34788`."""
+    path = json.dumps(line["path"])  # a line break in a path makes no second line
+    return "{time} {client} {method} {path} {status} {ms} ms {id}".format(**line | {"path": path})
+
+
+LOG_FORMATS: dict[str, Format] = {"json": json.dumps, "text": as_text}
+
+
 class Exchange:
     """One request and its answer, as they pass the gate."""
 
@@ -196,13 +210,13 @@ class Exchange:
             self.has_hung_up = True
             self.task.cancel()
 
-    def log(self) -> str:
+    def log(self) -> Line:
         """Counts the request, and returns its line of the log."""
         seconds = time.perf_counter() - self.start
         address = self.scope.get("address") or getattr(self.scope.get("route"), "path", "other")
         REQUESTS.labels(address, self.status).inc()
         REQUEST_SECONDS.labels(address).observe(seconds)
-        line = {
+        return {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "id": self.id.decode(),
             "client": (self.scope.get("client") or ("",))[0],
@@ -211,16 +225,15 @@ class Exchange:
             "status": self.status,
             "ms": round(seconds * 1000, 2),
         }
-        return json.dumps(line) + "\n"
 
 
 class Gate:
     """The application behind the gate, an ASGI application itself."""
 
-    def __init__(self, app: ASGIApp, tokens: Tokens, access_log: bool = False) -> None:
+    def __init__(self, app: ASGIApp, tokens: Tokens, access_log: Format | None = None) -> None:
         self._app = app
         self._tokens = tokens
-        self._has_access_log = access_log
+        self._format = access_log
         self._open: set[Exchange] = set()
         self._lines: list[str] = []
 
@@ -246,8 +259,8 @@ class Gate:
         finally:
             self._open.remove(exchange)
             line = exchange.log()
-            if self._has_access_log:
-                self._lines.append(line)
+            if self._format is not None:
+                self._lines.append(self._format(line) + "\n")
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         watching = asyncio.create_task(self._watch())

@@ -41,6 +41,8 @@ QUEUE = Gauge("rec_queue", "Requests waiting or being answered.", multiprocess_m
 HUNG_UP = Counter("rec_hung_up", "Requests dropped because their client had hung up.")
 COLD = Counter("rec_cold_starts", "Answers of popular items, for users of whom nothing is known.")
 RELOADS = Counter("rec_reloads", "Attempts to take new bundles into service.", ["result"])
+for result in ("done", "failed"):
+    RELOADS.labels(result)  # 0 from the start: Prometheus does not see a first rise from nothing
 VERSION = Gauge(
     "rec_model_version",
     "The version that answers; 0 if there is none.",

@@ -94,7 +94,7 @@ def work(
     os.setsid()
     from rec.ops.serving import worker
     from rec.ops.serving.front import guarded_app
-    from rec.ops.serving.gate import Tokens
+    from rec.ops.serving.gate import LOG_FORMATS, Tokens
     from rec.ops.serving.lanes import Lanes
     from rec.ops.serving.metrics import Prometheus
     from rec.serving.service import Service
@@ -106,7 +106,7 @@ def work(
         Tokens.from_environment(args.require_auth),
         supervision.reload,
         origins=tuple(args.cors_origin),
-        access_log=not args.no_access_log,
+        access_log=None if args.no_access_log else LOG_FORMATS[args.log_format],
     )
     worker.run(supervision, app, listener, at_once)
 

@@ -153,11 +153,3 @@ def test_a_reload_answers_with_the_new_versions_or_the_reason(service: Service) 
     refused = client.post("/v1/models/reload", headers=admin)
     assert_refused(refused, 409)
     assert refused.json()["detail"] == "the models stay as they are: ranking 3 is damaged"
-
-
-def test_the_log_is_written_while_the_server_lives(
-    service: Service, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with TestClient(guarded_app(service, Tokens(), access_log=True)) as client:
-        client.get("/healthz", headers={"X-Request-ID": "find-me"})
-    assert '"id": "find-me"' in capsys.readouterr().out

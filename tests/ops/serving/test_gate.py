@@ -1,5 +1,7 @@
 """Tokens: where they come from and what they open; addresses and headers that are refused."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,10 @@ from fastapi.testclient import TestClient
 
 from rec.errors import UserError
 from rec.ops.serving.connections import MAX_HEADERS
-from rec.ops.serving.front import guarded_app
-from rec.ops.serving.gate import MAX_URL, RELOAD, Tokens
+from rec.ops.serving.front import describe, guarded_app
+from rec.ops.serving.gate import LOG_FORMATS, MAX_URL, RELOAD, Tokens
 from rec.serving.service import Service
+from tests.conftest import ROOT
 
 CLOSED, NO_MODELS = (401, 403), 503
 
@@ -185,3 +188,27 @@ def test_there_are_not_too_many_headers() -> None:
     for number, expected in ((MAX_HEADERS - 10, 200), (MAX_HEADERS + 1, 431)):
         headers = {f"X-{at}": "" for at in range(number)}
         assert client.get("/healthz", headers=headers).status_code == expected
+
+
+@pytest.mark.parametrize(
+    "name, line",
+    [
+        (
+            "json",
+            r'\{"time": "[^"]+", "id": "find-me", .*"path": "/healthz\\n", "status": 404, .*\}\n',
+        ),
+        ("text", r'\S+ testclient GET "/healthz\\n" 404 [\d.]+ ms find-me\n'),
+    ],
+)
+def test_a_request_is_one_line_of_the_log(
+    name: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app = guarded_app(SERVICE, Tokens(), access_log=LOG_FORMATS[name])
+    with TestClient(app) as client:
+        client.get("/healthz%0A", headers={"X-Request-ID": "find-me"})
+    assert re.fullmatch(line, capsys.readouterr().out)
+
+
+def test_the_schema_in_the_repository_is_that_of_the_server() -> None:
+    stored = json.loads((ROOT / "docs" / "openapi.json").read_text())
+    assert stored == describe(), "run make openapi"
