@@ -302,6 +302,7 @@ def tune(
     baseline_class: type[Baseline],
     train: csr_matrix,
     histories: csr_matrix,
+    seen: csr_matrix,
     relevant: csr_matrix,
     timestamps: np.ndarray | None,
 ) -> tuple[float, Baseline]:
@@ -309,14 +310,14 @@ def tune(
 
     Args:
       train, timestamps: as for `fit`.
-      histories, relevant: [U, N] of the validation users. What is in a history is not recommended.
+      histories, seen, relevant: [U, N] of the validation users. What is seen is not recommended.
     """
     best: tuple[float, Baseline] | None = None
     for parameters in GRIDS[baseline_class]:
         start = time.perf_counter()
         baseline = baseline_class(**parameters)
         baseline.fit(train, timestamps)
-        ranked = rank(baseline, histories, histories, 10)
+        ranked = rank(baseline, histories, seen, 10)
         ndcg = float(per_user(ranked, relevant, (10,))["ndcg@10"].mean())
         seconds = time.perf_counter() - start
         print(f"{baseline}: val/ndcg@10 {ndcg:.4f}, {seconds:.1f} s", file=sys.stderr)

@@ -1,7 +1,8 @@
 """A dataset directory, encoded: strings become integers once, here. `Corpus` is everything that training reads."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from rec.features import (
     Vocabulary,
     fit_columns,
 )
-from rec.sequences import Sequences, concatenate, on_disk
+from rec.sequences import Sequences, concatenate, nothing, on_disk
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Corpus:
     val: Sequences  # what val asks for
     test: Sequences  # what test asks for
     met_in_val: Sequences | None = None  # all of val, history for test; None: what val asks for
+    has_repeats: bool = False  # whether a user may meet an item again
+    exclude_seen: bool = True  # whether what a user has met is not recommended again
 
     @property
     def popularity(self) -> np.ndarray:
@@ -61,6 +64,14 @@ class Corpus:
         return (
             self.train if split == "val" else concatenate(self.train, self.met_in_val or self.val)
         )
+
+    def under(self, exclude_seen: Literal["auto"] | bool) -> "Corpus":
+        """The same data under a rule of `index.exclude_seen`; auto: the rule that it has."""
+        return self if exclude_seen == "auto" else replace(self, exclude_seen=exclude_seen)
+
+    def barred(self, history: Sequences) -> Sequences:
+        """What must not be recommended to users with this history: the one rule for training and evaluation."""
+        return history if self.exclude_seen else nothing(len(history.lengths))
 
 
 def load_corpus(
@@ -130,6 +141,8 @@ def load_corpus(
         val=val,
         test=test,
         met_in_val=met_in_val,
+        has_repeats=dataset.has_repeats,
+        exclude_seen=not dataset.keeps_repeats,
     )
     check_unchanged(dataset)
     return corpus
@@ -160,8 +173,6 @@ def _report_what_is_not_used(dataset: Dataset) -> None:
         warn(f"{loss}; the autoencoder, popularity and the ranker do not use them yet")
     if manifest.get("negative_events"):
         warn("training leaves negative events out, and does not learn from them yet")
-    if dataset.has_repeats:
-        warn("what a user has met before is not recommended again: in val and test it is a miss")
 
 
 def _sequences(

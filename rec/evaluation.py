@@ -2,7 +2,8 @@
 
     report = evaluate(config, "test")
 
-- Every system ranks the full catalogue without what the user has interacted with in earlier splits.
+- Every system ranks the full catalogue, without what the user has interacted with in earlier splits if the bundles
+  exclude it (`index.exclude_seen`).
 - The bundles answer from the histories given here, so that measuring on val hides the validation items from them.
 
 `python -m rec.evaluate` is the command; it lists the systems.
@@ -43,7 +44,8 @@ class Requests(NamedTuple):
 
     users: np.ndarray  # [B] rows
     user_id: tf.Tensor  # [B] string
-    history: tf.Tensor  # [B, S] string, oldest first, "" for PAD
+    history: tf.Tensor  # [B, H] string, oldest first, "" for PAD
+    barred: tf.Tensor  # [B, S] string, what must not be recommended
     time: tf.Tensor  # [B] int64 seconds
 
 
@@ -52,14 +54,15 @@ class Task:
 
     Attributes:
       users: [U] rows of users with held-out items, ascending; out_of: how many there are, of whom these are a sample.
-      history: what was known; held: what came next.
-      seen, relevant: the same as matrices [U, catalogue].
+      history: what was known; barred: what must not be recommended; held: what came next.
+      known, seen, relevant: the same as matrices [U, catalogue].
     """
 
     def __init__(self, corpus: Corpus, split: str) -> None:
         """Raises UserError if the split is empty, or holds what is in a user's history."""
         self.corpus = corpus
         self.history = corpus.history(split)
+        self.barred = corpus.barred(self.history)
         self.held = corpus.val if split == "val" else corpus.test
         users = np.flatnonzero(self.held.lengths).astype(np.int32)
         if not len(users):
@@ -71,8 +74,10 @@ class Task:
             self.held = self.held.select(np.isin(self.held.users, self.users))
         rows = corpus.items.rows
         self.relevant = self.held.matrix(self.users, rows)[:, FIRST_ITEM:]
-        self.seen = self.history.matrix(self.users, rows)[:, FIRST_ITEM:]
-        metrics.check_no_overlap(self.seen, self.relevant)
+        self.known = self.history.matrix(self.users, rows)[:, FIRST_ITEM:]
+        self.seen = self.barred.matrix(self.users, rows)[:, FIRST_ITEM:]
+        if not corpus.has_repeats:
+            metrics.check_no_overlap(self.seen, self.relevant)
 
     def segments(self) -> dict[str, np.ndarray]:
         """[U] bool masks: all users; those without a history, with one up to the median length, with a longer one."""
@@ -96,6 +101,7 @@ class Task:
                 users=users,
                 user_id=tf.constant(ids.tolist()),
                 history=self.item_ids(self.history.last(users)),
+                barred=self.item_ids(self.barred.last(users)),
                 time=tf.constant(self._times(users), tf.int64),
             )
 
@@ -114,7 +120,7 @@ class Task:
         """[U, K] catalogue rows that a bundle's function recommends, -1 behind."""
         parts: list[np.ndarray] = []
         for batch in self.requests():
-            answer = function(batch.user_id, batch.history, batch.history, batch.time)
+            answer = function(batch.user_id, batch.history, batch.barred, batch.time)
             parts.append(answer["item_id"].numpy())
         items: Any = np.concatenate(parts)
         ids = np.char.decode(items[:, :K].astype(bytes), "utf-8").astype(object)
@@ -123,9 +129,10 @@ class Task:
         return np.pad(rows, [(0, 0), (0, K - ids.shape[1])], constant_values=-1)
 
 
-def task_of(dataset: Dataset, split: str) -> Task:
-    """Raises UserError as Task does."""
-    return Task(load_corpus(dataset, Features({}, {})), split)
+def task_of(dataset: Dataset, split: str, pair: Recommender) -> Task:
+    """What a pair of bundles is asked, under its own rule of `index.exclude_seen`. Raises UserError as Task does."""
+    corpus = load_corpus(dataset, Features({}, {}))
+    return Task(corpus.under(pair.metadata.retrieval.excludes_seen), split)
 
 
 def no_more(task: Task, pair: Recommender) -> Report:
@@ -149,9 +156,9 @@ def evaluate(
       more: what else to measure; its entries are added to the report.
     """
     dataset = open_dataset(config.dataset)
-    task = task_of(dataset, split)
     pair = pair or load_latest(config)
     _check_dataset(pair, dataset, config)
+    task = task_of(dataset, split, pair)
     by_baselines = _tuned_baselines(task) if with_baselines else _popularity(task)
     ranked = by_baselines | _ranked_by(pair, task)
     values = {name: metrics.per_user(rows, task.relevant) for name, rows in ranked.items()}
@@ -165,6 +172,7 @@ def evaluate(
         "split": split,
         "users": len(task.users),
         "out_of_users": task.out_of,
+        "exclude_seen": task.corpus.exclude_seen,
         "best_baseline": best,
         "systems": systems,
         "segments": _segments(task, values, config.seed),
@@ -230,7 +238,7 @@ def _segment(values: dict[str, Values], mask: np.ndarray, seed: int) -> Report:
 def _popularity(task: Task) -> dict[str, np.ndarray]:
     popularity = baselines.Popularity()
     popularity.fit(_train_matrix(task.corpus))
-    return {"popularity": baselines.rank(popularity, task.seen, task.seen, K)}
+    return {"popularity": baselines.rank(popularity, task.known, task.seen, K)}
 
 
 def _tuned_baselines(task: Task) -> dict[str, np.ndarray]:
@@ -241,11 +249,13 @@ def _tuned_baselines(task: Task) -> dict[str, np.ndarray]:
     ranked = {}
     for make in baselines.GRIDS:
         try:
-            _, best = baselines.tune(make, train, val.seen, val.relevant, corpus.train.times)
+            _, best = baselines.tune(
+                make, train, val.known, val.seen, val.relevant, corpus.train.times
+            )
         except UserError as error:  # a catalogue too large for it, or no timestamps
             note(f"{make.name} is left out: {error}")
             continue
-        ranked[make.name] = baselines.rank(best, task.seen, task.seen, K)
+        ranked[make.name] = baselines.rank(best, task.known, task.seen, K)
     return ranked
 
 
@@ -268,7 +278,8 @@ def show_systems(report: Report) -> None:
     users = f"{report['users']:,} users"
     if report["users"] < report["out_of_users"]:
         users += f", drawn from {report['out_of_users']:,}"
-    note(f"\n{report['dataset']}, {report['split']}, {users}")
+    rule = "without" if report["exclude_seen"] else "with"
+    note(f"\n{report['dataset']}, {report['split']}, {users}, {rule} what each has met before")
     names = "".join(f"{name:>14}" for name in SHOWN)
     note(f"{'':20}{names}{'95 % of ndcg@10':>18}{'less ' + report['best_baseline']:>22}")
     for name, values in report["systems"].items():

@@ -2,12 +2,14 @@
 
     python -m rec.recommend --user u7                     from the user's stored history
     python -m rec.recommend --history i1 i2 --k 5         from a history, oldest first
+    python -m rec.recommend --user u7 --no-exclude-seen   also what the user has met before
     python -m rec.recommend                               prompts for users, one after the other
 
 Tables go to stderr. The last line of stdout is JSON: {"users": [{"user_id", "cold_start", "items": [{"item_id",
 "score", "title"}, ..]}, ..]}; `score` is null for an item that has not been scored.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -44,14 +46,21 @@ class Answer:
 
 
 def recommend(
-    recommender: Recommender, user_id: str | None, history: list[str] | None, k: int
+    recommender: Recommender,
+    user_id: str | None,
+    history: list[str] | None,
+    k: int,
+    exclude_seen: bool | None = None,
 ) -> Answer:
     """The k best items for a user with a stored history, or for a given history.
+
+    `exclude_seen`: whether what the user has met is left out; None: as the bundle was made.
 
     Raises:
       UserError: k is below 1, or more than the bundle retrieves.
     """
-    candidates = recommender.answer([user_id or ""], [history], [[]])
+    rule = None if exclude_seen is None else [exclude_seen]
+    candidates = recommender.answer([user_id or ""], [history], [[]], rule)
     rows = candidates.rows[0]
     scores = candidates.scores[0]
     if not 1 <= k <= len(rows):
@@ -114,6 +123,11 @@ def main() -> None:
     parser.add_argument("--user", action="append", metavar="ID", help="can be repeated")
     parser.add_argument("--history", nargs="+", metavar="ITEM", help="item ids, oldest first")
     parser.add_argument("--k", type=int, default=10, help="items per user (default: %(default)s)")
+    parser.add_argument(
+        "--exclude-seen",
+        action=argparse.BooleanOptionalAction,
+        help="leave out what the user has met, or not (default: as the bundle was made)",
+    )
     parser.add_argument("--alias", default="latest", help="of the bundles (default: %(default)s)")
     add_config_arguments(parser)
     args = parser.parse_args()
@@ -126,7 +140,7 @@ def main() -> None:
         users = read_users()
     answers = []
     for user_id in users:
-        answer = recommend(recommender, user_id, args.history, args.k)
+        answer = recommend(recommender, user_id, args.history, args.k, args.exclude_seen)
         history = args.history or recommender.histories([user_id])[0]
         show(recommender, answer, history)
         answers.append(answer)

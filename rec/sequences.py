@@ -132,6 +132,11 @@ class Sequences:
         return list(pairwise(np.unique([*cuts, len(self.lengths)])))
 
 
+def nothing(users: int) -> Sequences:
+    """No interactions of so many user rows."""
+    return Sequences(np.zeros(users + 1, np.int64), np.zeros(0, np.int32), None, None)
+
+
 def concatenate(first: Sequences, second: Sequences) -> Sequences:
     """Each user's interactions of `first`, then those of `second`."""
     users = np.concatenate([first.users, second.users])

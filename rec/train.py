@@ -51,7 +51,7 @@ def run_retrieval(config: Config, distribution: Distribution) -> tuple[TrainedRe
     """Trains the two towers and exports them."""
     start = time.perf_counter()
     dataset = open_dataset(config.dataset)
-    corpus = load_corpus(dataset, config.features)
+    corpus = load_corpus(dataset, config.features).under(config.index.exclude_seen)
     warn(*without_effect(config, corpus.facts, ("retrieval", "index")))
     with track(config, "retrieval") as tracker:
         trained = train_retrieval(config, corpus, distribution=distribution, tracker=tracker)
@@ -74,6 +74,7 @@ def run_ranking(
     dataset = open_dataset(config.dataset)
     if retrieval is None:
         retrieval = load_retrieval(retrieval_checkpoint(config), dataset)
+        retrieval = retrieval.under(config.index.exclude_seen)
         warn(
             *overruled(config, retrieval.description.config_over(config), ("retrieval", "features"))
         )

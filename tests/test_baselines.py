@@ -218,7 +218,7 @@ def test_tune_takes_the_best_on_validation_and_returns_it_fitted(
     monkeypatch.setitem(
         GRIDS, cast(Any, RecentPopularity), [{"days": days} for days in (1000, 5, 7)]
     )
-    value, best = tune(RecentPopularity, train, history, relevant, times)
+    value, best = tune(RecentPopularity, train, history, history, relevant, times)
     assert (value, best) == (1.0, RecentPopularity(days=5))
     assert best.scores(history)[0].argmax() == 3
     printed = capsys.readouterr()

@@ -73,4 +73,11 @@ def test_what_training_does_not_use_yet_is_said(
     err = capsys.readouterr().err
     assert "warning: weights count in the loss of models of sequences; the autoencoder" in err
     assert "warning: training leaves negative events out" in err
-    assert "warning: what a user has met before is not recommended again" in err
+
+
+def test_what_was_met_may_be_recommended_again_if_repeats_are_kept(corpus: Corpus) -> None:
+    assert corpus.has_repeats and not corpus.exclude_seen
+    assert not len(corpus.barred(corpus.train).items)
+    assert corpus.under("auto") is corpus
+    unseen = corpus.under(True)
+    assert unseen.barred(unseen.train) is unseen.train

@@ -16,16 +16,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from rec import LOWEST
-from rec.bundles.recommender import (
-    FLAGS,
-    IDS,
-    LISTS,
-    ROWS,
-    TIMES,
-    AnswersUsers,
-    Tensors,
-    nothing_given,
-)
+from rec.bundles.recommender import FLAGS, IDS, LISTS, ROWS, TIMES, AnswersUsers, Tensors
 from rec.corpus import Corpus
 from rec.features import (
     FIRST_ITEM,
@@ -143,7 +134,7 @@ def _frozen(variables: list[tf.Variable], encoders: list[Encoder]) -> list[tf.Va
 
 
 class RetrievalModule(AnswersUsers):
-    """user_id or history -> the k best items that the user has not seen."""
+    """user_id or history -> the k best items, by default those that the user has not seen."""
 
     SIGNATURES = (
         "serving_default",
@@ -155,9 +146,16 @@ class RetrievalModule(AnswersUsers):
     )
 
     def __init__(
-        self, model: RetrievalModel, index: ExactIndex | ScannIndex, lookup: Lookup, k: int
+        self,
+        model: RetrievalModel,
+        index: ExactIndex | ScannIndex,
+        lookup: Lookup,
+        k: int,
+        *,
+        exclude_seen: bool = True,
     ) -> None:
         super().__init__(name="retrieval")
+        self.exclude_seen = tf.Variable(exclude_seen, trainable=False, name="exclude_seen")
         self.index = index
         self.lookup = lookup
         self.k = k
@@ -183,7 +181,8 @@ class RetrievalModule(AnswersUsers):
     def _search_for_stored(self, user: tf.Tensor) -> Tensors:
         history = self.lookup.stored(user)
         query = self.model.get.query(user, history)
-        scores, rows = self._best(query, user, history, history)
+        seen = tf.where(self.exclude_seen, history, PAD)
+        scores, rows = self._best(query, user, history, seen)
         return self._places(scores, rows, user, history)
 
     def _find(self, *request: tf.Tensor) -> tuple[Tensors, None]:
@@ -242,34 +241,41 @@ class RetrievalModule(AnswersUsers):
         user = self.lookup.user_rows(user_id)
         return self.lookup.item_ids(self.lookup.stored(user))
 
-    @tf.function(input_signature=[IDS, LISTS, FLAGS, LISTS])
+    @tf.function(input_signature=[IDS, LISTS, FLAGS, LISTS, FLAGS])
     def answer(
-        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, exclude: tf.Tensor
+        self,
+        user_id: tf.Tensor,
+        history: tf.Tensor,
+        is_given: tf.Tensor,
+        exclude: tf.Tensor,
+        exclude_seen: tf.Tensor,
     ) -> Tensors:
         """What a server asks, for requests of every kind in one batch.
 
         Args:
           is_given: [B] where `history` [B, H] takes the place of the stored one.
-          exclude: [B, E] left out, beside what has been seen.
+          exclude: [B, E] left out.
+          exclude_seen: [B] where both histories are left out, too.
 
         Returns:
           item_id, score [B, k]; row [B, k], the items' places in items.parquet, -1 where there is none; cold [B] bool.
         """
         user = self.lookup.user_rows(user_id)
         rows = self.lookup.item_rows(history)
-        excluded = self.lookup.item_rows(exclude)
-        seen = tf.concat([rows, self.lookup.stored(user), excluded], 1)
+        seen = tf.concat([rows, self.lookup.stored(user)], 1)
+        seen = tf.where(exclude_seen[:, None], seen, PAD)
+        left_out = tf.concat([seen, self.lookup.item_rows(exclude)], 1)
         history = self.lookup.history(user, rows, is_given)
         query = self.model.get.query(at_least(2, user), at_least(2, history))
         query = query[: tf.size(user)]
-        scores, best = self._best(query, user, history, seen)
+        scores, best = self._best(query, user, history, left_out)
         return self._described(scores, best, user, history)
 
     @tf.function(input_signature=[IDS])
     def answer_known(self, user_id: tf.Tensor) -> Tensors:
         """As `answer` to users with their stored histories and without exclusions, looked up."""
         if self.known is None:
-            return self.answer(user_id, *nothing_given(user_id))
+            return self.answer(user_id, *self._nothing_given(user_id))
         user = self.lookup.user_rows(user_id)
         found = {name: tf.gather(values, user) for name, values in self.known.items()}
         rows = found["row"] + FIRST_ITEM

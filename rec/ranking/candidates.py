@@ -146,11 +146,12 @@ def mine(
     n: int,
     *,
     next_item: bool,
+    exclude_seen: bool = True,
 ) -> CandidateLists:
     """Candidate lists of length `n` from a model that was trained on `past`.
 
     `next_item`: only the first label after the query is right, and the later ones are left out of the list.
-    Otherwise all labels after the query are right.
+    Otherwise all labels after the query are right. `exclude_seen`: what the user has met is left out, too.
     """
     candidates = model.candidates()
     step = users_per_batch(model.n_items)
@@ -158,7 +159,18 @@ def mine(
     parts = []
     for begin in tqdm(starts, desc="mining candidates", unit="batch", leave=False):
         part = queries.part(begin, begin + step)
-        parts.append(_mine_part(model, candidates, past, labels, part, n, next_item=next_item))
+        parts.append(
+            _mine_part(
+                model,
+                candidates,
+                past,
+                labels,
+                part,
+                n,
+                next_item=next_item,
+                exclude_seen=exclude_seen,
+            )
+        )
     lists = concatenate_lists(parts)
     longest = int((lists.history != PAD).sum(1).max(initial=1))
     return replace(lists, history=lists.history[:, :longest])
@@ -173,6 +185,7 @@ def _mine_part(
     n: int,
     *,
     next_item: bool,
+    exclude_seen: bool,
 ) -> CandidateLists:
     user = queries.user
     place = queries.place
@@ -180,12 +193,14 @@ def _mine_part(
     known_labels = labels.between(user, np.zeros_like(place), place)
     before = np.concatenate([past.last(user), known_labels], 1)
     right = labels.between(user, place, place + 1 if next_item else end)
-    seen = before
+    left_out = before if exclude_seen else before[:, :0]
     if next_item:
-        seen = np.concatenate([before, labels.between(user, place + 1, end)], 1)
+        later = labels.between(user, place + 1, end)
+        later = np.where(later == right, PAD, later)  # the right item may come again
+        left_out = np.concatenate([left_out, later], 1)
     time = labels.times_at(user, place)
     scores = model.score_catalogue_compiled(user, before, candidates, time)
-    best, rows = best_unseen(scores, seen, n)
+    best, rows = best_unseen(scores, left_out, n)
     items = rows.numpy()
     is_right = (items[:, :, None] == right[:, None, :]) & (items != PAD)[:, :, None]
     return CandidateLists(

@@ -188,6 +188,7 @@ def describe_ranking(
         dataset=retrieval.corpus.dataset_id,
         seed=config.seed,
         features=config.features,
+        exclude_seen=retrieval.corpus.exclude_seen,
         ranking=config.ranking,
         retrieval_run=retrieval.description,
         init_from=init_name,
@@ -222,7 +223,9 @@ def mine_training_lists(
         next_item = asks_for_next_item(corpus)
         queries = training_queries(labels, next_item=next_item, most=MAX_LISTS, seed=config.seed)
         n = config.ranking.candidates
-        lists = mine(miner, past, labels, queries, n, next_item=next_item).with_hits()
+        lists = mine(
+            miner, past, labels, queries, n, next_item=next_item, exclude_seen=corpus.exclude_seen
+        ).with_hits()
     if not len(lists):
         warn(
             "no candidate list holds a right item, so the ranker keeps retrieval's order: "
@@ -295,6 +298,7 @@ class RankingValidation:
             queries,
             config.ranking.candidates,
             next_item=False,
+            exclude_seen=corpus.exclude_seen,
         )
         self._val_counts = CountFeatures(corpus.train, corpus.items.rows)
         self._mined = mined

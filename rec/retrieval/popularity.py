@@ -93,10 +93,11 @@ def _shares(train: Sequences) -> tuple[float, ...]:
 def _ndcg_of_one_order(
     scores: np.ndarray, corpus: Corpus, train: Sequences, users: np.ndarray
 ) -> float:
-    """The sum of NDCG@100 over `users` if all get the same scores [item rows], without what each has seen."""
+    """The sum of NDCG@100 over `users` if all get the same scores [item rows]."""
     relevant = corpus.val.matrix(users, corpus.items.rows)
-    seen = train.matrix(users, corpus.items.rows).astype(bool)
-    depth = DEPTH + int(train.lengths[users].max(initial=0))
+    barred = corpus.barred(train)
+    seen = barred.matrix(users, corpus.items.rows).astype(bool)
+    depth = DEPTH + int(barred.lengths[users].max(initial=0))
     order = FIRST_ITEM + np.argsort(-scores[FIRST_ITEM:], kind="stable")[:depth]
     is_seen = seen[:, order].toarray()
     unseen_first = np.argsort(is_seen, axis=1, kind="stable")[:, :DEPTH]
@@ -121,7 +122,8 @@ def _ndcg_of_biases(
         history = train.last(part)
         relevant = corpus.val.matrix(part, corpus.items.rows)
         scores = model.score_catalogue_compiled(part, history, candidates, current_time(part))
-        parts.append([ndcg_of_scores(scores + bias, history, relevant, DEPTH) for bias in biases])
+        seen = corpus.barred(train).last(part)
+        parts.append([ndcg_of_scores(scores + bias, seen, relevant, DEPTH) for bias in biases])
     return np.concatenate(parts, axis=1)
 
 

@@ -8,6 +8,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import tensorflow as tf
 
@@ -44,6 +45,10 @@ class TrainedRetrieval:
     corpus: Corpus
     state: TrainState
     description: RetrievalRun
+
+    def under(self, exclude_seen: Literal["auto"] | bool) -> "TrainedRetrieval":
+        """The same model under a rule of `index.exclude_seen`; auto: the rule that it was trained with."""
+        return replace(self, corpus=self.corpus.under(exclude_seen))
 
 
 def train_retrieval(
@@ -107,6 +112,7 @@ def _train(
         dataset=corpus.dataset_id,
         seed=config.seed,
         features=config.features,
+        exclude_seen=corpus.exclude_seen,
         retrieval=settings,
         interactions=len(train.items),
         stop_after=stop_after,
@@ -179,6 +185,6 @@ def load_retrieval(
 
 def _load_retrieval(directory: Path, dataset: Dataset, corpus: Corpus | None) -> TrainedRetrieval:
     description = read_run(RetrievalRun, directory)
-    corpus = corpus or load_trained_corpus(directory, dataset)
+    corpus = corpus or load_trained_corpus(directory, dataset).under(description.exclude_seen)
     model = RetrievalModel(description.retrieval, corpus)
     return TrainedRetrieval(model, corpus, restore(model, directory), description)

@@ -82,6 +82,17 @@ def test_a_list_is_labelled_by_the_next_item_and_holds_nothing_already_or_later_
     assert sorted(lists.items[1]) == [PAD, PAD, PAD, 6, 7, 8]
 
 
+def test_with_seen_items_a_list_holds_what_was_met_and_what_comes_again():
+    data = corpus([[3, 4, 5, 4, 5]])
+    past, labels = hold_out(data, 0.6, seed=0)
+    queries = training_queries(labels, next_item=True, most=9, seed=0)
+    lists = mine(retrieval(data), past, labels, queries, 6, next_item=True, exclude_seen=False)
+    chosen = [lists.items[j][lists.labels[j] == 1].tolist() for j in range(3)]
+    assert chosen == [[5], [4], [5]]
+    assert sorted(lists.items[0]) == [PAD, 3, 5, 6, 7, 8]  # without 4, which is chosen later
+    assert sorted(lists.items[2]) == [3, 4, 5, 6, 7, 8]
+
+
 def test_a_whole_list_is_labelled_by_all_that_follows():
     data = corpus([[3, 4, 5, 6], [3]])
     past, labels = hold_out(data, 0.5, seed=0)

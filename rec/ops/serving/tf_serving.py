@@ -48,13 +48,21 @@ class TfServing:
         user_ids: Sequence[str],
         histories: Sequence[list[str] | None],
         excluded: Sequence[list[str]],
+        exclude_seen: Sequence[bool] | None = None,
     ) -> Candidates:
         inputs = {
             "user_id": user_ids,
             "is_given": [history is not None for history in histories],
             "history": pad_left([history or [] for history in histories], 1),
         }
-        outputs = self._retrieve(inputs, excluded)
+        usual = self.metadata.retrieval.excludes_seen
+        rules = exclude_seen or [usual] * len(user_ids)
+        is_usual = all(rule == usual for rule in rules)
+        if is_usual and not any(inputs["is_given"]) and not any(excluded):
+            outputs = self._call("retrieval", "answer_known", {"user_id": user_ids})
+        else:
+            exclusions = {"exclude": pad_left(excluded, 1), "exclude_seen": rules}
+            outputs = self._call("retrieval", "answer", inputs | exclusions)
         retrieved = {name: np.array(outputs[name]) for name in ("row", "score", "cold")}
         retrieved["score"] = retrieved["score"].astype(np.float32)
         n = self.metadata.candidates
@@ -63,13 +71,6 @@ class TfServing:
         items = [row[:n] for row in outputs["item_id"]]
         ranked = self._call("ranking", "answer", {**inputs, "item_id": items})
         return rerank(NUMPY, retrieved, np.array(ranked, np.float32), n)
-
-    def _retrieve(self, inputs: dict[str, Any], excluded: Sequence[list[str]]) -> Any:
-        """What retrieval returns: looked up if nothing but user ids is given."""
-        if any(inputs["is_given"]) or any(excluded):
-            exclusions = {"exclude": pad_left(excluded, 1)}
-            return self._call("retrieval", "answer", inputs | exclusions)
-        return self._call("retrieval", "answer_known", {"user_id": inputs["user_id"]})
 
     def answer_within(self, user_id: str, history: list[str] | None, rows: np.ndarray) -> None:
         """It cannot be done here: a filter's rows belong to one request, and TF Serving batches every input."""
