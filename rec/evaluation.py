@@ -62,7 +62,7 @@ class Task:
         """Raises UserError if the split is empty, or holds what is in a user's history."""
         self.corpus = corpus
         self.history = corpus.history(split)
-        self.barred = corpus.barred(self.history)
+        self.barred = corpus.barred(self.history, split)
         self.held = corpus.val if split == "val" else corpus.test
         users = np.flatnonzero(self.held.lengths).astype(np.int32)
         if not len(users):

@@ -95,6 +95,12 @@ class Sequences:
             weights=None if self.weights is None else self.weights[keep],
         )
 
+    def among(self, other: "Sequences") -> np.ndarray:
+        """[n] bool: whether the user has an interaction with the item in `other`, too."""
+        own = self.users.astype(np.int64) << 32 | self.items
+        others = other.users.astype(np.int64) << 32 | other.items
+        return np.isin(own, others)
+
     def without_repeats(self) -> "Sequences":
         """The first interaction of each user with each item."""
         pairs = pd.DataFrame({"user": self.users, "item": self.items})

@@ -65,6 +65,9 @@ class Backend(Protocol):
     def histories(self, user_ids: list[str]) -> list[list[str]]:
         """The stored history of each user, oldest first, up to index.max_seen items."""
 
+    def disliked(self, user_ids: list[str]) -> list[list[str]]:
+        """What each user has marked by a negative event: never to be recommended."""
+
     def cosines(self, items: list[str], others: list[str]) -> np.ndarray:
         """[N, H]: the cosines of the items' vectors; LOWEST if an item is unknown."""
 

@@ -273,9 +273,10 @@ class Recommender:
         return rows.reshape(ids.shape), answer["score"].numpy()
 
     def histories(self, user_ids: list[str]) -> list[list[str]]:
-        ids = tf.constant(user_ids, tf.string)
-        stored = _strings(self.module.retrieval.history(ids))
-        return [[item for item in row if item] for row in stored.tolist()]
+        return _lists(self.module.retrieval.history(tf.constant(user_ids, tf.string)))
+
+    def disliked(self, user_ids: list[str]) -> list[list[str]]:
+        return _lists(self.module.retrieval.disliked(tf.constant(user_ids, tf.string)))
 
     def cosines(self, items: list[str], others: list[str]) -> np.ndarray:
         ids = tf.constant(items, tf.string)
@@ -312,6 +313,11 @@ def pad_lists(lists: Sequence[list[str]]) -> tf.Tensor:
 
 def _candidates(answer: Tensors) -> Candidates:
     return Candidates(**{name: values.numpy() for name, values in answer.items()})
+
+
+def _lists(ids: tf.Tensor) -> list[list[str]]:
+    """[B, S] ids -> a list per row, without the empty places."""
+    return [[item for item in row if item] for row in _strings(ids).tolist()]
 
 
 def _strings(ids: tf.Tensor) -> np.ndarray:

@@ -41,8 +41,37 @@ Found = tuple[tf.Tensor, tf.Tensor]  # scores and item rows
 USERS_AT_ONCE = 256  # queries that are computed together
 
 
+class StoredItems(tf.Module):
+    """The items of every known user."""
+
+    def __init__(self, items: Sequences, name: str) -> None:
+        super().__init__(name=name)
+        self._offsets = tf.Variable(items.offsets, trainable=False, name=f"{name}_offsets")
+        # One item more than there is, so that gathering for a user without items stays in bounds.
+        self._items = tf.Variable(
+            np.append(items.items, PAD).astype(np.int32), trainable=False, name=name
+        )
+
+    def __call__(self, user: tf.Tensor, width: int | None = None) -> tf.Tensor:
+        """[B] user rows -> [B, S] item rows, oldest first, PAD behind: the last `width`, by default all.
+
+        S is `width`, or the most items of a user of the batch.
+        """
+        begin = tf.gather(self._offsets, user)
+        end = tf.gather(self._offsets, user + 1)
+        if width is None:
+            columns = tf.range(tf.reduce_max(end - begin, axis=0))
+        else:
+            begin = tf.maximum(begin, end - width)
+            columns = tf.range(width, dtype=begin.dtype)
+        at = begin[:, None] + columns
+        inside = at < end[:, None]
+        items = tf.gather(self._items, tf.where(inside, at, 0))
+        return tf.where(inside, items, PAD)
+
+
 class Lookup(tf.Module):
-    """Ids <-> rows, and the stored history of every known user."""
+    """Ids <-> rows, and of every known user the stored history and what is disliked."""
 
     def __init__(self, corpus: Corpus, history: Sequences, max_seen: int, assets: Path) -> None:
         """`assets` is a directory for the vocabulary files, which tf.saved_model.save copies into the bundle."""
@@ -55,13 +84,10 @@ class Lookup(tf.Module):
         )
         lengths = np.minimum(history.lengths, max_seen)
         first = (history.offsets[1:] - lengths)[history.users]  # of each interaction's user
+        self.users = len(history.lengths)
         stored = history.select(np.arange(len(history.items)) >= first)
-        self.users = len(stored.lengths)
-        self._offsets = tf.Variable(stored.offsets, trainable=False, name="history_offsets")
-        # One item more than there is, so that gathering for a user without a history stays in bounds.
-        self._history = tf.Variable(
-            np.append(stored.items, PAD).astype(np.int32), trainable=False, name="history"
-        )
+        self.stored = StoredItems(stored, "history")
+        self.disliked = StoredItems(corpus.disliked("test"), "disliked")
 
     def user_rows(self, user_id: tf.Tensor) -> tf.Tensor:
         """[B] string -> [B] int32; "" and unknown ids are UNKNOWN_USER."""
@@ -76,23 +102,6 @@ class Lookup(tf.Module):
     def item_ids(self, rows: tf.Tensor) -> tf.Tensor:
         """int32 [...] -> string [...]; PAD is ""."""
         return tf.gather(self._item_ids, rows)
-
-    def stored(self, user: tf.Tensor, width: int | None = None) -> tf.Tensor:
-        """[B] user rows -> [B, S] item rows, oldest first, PAD behind: the last `width`, by default all.
-
-        S is `width`, or the longest history of the batch.
-        """
-        begin = tf.gather(self._offsets, user)
-        end = tf.gather(self._offsets, user + 1)
-        if width is None:
-            columns = tf.range(tf.reduce_max(end - begin, axis=0))
-        else:
-            begin = tf.maximum(begin, end - width)
-            columns = tf.range(width, dtype=begin.dtype)
-        at = begin[:, None] + columns
-        inside = at < end[:, None]
-        items = tf.gather(self._history, tf.where(inside, at, 0))
-        return tf.where(inside, items, PAD)
 
     def history(self, user: tf.Tensor, rows: tf.Tensor, is_given: tf.Tensor) -> tf.Tensor:
         """[B, H + S]: the caller's history, `rows` [B, H], if it is given, otherwise the stored one; PAD anywhere."""
@@ -143,6 +152,7 @@ class RetrievalModule(AnswersUsers):
         "answer",
         "answer_known",
         "history",
+        "disliked",
     )
 
     def __init__(
@@ -182,7 +192,8 @@ class RetrievalModule(AnswersUsers):
         history = self.lookup.stored(user)
         query = self.model.get.query(user, history)
         seen = tf.where(self.exclude_seen, history, PAD)
-        scores, rows = self._best(query, user, history, seen)
+        left_out = tf.concat([seen, self.lookup.disliked(user)], 1)
+        scores, rows = self._best(query, user, history, left_out)
         return self._places(scores, rows, user, history)
 
     def _find(self, *request: tf.Tensor) -> tuple[Tensors, None]:
@@ -241,6 +252,12 @@ class RetrievalModule(AnswersUsers):
         user = self.lookup.user_rows(user_id)
         return self.lookup.item_ids(self.lookup.stored(user))
 
+    @tf.function(input_signature=[IDS])
+    def disliked(self, user_id: tf.Tensor) -> tf.Tensor:
+        """[B, S] string: what each user dislikes, "" behind."""
+        user = self.lookup.user_rows(user_id)
+        return self.lookup.item_ids(self.lookup.disliked(user))
+
     @tf.function(input_signature=[IDS, LISTS, FLAGS, LISTS, FLAGS])
     def answer(
         self,
@@ -254,7 +271,7 @@ class RetrievalModule(AnswersUsers):
 
         Args:
           is_given: [B] where `history` [B, H] takes the place of the stored one.
-          exclude: [B, E] left out.
+          exclude: [B, E] left out, beside what the user dislikes.
           exclude_seen: [B] where both histories are left out, too.
 
         Returns:
@@ -264,7 +281,8 @@ class RetrievalModule(AnswersUsers):
         rows = self.lookup.item_rows(history)
         seen = tf.concat([rows, self.lookup.stored(user)], 1)
         seen = tf.where(exclude_seen[:, None], seen, PAD)
-        left_out = tf.concat([seen, self.lookup.item_rows(exclude)], 1)
+        excluded = self.lookup.item_rows(exclude)
+        left_out = tf.concat([seen, self.lookup.disliked(user), excluded], 1)
         history = self.lookup.history(user, rows, is_given)
         query = self.model.get.query(at_least(2, user), at_least(2, history))
         query = query[: tf.size(user)]

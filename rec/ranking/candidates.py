@@ -17,7 +17,7 @@ from rec.features import PAD, recent_items
 from rec.ranking.count_features import COUNT_FEATURES, CountFeatures
 from rec.retrieval.model import RetrievalModel
 from rec.retrieval.scoring import best_unseen, users_per_batch
-from rec.sequences import Sequences
+from rec.sequences import Sequences, nothing
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,10 @@ def hold_out(corpus: Corpus, share: float, seed: int) -> tuple[Sequences, Sequen
         first_label = lengths - labels
         place = np.arange(len(train.items)) - train.offsets[train.users]
         is_label = place >= first_label[train.users]
-    return train.select(~is_label), train.select(is_label)
+    past = train.select(~is_label)
+    if train.weights is not None:  # 0: the user dislikes it
+        is_label &= train.weights > 0
+    return past, train.select(is_label)
 
 
 def first_queries(labels: Sequences, most: int | None = None, seed: int = 0) -> Queries:
@@ -147,11 +150,13 @@ def mine(
     *,
     next_item: bool,
     exclude_seen: bool = True,
+    disliked: Sequences | None = None,
 ) -> CandidateLists:
     """Candidate lists of length `n` from a model that was trained on `past`.
 
     `next_item`: only the first label after the query is right, and the later ones are left out of the list.
     Otherwise all labels after the query are right. `exclude_seen`: what the user has met is left out, too.
+    So is what is `disliked`. A ranker is trained without it: dislikes that retrieval returns are wrong items of a list.
     """
     candidates = model.candidates()
     step = users_per_batch(model.n_items)
@@ -169,6 +174,7 @@ def mine(
                 n,
                 next_item=next_item,
                 exclude_seen=exclude_seen,
+                disliked=disliked or nothing(len(past.lengths)),
             )
         )
     lists = concatenate_lists(parts)
@@ -186,6 +192,7 @@ def _mine_part(
     *,
     next_item: bool,
     exclude_seen: bool,
+    disliked: Sequences,
 ) -> CandidateLists:
     user = queries.user
     place = queries.place
@@ -193,7 +200,9 @@ def _mine_part(
     known_labels = labels.between(user, np.zeros_like(place), place)
     before = np.concatenate([past.last(user), known_labels], 1)
     right = labels.between(user, place, place + 1 if next_item else end)
-    left_out = before if exclude_seen else before[:, :0]
+    left_out = disliked.last(user)
+    if exclude_seen:
+        left_out = np.concatenate([before, left_out], 1)
     if next_item:
         later = labels.between(user, place + 1, end)
         later = np.where(later == right, PAD, later)  # the right item may come again

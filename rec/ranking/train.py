@@ -299,6 +299,7 @@ class RankingValidation:
             config.ranking.candidates,
             next_item=False,
             exclude_seen=corpus.exclude_seen,
+            disliked=corpus.disliked("val"),
         )
         self._val_counts = CountFeatures(corpus.train, corpus.items.rows)
         self._mined = mined

@@ -88,7 +88,7 @@ def _mean_ndcg(
         history = corpus.train.last(part)
         relevant = corpus.val.matrix(part, corpus.items.rows)
         scores = tf.matmul(user_factors(history), candidates, transpose_b=True)
-        seen = corpus.barred(corpus.train).last(part)
+        seen = corpus.barred(corpus.train, "val").last(part)
         parts.append(ndcg_of_scores(scores, seen, relevant, DEPTH))
     return float(np.concatenate(parts).mean())
 
@@ -105,7 +105,7 @@ def _best_weight(model: RetrievalModel, corpus: Corpus, users: np.ndarray) -> fl
         by_towers, by_taste = _scores_of_parts(queries, candidates, model.config.taste_dim)
         unit = unit or float(tf.math.reduce_std(by_towers) / tf.math.reduce_std(by_taste))
         sums = (by_towers + weight * unit * by_taste for weight in WEIGHTS)
-        seen = corpus.barred(corpus.train).last(part)
+        seen = corpus.barred(corpus.train, "val").last(part)
         parts.append([ndcg_of_scores(scores, seen, relevant, DEPTH) for scores in sums])
     quality = np.concatenate(parts, axis=1)  # [weights, U]
     gain = quality - quality[0]

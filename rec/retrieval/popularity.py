@@ -95,7 +95,7 @@ def _ndcg_of_one_order(
 ) -> float:
     """The sum of NDCG@100 over `users` if all get the same scores [item rows]."""
     relevant = corpus.val.matrix(users, corpus.items.rows)
-    barred = corpus.barred(train)
+    barred = corpus.barred(train, "val")
     seen = barred.matrix(users, corpus.items.rows).astype(bool)
     depth = DEPTH + int(barred.lengths[users].max(initial=0))
     order = FIRST_ITEM + np.argsort(-scores[FIRST_ITEM:], kind="stable")[:depth]
@@ -122,7 +122,7 @@ def _ndcg_of_biases(
         history = train.last(part)
         relevant = corpus.val.matrix(part, corpus.items.rows)
         scores = model.score_catalogue_compiled(part, history, candidates, current_time(part))
-        seen = corpus.barred(train).last(part)
+        seen = corpus.barred(train, "val").last(part)
         parts.append([ndcg_of_scores(scores + bias, seen, relevant, DEPTH) for bias in biases])
     return np.concatenate(parts, axis=1)
 

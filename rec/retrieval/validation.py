@@ -35,7 +35,7 @@ class RetrievalValidation:
     def _rank(self, model: RetrievalModel, k: int) -> np.ndarray:
         """[U, k] item rows, best first, PAD if nothing is left."""
         train = self._corpus.train
-        barred = self._corpus.barred(train)
+        barred = self._corpus.barred(train, "val")
         candidates = model.candidates()
         parts = []
         for users in split_users(self.users, model.n_items):

@@ -3,7 +3,7 @@
 - `Engine.recommend` takes a batch of requests: one call of the models, whatever its size.
 - `exclude` and `filter` are honoured exactly. A filter chooses among the ranked candidates; where too few of those
   pass, the passing items themselves are scored; where that cannot be done or is not enough, the most popular items
-  that pass follow, with score null. Never one that the user has seen, if seen items are excluded.
+  that pass follow, with score null. Never one that the user dislikes, or has seen if seen items are excluded.
 - Answers are dictionaries, which the application writes as JSON.
 
 All of it runs in the one thread that calls the models.
@@ -405,6 +405,8 @@ class Engine:
         """The k best items that the filter lets pass, where the candidates are not enough."""
         allowed = self.catalogue.matching(request.filter)
         left_out = list(request.exclude)
+        if request.user_id:
+            left_out += self.backend.disliked([request.user_id])[0]
         if self._excludes_seen(request):
             left_out += [*(request.history or ()), *history]
         taken = np.unique(np.array(self.catalogue.rows(left_out), int))

@@ -1,5 +1,6 @@
 """What may be recommended to whom: a bundle of a small model without training, under either rule."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +14,8 @@ from rec.config import Config, Index, Retrieval, with_data_defaults
 from rec.corpus import Corpus
 from rec.retrieval.index import ExactIndex
 from rec.retrieval.model import RetrievalModel
+from rec.serving.answer import Catalogue, Engine
+from rec.serving.schemas import RecommendRequest
 from tests import small
 
 ITEMS = 8
@@ -75,3 +78,26 @@ def test_the_signatures_follow_the_rule_of_the_bundle(recommender: Recommender) 
         )
         best = tf.math.top_k(scores[0], K)[1].numpy()
         assert known.tolist() == [f"i{place}".encode() for place in best]
+
+
+@pytest.mark.parametrize("rule", [True, False])
+def test_what_a_user_dislikes_is_never_recommended(rule: bool, tmp_path: Path) -> None:
+    disliked = small.sequences([3, 9], [10])
+    corpus = replace(small.corpus([[4, 5], [3]], items=ITEMS), dislikes={"test": disliked})
+    recommender = recommender_of(corpus.under(rule), tmp_path)
+    ids = recommender.items.index
+    users = ["u0", "u0", "u0", "u1", ""]
+    histories = [None, None, ["i4"], None, ["i4"]]
+    for rules in (None, [False] * 5):
+        found = recommender.answer(users, histories, [[]] * 5, rules)
+        answers = [set(ids[rows[rows >= 0]]) for rows in found.rows]
+        assert all(not {"i0", "i6"} & answer for answer in answers[:3])
+        assert "i7" not in answers[3] and "i4" in answers[3]
+        assert len(answers[4]) == K
+    known = recommender.module.serving_default(tf.constant(["u0"]))["item_id"].numpy()[0]
+    assert not {b"i0", b"i6"} & set(known)
+    assert recommender.disliked(["u0", "nobody"]) == [["i0", "i6"], []]
+    engine = Engine(recommender, Catalogue(recommender.items))
+    request = RecommendRequest(user_id="u0", k=K, exclude=["i1", "i2"], exclude_seen=False)
+    (answer,) = engine.recommend([request])
+    assert {item["item_id"] for item in answer["items"]} == {"i3", "i4", "i5", "i7"}

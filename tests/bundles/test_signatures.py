@@ -91,6 +91,7 @@ def test_the_signatures_are_those_of_the_contract(bundles: dict[str, Any]):
             ),
             "answer_known": ({"user_id": ids}, answered),
             "history": ({"user_id": ids}, {"output_0": lists}),
+            "disliked": ({"user_id": ids}, {"output_0": lists}),
         },
         "ranking": {
             "serving_default": ({"user_id": ids, "item_id": lists}, scored),

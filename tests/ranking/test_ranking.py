@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from rec.ranking.count_features import COUNT_FEATURES, CountFeatures
 from rec.ranking.model import RankingModel, score_candidates, score_lists
 from rec.ranking.objectives import OBJECTIVES
 from rec.retrieval.model import RetrievalModel
-from tests.small import corpus
+from tests.small import corpus, sequences
 
 SMALL = corpus([[3, 4, 5, 6], [4, 5], [8, 3, 5]], features=True)
 COUNTS = CountFeatures(SMALL.train, SMALL.items.rows)
@@ -91,6 +92,19 @@ def test_with_seen_items_a_list_holds_what_was_met_and_what_comes_again():
     assert chosen == [[5], [4], [5]]
     assert sorted(lists.items[0]) == [PAD, 3, 5, 6, 7, 8]  # without 4, which is chosen later
     assert sorted(lists.items[2]) == [3, 4, 5, 6, 7, 8]
+
+
+def test_a_list_to_train_on_holds_what_is_disliked_as_wrong_and_one_to_serve_does_not():
+    data = corpus([[3, 4, 5, 6]])
+    weights = np.array([1, 1, 1, 0], np.float32)  # 6 is disliked
+    past, labels = hold_out(replace(data, train=replace(data.train, weights=weights)), 0.5, seed=0)
+    assert (past.items.tolist(), labels.items.tolist()) == ([3, 4], [5])
+    queries = first_queries(labels)
+    lists = mine(retrieval(data), past, labels, queries, 6, next_item=True)
+    assert 6 in lists.items[0] and lists.items[0][lists.labels[0] == 1].tolist() == [5]
+    disliked = sequences([6])
+    lists = mine(retrieval(data), past, labels, queries, 6, next_item=True, disliked=disliked)
+    assert sorted(lists.items[0]) == [PAD, PAD, PAD, 5, 7, 8]
 
 
 def test_a_whole_list_is_labelled_by_all_that_follows():

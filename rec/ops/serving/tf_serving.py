@@ -81,7 +81,14 @@ class TfServing:
         return rows.reshape(len(item_ids), -1), np.array(found["score"], np.float32)
 
     def histories(self, user_ids: list[str]) -> list[list[str]]:
-        stored = self._call("retrieval", "history", {"user_id": user_ids})
+        return self._lists("history", user_ids)
+
+    def disliked(self, user_ids: list[str]) -> list[list[str]]:
+        return self._lists("disliked", user_ids)
+
+    def _lists(self, signature: str, user_ids: list[str]) -> list[list[str]]:
+        """What retrieval stores of each user, without the empty places."""
+        stored = self._call("retrieval", signature, {"user_id": user_ids})
         return [[item for item in row if item] for row in stored]
 
     def cosines(self, items: list[str], others: list[str]) -> np.ndarray:
