@@ -26,6 +26,7 @@ from rec.corpus import Corpus, load_corpus
 from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError, note
 from rec.features import FIRST_ITEM, PAD
+from rec.sequences import Sequences
 
 K = max(metrics.KS)
 BATCH = 256  # users per call
@@ -72,12 +73,23 @@ class Task:
         self.users = np.sort(np.random.default_rng(0).permutation(users)[:most])
         if len(users) > most:
             self.held = self.held.select(np.isin(self.held.users, self.users))
-        rows = corpus.items.rows
-        self.relevant = self.held.matrix(self.users, rows)[:, FIRST_ITEM:]
-        self.known = self.history.matrix(self.users, rows)[:, FIRST_ITEM:]
-        self.seen = self.barred.matrix(self.users, rows)[:, FIRST_ITEM:]
+        self.relevant = self._matrix(self.held)
+        self.known = self._matrix(self.history)
+        self.seen = self._matrix(self.barred)
         if not corpus.has_repeats:
             metrics.check_no_overlap(self.seen, self.relevant)
+
+    def _matrix(self, sequences: Sequences) -> csr_matrix:
+        return sequences.matrix(self.users, self.corpus.items.rows)[:, FIRST_ITEM:]
+
+    @property
+    def facts(self) -> Report:
+        """What the report says about who is asked, and under which rule."""
+        return {
+            "users": len(self.users),
+            "out_of_users": self.out_of,
+            "exclude_seen": self.corpus.exclude_seen,
+        }
 
     def segments(self) -> dict[str, np.ndarray]:
         """[U] bool masks: all users; those without a history, with one up to the median length, with a longer one."""
@@ -170,9 +182,7 @@ def evaluate(
     report = {
         "dataset": str(config.dataset),
         "split": split,
-        "users": len(task.users),
-        "out_of_users": task.out_of,
-        "exclude_seen": task.corpus.exclude_seen,
+        **task.facts,
         "best_baseline": best,
         "systems": systems,
         "segments": _segments(task, values, config.seed),

@@ -9,9 +9,9 @@ Tables go to stderr. The last line of stdout is JSON: {"users": [{"user_id", "co
 "score", "title"}, ..]}, ..]}; `score` is null for an item that has not been scored.
 """
 
-import argparse
 import json
 import sys
+from argparse import BooleanOptionalAction
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,17 +123,12 @@ def main() -> None:
     parser.add_argument("--user", action="append", metavar="ID", help="can be repeated")
     parser.add_argument("--history", nargs="+", metavar="ITEM", help="item ids, oldest first")
     parser.add_argument("--k", type=int, default=10, help="items per user (default: %(default)s)")
-    parser.add_argument(
-        "--exclude-seen",
-        action=argparse.BooleanOptionalAction,
-        help="leave out what the user has met, or not (default: as the bundle was made)",
-    )
+    parser.add_argument("--exclude-seen", action=BooleanOptionalAction, help="default: as bundled")
     parser.add_argument("--alias", default="latest", help="of the bundles (default: %(default)s)")
     add_config_arguments(parser)
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)
-    retrieval, ranking = files.find_pair(Path(config.output.savedmodels), args.alias)
-    recommender = Recommender.load(retrieval, ranking)
+    recommender = Recommender.load(*files.find_pair(Path(config.output.savedmodels), args.alias))
     if args.user or args.history:
         users = args.user or [None]
     else:
@@ -141,8 +136,7 @@ def main() -> None:
     answers = []
     for user_id in users:
         answer = recommend(recommender, user_id, args.history, args.k, args.exclude_seen)
-        history = args.history or recommender.histories([user_id])[0]
-        show(recommender, answer, history)
+        show(recommender, answer, args.history or recommender.histories([user_id])[0])
         answers.append(answer)
     print(json.dumps({"users": [asdict(answer) for answer in answers]}))
 

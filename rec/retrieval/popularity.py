@@ -9,7 +9,9 @@ Windows of time are shares of the training interactions, from the latest: the sa
 one of twenty years.
 """
 
+from collections.abc import Iterator
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -118,17 +120,32 @@ def _ndcg_of_biases(
     biases = [weight * popularity[share] for share, weight in choices]
     candidates = model.candidates()
     parts = []
-    for part in split_users(users, len(corpus.items.ids)):
-        history = train.last(part)
-        relevant = corpus.val.matrix(part, corpus.items.rows)
-        scores = model.score_catalogue_compiled(part, history, candidates, current_time(part))
-        seen = corpus.barred(train, "val").last(part)
-        parts.append([ndcg_of_scores(scores + bias, seen, relevant, DEPTH) for bias in biases])
+    for part in judges_of(corpus, users):
+        time = current_time(part.users)
+        scores = model.score_catalogue_compiled(part.users, part.history, candidates, time)
+        parts.append([ndcg_of_scores(scores + bias, part, DEPTH) for bias in biases])
     return np.concatenate(parts, axis=1)
 
 
-def ndcg_of_scores(scores: tf.Tensor, seen: np.ndarray, relevant: csr_matrix, k: int) -> np.ndarray:
-    """[U] NDCG@k of scores [U, catalogue], without the items `seen` [U, S]; `relevant` [U, item rows]."""
-    _, rows = best_unseen(scores, seen, k)
+class Judges(NamedTuple):
+    """Some validation users: what they have met, what must not be recommended, what they chose."""
+
+    users: np.ndarray  # [U] user rows
+    history: np.ndarray  # [U, H] item rows
+    barred: np.ndarray  # [U, S] item rows
+    relevant: csr_matrix  # [U, item rows]
+
+
+def judges_of(corpus: Corpus, users: np.ndarray) -> Iterator[Judges]:
+    """These users in parts, whose scores of all items are computed together."""
+    barred = corpus.barred(corpus.train, "val")
+    for part in split_users(users, len(corpus.items.ids)):
+        relevant = corpus.val.matrix(part, corpus.items.rows)
+        yield Judges(part, corpus.train.last(part), barred.last(part), relevant)
+
+
+def ndcg_of_scores(scores: tf.Tensor, judges: Judges, k: int) -> np.ndarray:
+    """[U] NDCG@k of scores [U, catalogue]."""
+    _, rows = best_unseen(scores, judges.barred, k)
     ranked = np.where(rows.numpy() == PAD, -1, rows.numpy())
-    return metrics.per_user(ranked, relevant, ks=(k,))[f"ndcg@{k}"]
+    return metrics.per_user(ranked, judges.relevant, ks=(k,))[f"ndcg@{k}"]

@@ -404,11 +404,7 @@ class Engine:
     ) -> list[Place]:
         """The k best items that the filter lets pass, where the candidates are not enough."""
         allowed = self.catalogue.matching(request.filter)
-        left_out = list(request.exclude)
-        if request.user_id:
-            left_out += self.backend.disliked([request.user_id])[0]
-        if self._excludes_seen(request):
-            left_out += [*(request.history or ()), *history]
+        left_out = self._left_out(request, history)
         taken = np.unique(np.array(self.catalogue.rows(left_out), int))
         rest = allowed[: DEEPEST + len(taken)]
         rest = rest[~is_among(rest, taken)]
@@ -420,6 +416,15 @@ class Engine:
         others = rest[~is_among(rest, np.sort(np.array([place.row for place in places], int)))]
         popular = others[: request.k - len(places)].tolist()
         return [*places, *map(Place, popular)]
+
+    def _left_out(self, request: RecommendRequest, history: list[str]) -> list[str]:
+        """What must not fill the answer up; `history` is the stored one."""
+        left_out = list(request.exclude)
+        if request.user_id:
+            left_out += self.backend.disliked([request.user_id])[0]
+        if self._excludes_seen(request):
+            left_out += [*(request.history or ()), *history]
+        return left_out
 
     def _history(self, request: RecommendRequest, stored: list[str]) -> list[int]:
         """The rows of the history that the request is answered from."""

@@ -55,14 +55,8 @@ class TfServing:
             "is_given": [history is not None for history in histories],
             "history": pad_left([history or [] for history in histories], 1),
         }
-        usual = self.metadata.retrieval.excludes_seen
-        rules = exclude_seen or [usual] * len(user_ids)
-        is_usual = all(rule == usual for rule in rules)
-        if is_usual and not any(inputs["is_given"]) and not any(excluded):
-            outputs = self._call("retrieval", "answer_known", {"user_id": user_ids})
-        else:
-            exclusions = {"exclude": pad_left(excluded, 1), "exclude_seen": rules}
-            outputs = self._call("retrieval", "answer", inputs | exclusions)
+        usual = [self.metadata.retrieval.excludes_seen] * len(user_ids)
+        outputs = self._retrieve(inputs, excluded, exclude_seen or usual)
         retrieved = {name: np.array(outputs[name]) for name in ("row", "score", "cold")}
         retrieved["score"] = retrieved["score"].astype(np.float32)
         n = self.metadata.candidates
@@ -71,6 +65,16 @@ class TfServing:
         items = [row[:n] for row in outputs["item_id"]]
         ranked = self._call("ranking", "answer", {**inputs, "item_id": items})
         return rerank(NUMPY, retrieved, np.array(ranked, np.float32), n)
+
+    def _retrieve(
+        self, inputs: dict[str, Any], excluded: Sequence[list[str]], exclude_seen: Sequence[bool]
+    ) -> Any:
+        """What retrieval returns: looked up if nothing but user ids is given."""
+        is_usual = set(exclude_seen) == {self.metadata.retrieval.excludes_seen}
+        if is_usual and not any(inputs["is_given"]) and not any(excluded):
+            return self._call("retrieval", "answer_known", {"user_id": inputs["user_id"]})
+        exclusions = {"exclude": pad_left(excluded, 1), "exclude_seen": exclude_seen}
+        return self._call("retrieval", "answer", inputs | exclusions)
 
     def answer_within(self, user_id: str, history: list[str] | None, rows: np.ndarray) -> None:
         """It cannot be done here: a filter's rows belong to one request, and TF Serving batches every input."""
