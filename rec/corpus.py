@@ -9,7 +9,7 @@ import pandas as pd
 
 from rec.config import DataFacts, Features
 from rec.data_prep.dataset import RESERVED, Dataset, check_unchanged, verify
-from rec.errors import UserError, warn
+from rec.errors import UserError
 from rec.features import (
     FIRST_ITEM,
     FIRST_USER,
@@ -101,7 +101,6 @@ def load_corpus(
         as `features` or the checkpoint says.
     """
     verify(dataset)
-    _report_what_is_not_used(dataset)
     positives = dataset.positive_events
     labels = dataset.label_events
     users = _vocabulary(
@@ -134,6 +133,9 @@ def load_corpus(
         val = _sequences(dataset, "val", users, items, labels)
     test = _sequences(dataset, "test", users, items, labels)
     train = _sequences(dataset, "train", users, items, positives)
+    if train.weights is not None:  # what counts is their ratio
+        unit = float(train.weights.mean(dtype=np.float64))
+        train, val, met_in_val = [part.weighed(unit) for part in (train, val, met_in_val)]
     dislikes = _dislikes(dataset, users, items)
     if dislikes:
         train = _without_weight(train, dislikes["val"])
@@ -179,13 +181,6 @@ def _vocabulary(
 def _in_order(table: pd.DataFrame, key: str, vocabulary: Vocabulary) -> pd.DataFrame:
     """The rows of a table in the order of a vocabulary."""
     return table.set_index(key).reindex(vocabulary.ids).reset_index(names=key)
-
-
-def _report_what_is_not_used(dataset: Dataset) -> None:
-    """Warns of what the data set says and training does not heed yet."""
-    if "weight" in dataset.columns:
-        loss = "weights count in the loss of models of sequences"
-        warn(f"{loss}; the autoencoder, popularity and the ranker do not use them yet")
 
 
 def _dislikes(dataset: Dataset, users: Vocabulary, items: Vocabulary) -> dict[str, Sequences]:

@@ -40,7 +40,7 @@ class CandidateLists:
     time: np.ndarray  # [Q] int64 seconds of the query; 0 if the data have no times
     items: np.ndarray  # [Q, N] int32 item rows, best first, PAD behind
     scores: np.ndarray  # [Q, N] float32 retrieval scores
-    labels: np.ndarray  # [Q, N] float32, 1 = the user chose the item
+    labels: np.ndarray  # [Q, N] float32, the weight of what the user chose, 0 for the other items
 
     def __len__(self) -> int:
         return len(self.user)
@@ -199,7 +199,9 @@ def _mine_part(
     end = labels.lengths[user]
     known_labels = labels.between(user, np.zeros_like(place), place)
     before = np.concatenate([past.last(user), known_labels], 1)
-    right = labels.between(user, place, place + 1 if next_item else end)
+    right_end = place + 1 if next_item else end
+    right = labels.between(user, place, right_end)
+    weights = labels.weights_between(user, place, right_end)
     left_out = disliked.last(user)
     if exclude_seen:
         left_out = np.concatenate([before, left_out], 1)
@@ -218,7 +220,7 @@ def _mine_part(
         time=time,
         items=items,
         scores=best.numpy(),
-        labels=is_right.any(-1).astype(np.float32),
+        labels=np.where(is_right, weights[:, None], 0).max(-1, initial=0),
     )
 
 

@@ -323,8 +323,9 @@ def ranked_order(model: RankingModel, lists: CandidateLists, counts: CountFeatur
 
 def ndcg_gain(lists: CandidateLists, order: np.ndarray) -> np.ndarray:
     """[Q]: NDCG@10 of lists in another order [Q, N], less that of retrieval's order."""
-    labels = np.take_along_axis(lists.labels, order, 1)
-    return metrics.ndcg_of_lists(labels, 10) - metrics.ndcg_of_lists(lists.labels, 10)
+    is_right = lists.labels > 0
+    reordered = np.take_along_axis(is_right, order, 1)
+    return metrics.ndcg_of_lists(reordered, 10) - metrics.ndcg_of_lists(is_right, 10)
 
 
 def load_ranking(directory: Path, retrieval: TrainedRetrieval) -> TrainedRanking:

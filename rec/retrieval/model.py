@@ -135,6 +135,7 @@ class RetrievalModel(tfrs.Model):
         items = batch["tokens"][:, 1:]
         pool = batch["negatives"]
         is_drawn = tf.random.uniform(tf.shape(items)) < 0.5
+        weight = tf.reshape(_target_weights(batch, tf.reshape(items, [-1])), tf.shape(items))
         visible = tf.where(is_drawn, PAD, items)
         time = batch["time"][:, :1] if "time" in batch else None
         query = self.query_tower(batch["user"], visible, time, training=training)[:, 0]
@@ -143,7 +144,7 @@ class RetrievalModel(tfrs.Model):
         return self.hidden_items(
             tf.einsum("bd,bld->bl", query, item_vectors),
             tf.matmul(query, pool_vectors, transpose_b=True),
-            is_hidden=is_drawn & (items != PAD),
+            hidden_weight=tf.where(is_drawn, weight, 0.0),
             is_other=~_contains(batch["tokens"], pool),
             other_probability=tf.nn.embedding_lookup(self._probability, pool),
         )

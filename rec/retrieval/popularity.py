@@ -32,7 +32,7 @@ MIN_COLD_USERS = 30  # with fewer, all validation users decide on the cold-start
 
 
 def recent_popularity(train: Sequences, share: float, item_rows: int) -> np.ndarray:
-    """[item rows] float32: log(1 + interactions of each item in the last `share` of `train`).
+    """[item rows] float32: log(1 + weight of each item's interactions in the last `share` of `train`).
 
     Items with equal counts are ordered by all of their interactions.
     """
@@ -40,9 +40,14 @@ def recent_popularity(train: Sequences, share: float, item_rows: int) -> np.ndar
     if train.times is not None:
         order = np.argsort(train.times, kind="stable")
     first = round((1 - share) * len(order))
-    recent = np.bincount(train.items[order[first:]], minlength=item_rows)
-    all_time = np.bincount(train.items, minlength=item_rows) / (len(order) + 1)  # below 1
-    return np.log1p(recent + all_time).astype(np.float32)
+
+    def count(at: np.ndarray) -> np.ndarray:
+        weights = None if train.weights is None else train.weights[at]
+        return np.bincount(train.items[at], weights, item_rows)
+
+    all_time = count(order)
+    below_1 = all_time / (all_time.sum() + 1)
+    return np.log1p(count(order[first:]) + below_1).astype(np.float32)
 
 
 def fit_cold_start(model: RetrievalModel, corpus: Corpus, train: Sequences) -> None:

@@ -107,6 +107,27 @@ def test_a_list_to_train_on_holds_what_is_disliked_as_wrong_and_one_to_serve_doe
     assert sorted(lists.items[0]) == [PAD, PAD, PAD, 5, 7, 8]
 
 
+def test_a_label_is_the_weight_of_what_was_chosen():
+    data = corpus([[3, 4, 5, 6]])
+    past, labels = hold_out(data, 0.5, seed=0)
+    labels = replace(labels, weights=np.array([2, 7], np.float32))
+    lists = mine(retrieval(data), past, labels, first_queries(labels), 6, next_item=False)
+    by_item = dict(zip(lists.items[0].tolist(), lists.labels[0].tolist(), strict=True))
+    assert {item: label for item, label in by_item.items() if label} == {5: 2, 6: 7}
+
+
+def test_a_right_items_loss_counts_as_much_as_its_weight():
+    scores = tf.constant([[0.5, -1.0, 2.0]])
+    there = tf.constant([[1.0, 1.0, 0.0]])
+    right, wrong = np.log1p(np.exp(-0.5)), np.log1p(np.exp(-1.0))
+    for weight in (1.0, 4.0):
+        loss = OBJECTIVES["implicit"](tf.constant([[weight, 0.0, 0.0]]), scores, there)
+        assert float(loss) == pytest.approx((weight * right + wrong) / (weight + 1))
+    both = tf.constant([[3.0, 1.0, 0.0]])
+    share = np.log(np.exp(0.5) + np.exp(-1.0)) - (0.75 * 0.5 - 0.25)
+    assert float(OBJECTIVES["listwise"](both, scores, there)) == pytest.approx(share)
+
+
 def test_a_whole_list_is_labelled_by_all_that_follows():
     data = corpus([[3, 4, 5, 6], [3]])
     past, labels = hold_out(data, 0.5, seed=0)

@@ -1,5 +1,7 @@
 """What popularity adds to the towers: it has to act where it helps, and to stay out where it does not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -73,3 +75,14 @@ def test_without_times_there_is_one_window():
     fit_cold_start(model, data, data.train)
     expected = np.log1p(np.array([1, 2]) * (1 + 1 / 4))
     assert model.cold_start_score(tf.constant([3, 4])).numpy() == pytest.approx(expected)
+
+
+def test_popularity_is_the_sum_of_weights_and_weights_of_1_change_no_bit():
+    train = corpus([[OLD[0], OLD[1]], [OLD[0], NEW]], items=ITEMS).train
+    plain = recent_popularity(train, 0.5, FIRST_ITEM + ITEMS)
+    ones = replace(train, weights=np.ones(4, np.float32))
+    np.testing.assert_array_equal(recent_popularity(ones, 0.5, FIRST_ITEM + ITEMS), plain)
+    weights = np.array([1, 1, 1, 4], np.float32)
+    weighed = recent_popularity(replace(train, weights=weights), 0.5, FIRST_ITEM + ITEMS)
+    assert weighed[NEW] == pytest.approx(np.log1p(4 + 4 / 8))
+    assert weighed[OLD[0]] == pytest.approx(np.log1p(1 + 2 / 8))
