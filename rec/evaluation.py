@@ -33,6 +33,7 @@ BATCH = 256  # users per call
 # Users x items, a minute or two per system. Beyond that, a random sample of the users is evaluated,
 MOST_SCORES = 10**10
 FEWEST_USERS = 1_000  # but never fewer than these.
+FEW = 5  # training interactions, below which an item is rare
 SHOWN = ("ndcg@10", "recall@10", "recall@100", "mrr", "coverage@10", "popularity@10")
 SHOWN_BY_SEGMENT = ("ndcg@10", "recall@10", "recall@100")
 
@@ -102,6 +103,11 @@ class Task:
             "heavy": lengths > median,
         }
         return {name: mask for name, mask in masks.items() if mask.any()}
+
+    def item_segments(self) -> dict[str, np.ndarray]:
+        """[catalogue] bool masks: items that nobody has met in training, and those with fewer than FEW interactions."""
+        met = self.corpus.popularity[FIRST_ITEM:]
+        return {"new": met == 0, "rare": (met > 0) & (met < FEW)}
 
     def requests(self) -> Iterator[Requests]:
         """All users, in batches."""
@@ -179,15 +185,16 @@ def evaluate(
         name: _summary(task, rows, values[name], values[best], config.seed)
         for name, rows in ranked.items()
     }
-    report = {
+    return {
         "dataset": str(config.dataset),
         "split": split,
         **task.facts,
         "best_baseline": best,
         "systems": systems,
         "segments": _segments(task, values, config.seed),
+        "items": _items(task, ranked),
+        **more(task, pair),
     }
-    return report | more(task, pair)
 
 
 def _check_dataset(pair: Recommender, dataset: Dataset, config: Config) -> None:
@@ -245,6 +252,25 @@ def _segment(values: dict[str, Values], mask: np.ndarray, seed: int) -> Report:
     return segment
 
 
+def _items(task: Task, ranked: dict[str, np.ndarray]) -> dict[str, Report]:
+    return {name: _of_items(task, ranked, mask) for name, mask in task.item_segments().items()}
+
+
+def _of_items(task: Task, ranked: dict[str, np.ndarray], mask: np.ndarray) -> Report:
+    """How often items of `mask` [catalogue] are found among what users met next, and recommended at all."""
+    systems = {}
+    for name, rows in ranked.items():
+        top = rows[:, :10]
+        shown = mask[top[top >= 0]]
+        systems[name] = {
+            "recall@10": metrics.recall_of_items(rows, task.relevant, mask, 10),
+            "recall@100": metrics.recall_of_items(rows, task.relevant, mask, 100),
+            "share@10": float(shown.mean()) if len(shown) else 0.0,
+        }
+    held_out = int(mask[task.relevant.indices].sum())
+    return {"items": int(mask.sum()), "held_out": held_out, "systems": systems}
+
+
 def _popularity(task: Task) -> dict[str, np.ndarray]:
     popularity = baselines.Popularity()
     popularity.fit(_train_matrix(task.corpus))
@@ -300,15 +326,23 @@ def show_systems(report: Report) -> None:
     for name, segment in report["segments"].items():
         note(f"\n{name}, {segment['users']:,} users")
         _show_segment(segment, with_systems=name != "all")
+    for name, items in report["items"].items():
+        note(f"\n{name} items: {items['items']:,}, and {items['held_out']:,} of what users met")
+        if items["held_out"]:
+            _show_systems(items["systems"])
 
 
 def _show_segment(segment: Report, with_systems: bool) -> None:
     if with_systems:
-        for name, values in segment["systems"].items():
-            cells = "".join(f"{metric:>12} {value:.4f}" for metric, value in values.items())
-            note(f"  {name:18}{cells}")
+        _show_systems(segment["systems"])
     for name in ("index_cost", "ranking_gain"):
         if name in segment:
             difference = segment[name]["difference"]
             low, high = segment[name]["ci"]
             note(f"  {name:18}{difference:+.4f} of ndcg@10, 95 % {low:+.4f} {high:+.4f}")
+
+
+def _show_systems(systems: dict[str, dict[str, float]]) -> None:
+    for name, values in systems.items():
+        cells = "".join(f"{metric:>12} {value:.4f}" for metric, value in values.items())
+        note(f"  {name:18}{cells}")

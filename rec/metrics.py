@@ -96,6 +96,18 @@ def per_user(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+def recall_of_items(
+    ranked: np.ndarray, relevant: csr_matrix, items: np.ndarray, k: int
+) -> float | None:
+    """The share of the held-out pairs of these items, [N] bool, that are in the first k slots; None without a pair."""
+    pairs = binary(relevant).tocoo()
+    wanted = np.flatnonzero(items[pairs.col])
+    if not len(wanted):
+        return None
+    found = ranked[pairs.row[wanted], :k] == pairs.col[wanted, None]
+    return float(found.any(axis=1).mean())
+
+
 def _hits(ranked: np.ndarray, relevant: csr_matrix, first_row: int) -> np.ndarray:
     """bool [U, K]: is the ranked item one of the user's held-out ones? `first_row` is for error messages."""
     users, items = relevant.shape

@@ -40,3 +40,21 @@ def test_what_was_met_is_barred_by_the_rule_and_still_history():
         (batch,) = task.requests()
         assert batch.history.numpy().tolist() == [[b"i0", b"i1"]]
         assert batch.barred.shape[1] == sum(seen)
+
+
+def test_new_and_rare_items_are_measured_by_what_users_met_and_by_what_is_shown():
+    data = corpus([[3, 4, 5], [3, 4], [3]], test=[[9], [5, 9], [4, 10]], cold_items=2)
+    data = replace(data, items=replace(data.items, trained=6))
+    task = evaluation.Task(data, "test")
+    segments = task.item_segments()
+    assert segments["new"].tolist() == [False] * 3 + [True] * 5
+    ranked = {"system": np.array([[6, 3], [0, 6], [1, -1]])}  # catalogue rows
+    new = evaluation._of_items(task, ranked, segments["new"])
+    assert (new["items"], new["held_out"]) == (5, 3)
+    assert new["systems"]["system"] == {
+        "recall@10": pytest.approx(2 / 3),
+        "recall@100": pytest.approx(2 / 3),
+        "share@10": pytest.approx(3 / 5),
+    }
+    nobody = evaluation._of_items(task, ranked, np.zeros(8, bool))
+    assert nobody["systems"]["system"] == {"recall@10": None, "recall@100": None, "share@10": 0.0}
