@@ -262,6 +262,7 @@ def _train_miner(
         miner.taste.fit(past, taste, config.seed)
     bias = retrieval.model.candidate_tower.popularity_bias.setting
     set_popularity_bias(miner, past, **bias)
+    miner.answers_from_features = retrieval.model.answers_from_features
     return miner
 
 

@@ -1,6 +1,7 @@
 """What popularity adds to the two towers. Both parts are weights of the model, fitted on validation data.
 
-- Cold start: a user of whom nothing is known gets the popular items of the last days, weeks or years.
+- Cold start: a user of whom nothing is known gets the popular items of the last days, weeks or years. Users with
+  features and no history are answered by the towers, if that is better for such users in validation data.
 - Popularity bias: a term for recent popularity in the items' biases. The towers learn what comes next. What a user
   does in the weeks after follows more from what is popular then: most on a `temporal` split, and often not at all if
   only the next item is asked for.
@@ -19,8 +20,9 @@ from scipy.sparse import csr_matrix
 
 from rec import metrics
 from rec.corpus import Corpus
+from rec.errors import note
 from rec.features import FIRST_ITEM, PAD
-from rec.retrieval.model import RetrievalModel, current_time
+from rec.retrieval.model import RetrievalModel, current_time, has_features
 from rec.retrieval.scoring import best_unseen, split_users
 from rec.sequences import Sequences
 
@@ -76,6 +78,42 @@ def fit_popularity_bias(model: RetrievalModel, corpus: Corpus) -> None:
         best = int(np.argmax(gain.mean(1) - gain.std(1) / len(users) ** 0.5))
     share, weight = choices[best]
     set_popularity_bias(model, train, share=share, weight=weight)
+
+
+def fit_answers_from_features(model: RetrievalModel, corpus: Corpus) -> None:
+    """Decides whether users with features and no history are answered by the towers, by NDCG@100.
+
+    Validation users without a history decide; if they are few, all validation users, as if they had none.
+    """
+    users = np.flatnonzero((corpus.val.lengths > 0) & has_features(corpus)).astype(np.int32)
+    cold = users[corpus.train.lengths[users] == 0]
+    judges = cold if len(cold) >= MIN_COLD_USERS else users
+    judges = np.random.default_rng(0).permutation(judges)[:MAX_USERS]
+    if not len(judges):
+        return
+    by_popularity = _ndcg_without_history(model, corpus, judges, from_features=False)
+    from_features = _ndcg_without_history(model, corpus, judges, from_features=True)
+    gain = from_features - by_popularity
+    model.answers_from_features = bool(gain.mean() > gain.std() / len(judges) ** 0.5)
+    note(
+        f"users with features and no history: val/ndcg@100 {by_popularity.mean():.4f} by popularity, "
+        f"{from_features.mean():.4f} from their features"
+    )
+
+
+def _ndcg_without_history(
+    model: RetrievalModel, corpus: Corpus, users: np.ndarray, *, from_features: bool
+) -> np.ndarray:
+    """[U] NDCG@100 of what users get if their histories are not known."""
+    model.answers_from_features = from_features
+    candidates = model.candidates()
+    parts = []
+    for part in judges_of(corpus, users):
+        time = current_time(part.users)
+        no_history = part.history[:, :0]
+        scores = model.score_catalogue_compiled(part.users, no_history, candidates, time)
+        parts.append(ndcg_of_scores(scores, part, DEPTH))
+    return np.concatenate(parts)
 
 
 def validation_users(corpus: Corpus, most: int) -> np.ndarray:

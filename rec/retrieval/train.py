@@ -3,7 +3,7 @@
 1. Choose what the data decide (`with_data_defaults`), build the model.
 2. Fit what cold users get, which needs no training.
 3. Train epoch by epoch; validation data say when to stop and which epoch is the best.
-4. Add the taste part to the best epoch's towers, then the popularity bias.
+4. Add the taste part to the best epoch's towers, then the popularity bias. Decide who is answered by popularity alone.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from rec.data_prep.dataset import Dataset
 from rec.files import read_whole
 from rec.retrieval.mixture import fit_taste
 from rec.retrieval.model import RetrievalModel
-from rec.retrieval.popularity import fit_cold_start, fit_popularity_bias
+from rec.retrieval.popularity import fit_answers_from_features, fit_cold_start, fit_popularity_bias
 from rec.retrieval.validation import RetrievalValidation
 from rec.sequences import Sequences
 from rec.training import (
@@ -169,6 +169,7 @@ def _train(
     if validation is not None:
         fit_taste(model, corpus, config.seed)
         fit_popularity_bias(model, corpus)
+        fit_answers_from_features(model, corpus)
     state = run.finish(measure())
     return TrainedRetrieval(model, corpus, state, description)
 
