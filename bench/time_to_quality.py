@@ -45,7 +45,7 @@ def ease(corpus: Corpus) -> dict[str, float] | None:
     train = corpus.train.matrix(np.arange(corpus.users.rows), corpus.items.rows)[:, FIRST_ITEM:]
     start = time.perf_counter()
     try:
-        value, _ = baselines.tune(baselines.EASE, train, val.seen, val.relevant, None)
+        value, _ = baselines.tune(baselines.EASE, train, val.known, val.seen, val.relevant, None)
     except UserError as error:
         print(f"ease is left out: {error}", file=sys.stderr)
         return None

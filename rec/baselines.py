@@ -5,7 +5,9 @@
 - A history that holds nothing a baseline was trained on is answered by popularity, as anybody would deploy it.
 - Every matrix is CSR over user and item rows; a higher score is better; the models need no TensorFlow.
 
-Not covered: side features, the order of a history, and ratings as strengths: an interaction is a one.
+An interaction counts as much as its weight, which is 1 without weights.
+
+Not covered: side features, the order of a history, and ratings as strengths.
 """
 
 import time
@@ -22,7 +24,7 @@ from scipy.sparse import coo_matrix, csr_matrix, diags_array
 from threadpoolctl import threadpool_limits
 
 from rec.errors import UserError, note
-from rec.metrics import binary, per_user
+from rec.metrics import per_user, strongest
 from rec.retrieval.taste import fit_als
 
 EASE_MAX_ITEMS = 30_000  # its N x N float32 matrix is then 3.6 GB; solving takes minutes
@@ -89,7 +91,7 @@ class Neighbours(Baseline):
     popularity: np.ndarray  # [N]
 
     def scores(self, histories: csr_matrix) -> np.ndarray:
-        return popular_if_unknown((binary(histories) @ self.weights).toarray(), self.popularity)
+        return popular_if_unknown((strongest(histories) @ self.weights).toarray(), self.popularity)
 
 
 @dataclass
@@ -106,9 +108,9 @@ class ItemKNN(Neighbours):
 
     def fit(self, train: csr_matrix, timestamps: np.ndarray | None = None) -> None:
         self.popularity = count_interactions(train)
-        X = binary(train)
+        X = strongest(train)
         common = (X.T @ X).tocoo()
-        root = np.sqrt(self.popularity)
+        root = np.sqrt(np.bincount(X.indices, X.data.astype(np.float64) ** 2, X.shape[1]))
         similarity = common.data / (root[common.row] * root[common.col] + self.shrink)
         self.weights = keep_largest(with_values(common, similarity), self.neighbours)
 
@@ -127,7 +129,7 @@ class RP3beta(Neighbours):
 
     def fit(self, train: csr_matrix, timestamps: np.ndarray | None = None) -> None:
         self.popularity = count_interactions(train)
-        X = binary(train)
+        X = strongest(train)
         to_users = transition_probability(X.T).power(self.alpha)
         to_items = transition_probability(X).power(self.alpha)
         walk = (to_users @ to_items).tocoo()
@@ -138,7 +140,7 @@ class RP3beta(Neighbours):
 def transition_probability(X: csr_matrix) -> csr_matrix:
     """Each row divided by its sum; a row of zeros stays."""
     total = np.asarray(X.sum(1)).ravel()
-    return csr_matrix(diags_array(1 / np.maximum(total, 1)) @ X)
+    return csr_matrix(diags_array(1 / np.where(total > 0, total, 1)) @ X)
 
 
 def with_values(matrix: coo_matrix, values: np.ndarray) -> csr_matrix:
@@ -187,7 +189,7 @@ class IALS(Baseline):
 
     def scores(self, histories: csr_matrix) -> np.ndarray:
         with threadpool_limits(1, "blas"):
-            users = self.model.recalculate_user(np.arange(histories.shape[0]), binary(histories))
+            users = self.model.recalculate_user(np.arange(histories.shape[0]), strongest(histories))
         return popular_if_unknown(users @ self.model.item_factors.T, self._popularity)
 
 
@@ -211,7 +213,7 @@ class EASE(Baseline):
                 f"leave it out, or reduce the catalogue to at most {EASE_MAX_ITEMS:,}"
             )
         self._popularity = count_interactions(train)
-        X = binary(train)
+        X = strongest(train)
         gram = (X.T @ X).toarray(order="F")
         gram[np.diag_indices(items)] += self.regularization
         inverse = inv(gram, overwrite_a=True, check_finite=False)
@@ -220,11 +222,11 @@ class EASE(Baseline):
         np.fill_diagonal(self.weights, 0)
 
     def scores(self, histories: csr_matrix) -> np.ndarray:
-        return popular_if_unknown(binary(histories) @ self.weights, self._popularity)
+        return popular_if_unknown(strongest(histories) @ self.weights, self._popularity)
 
 
 def count_interactions(train: csr_matrix) -> np.ndarray:
-    """[N] float64: the interactions of each item in train [U, N]."""
+    """[N] float64: the weight of the interactions of each item in train [U, N]."""
     return np.bincount(train.indices, weights=train.data, minlength=train.shape[1])
 
 
@@ -301,6 +303,7 @@ def tune(
     baseline_class: type[Baseline],
     train: csr_matrix,
     histories: csr_matrix,
+    seen: csr_matrix,
     relevant: csr_matrix,
     timestamps: np.ndarray | None,
 ) -> tuple[float, Baseline]:
@@ -308,14 +311,14 @@ def tune(
 
     Args:
       train, timestamps: as for `fit`.
-      histories, relevant: [U, N] of the validation users. What is in a history is not recommended.
+      histories, seen, relevant: [U, N] of the validation users. What is seen is not recommended.
     """
     best: tuple[float, Baseline] | None = None
     for parameters in GRIDS[baseline_class]:
         start = time.perf_counter()
         baseline = baseline_class(**parameters)
         baseline.fit(train, timestamps)
-        ranked = rank(baseline, histories, histories, 10)
+        ranked = rank(baseline, histories, seen, 10)
         ndcg = float(per_user(ranked, relevant, (10,))["ndcg@10"].mean())
         seconds = time.perf_counter() - start
         note(f"{baseline}: val/ndcg@10 {ndcg:.4f}, {seconds:.1f} s")

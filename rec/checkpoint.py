@@ -29,6 +29,7 @@ class _Run:
     dataset: str  # the id of the data set
     seed: int
     features: Features
+    exclude_seen: bool = True  # the rule of validation and of candidate lists
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

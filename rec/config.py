@@ -208,6 +208,10 @@ class Index:
     max_seen: CountOr0 = 1000
     """Items of a known user's history that the bundle stores, reads and excludes. 0: none."""
 
+    exclude_seen: Auto | bool = "auto"
+    """Whether what a user has met is not recommended again: in training, evaluation and service. A request may say
+    otherwise. auto: true; false if the data set was prepared with --repeats keep."""
+
 
 @dataclass(frozen=True, config=STRICT)
 class Output:

@@ -1,14 +1,15 @@
 """A dataset directory, encoded: strings become integers once, here. `Corpus` is everything that training reads."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from rec.config import DataFacts, Features
 from rec.data_prep.dataset import RESERVED, Dataset, check_unchanged, verify
-from rec.errors import UserError, warn
+from rec.errors import UserError
 from rec.features import (
     FIRST_ITEM,
     FIRST_USER,
@@ -18,7 +19,7 @@ from rec.features import (
     Vocabulary,
     fit_columns,
 )
-from rec.sequences import Sequences, concatenate, on_disk
+from rec.sequences import Sequences, concatenate, nothing, on_disk
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,14 @@ class Corpus:
     item_table: pd.DataFrame
     user_columns: tuple[Column, ...]
     item_columns: tuple[Column, ...]
-    train: Sequences  # without negative events
+    train: Sequences  # without negative events; what a user has disliked, too, has weight 0
     val: Sequences  # what val asks for
     test: Sequences  # what test asks for
     met_in_val: Sequences | None = None  # all of val, history for test; None: what val asks for
+    has_repeats: bool = False  # whether a user may meet an item again
+    exclude_seen: bool = True  # whether what a user has met is not recommended again
+    # Negative events before val and before test, by the name of the split
+    dislikes: dict[str, Sequences] = field(default_factory=dict)
 
     @property
     def popularity(self) -> np.ndarray:
@@ -62,6 +67,21 @@ class Corpus:
             self.train if split == "val" else concatenate(self.train, self.met_in_val or self.val)
         )
 
+    def under(self, exclude_seen: Literal["auto"] | bool) -> "Corpus":
+        """The same data under a rule of `index.exclude_seen`; auto: the rule that it has."""
+        return self if exclude_seen == "auto" else replace(self, exclude_seen=exclude_seen)
+
+    def barred(self, history: Sequences, split: str) -> Sequences:
+        """What must not be recommended to users with this history before `split`: the one rule of all stages."""
+        disliked = self.disliked(split)
+        if not self.exclude_seen:
+            return disliked
+        return concatenate(history, disliked) if len(disliked.items) else history
+
+    def disliked(self, split: str) -> Sequences:
+        """The items that each user has marked by a negative event before `split`."""
+        return self.dislikes.get(split, nothing(self.users.rows))
+
 
 def load_corpus(
     dataset: Dataset,
@@ -81,7 +101,6 @@ def load_corpus(
         as `features` or the checkpoint says.
     """
     verify(dataset)
-    _report_what_is_not_used(dataset)
     positives = dataset.positive_events
     labels = dataset.label_events
     users = _vocabulary(
@@ -113,6 +132,15 @@ def load_corpus(
     if labels != positives:
         val = _sequences(dataset, "val", users, items, labels)
     test = _sequences(dataset, "test", users, items, labels)
+    train = _sequences(dataset, "train", users, items, positives)
+    if train.weights is not None:  # what counts is their ratio
+        unit = float(train.weights.mean(dtype=np.float64))
+        train, val, met_in_val = [part.weighed(unit) for part in (train, val, met_in_val)]
+    dislikes = _dislikes(dataset, users, items)
+    if dislikes:
+        train = _without_weight(train, dislikes["val"])
+        val = val.select(~val.among(dislikes["test"]))
+        test = test.select(~test.among(dislikes["later"]))
     if dataset.has_repeats:
         val = val.without_repeats()
         test = test.without_repeats()
@@ -126,10 +154,13 @@ def load_corpus(
         item_table=item_table,
         user_columns=columns[0],
         item_columns=columns[1],
-        train=_sequences(dataset, "train", users, items, positives),
+        train=train,
         val=val,
         test=test,
         met_in_val=met_in_val,
+        has_repeats=dataset.has_repeats,
+        exclude_seen=not dataset.keeps_repeats,
+        dislikes=dislikes,
     )
     check_unchanged(dataset)
     return corpus
@@ -152,16 +183,25 @@ def _in_order(table: pd.DataFrame, key: str, vocabulary: Vocabulary) -> pd.DataF
     return table.set_index(key).reindex(vocabulary.ids).reset_index(names=key)
 
 
-def _report_what_is_not_used(dataset: Dataset) -> None:
-    """Warns of what the data set says and training does not heed yet."""
-    manifest = dataset.manifest
-    if "weight" in dataset.columns:
-        loss = "weights count in the loss of models of sequences"
-        warn(f"{loss}; the autoencoder, popularity and the ranker do not use them yet")
-    if manifest.get("negative_events"):
-        warn("training leaves negative events out, and does not learn from them yet")
-    if dataset.has_repeats:
-        warn("what a user has met before is not recommended again: in val and test it is a miss")
+def _dislikes(dataset: Dataset, users: Vocabulary, items: Vocabulary) -> dict[str, Sequences]:
+    """The negative events before val, before test and later, each with all earlier ones; none if there are none."""
+    events = dataset.manifest.get("negative_events")
+    if not events:
+        return {}
+    known = nothing(users.rows)
+    dislikes = {}
+    for split, following in (("train", "val"), ("val", "test"), ("test", "later")):
+        more = _sequences(dataset, split, users, items, events)
+        known = concatenate(known, replace(more, weights=None))
+        dislikes[following] = known
+    return dislikes
+
+
+def _without_weight(train: Sequences, disliked: Sequences) -> Sequences:
+    """Items that a user dislikes stay in the history and are no labels."""
+    is_disliked = train.among(disliked)
+    weights = np.ones(len(train.items), np.float32) if train.weights is None else train.weights
+    return replace(train, weights=np.where(is_disliked, 0, weights)) if is_disliked.any() else train
 
 
 def _sequences(

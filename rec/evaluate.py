@@ -7,6 +7,8 @@
   `recommender` (retrieved, then ranked); with --baselines also recent popularity, iALS, EASE, tuned on validation.
 - Every system ranks the full catalogue without what the user has interacted with in earlier splits.
 - The bundles answer from the histories given here, so that --split val hides the validation items from them.
+- The report also has users without, with short and with long histories, and items that are new or rare: how often each
+  system finds them among what users met, and their share of all recommendations.
 - A ranker of objective `rating` is also measured by the RMSE of its ratings, next to rating baselines.
 
 If users x items exceeds 10 billion, a random sample of the users is evaluated; the report holds both numbers.

@@ -2,7 +2,8 @@
 
     report = evaluate(config, "test")
 
-- Every system ranks the full catalogue without what the user has interacted with in earlier splits.
+- Every system ranks the full catalogue, without what the user has interacted with in earlier splits if the bundles
+  exclude it (`index.exclude_seen`).
 - The bundles answer from the histories given here, so that measuring on val hides the validation items from them.
 
 `python -m rec.evaluate` is the command; it lists the systems.
@@ -25,12 +26,14 @@ from rec.corpus import Corpus, load_corpus
 from rec.data_prep.dataset import Dataset, open_dataset
 from rec.errors import UserError, note
 from rec.features import FIRST_ITEM, PAD
+from rec.sequences import Sequences
 
 K = max(metrics.KS)
 BATCH = 256  # users per call
 # Users x items, a minute or two per system. Beyond that, a random sample of the users is evaluated,
 MOST_SCORES = 10**10
 FEWEST_USERS = 1_000  # but never fewer than these.
+FEW = 5  # training interactions, below which an item is rare
 SHOWN = ("ndcg@10", "recall@10", "recall@100", "mrr", "coverage@10", "popularity@10")
 SHOWN_BY_SEGMENT = ("ndcg@10", "recall@10", "recall@100")
 
@@ -43,7 +46,8 @@ class Requests(NamedTuple):
 
     users: np.ndarray  # [B] rows
     user_id: tf.Tensor  # [B] string
-    history: tf.Tensor  # [B, S] string, oldest first, "" for PAD
+    history: tf.Tensor  # [B, H] string, oldest first, "" for PAD
+    barred: tf.Tensor  # [B, S] string, what must not be recommended
     time: tf.Tensor  # [B] int64 seconds
 
 
@@ -52,14 +56,15 @@ class Task:
 
     Attributes:
       users: [U] rows of users with held-out items, ascending; out_of: how many there are, of whom these are a sample.
-      history: what was known; held: what came next.
-      seen, relevant: the same as matrices [U, catalogue].
+      history: what was known; barred: what must not be recommended; held: what came next.
+      known, seen, relevant: the same as matrices [U, catalogue].
     """
 
     def __init__(self, corpus: Corpus, split: str) -> None:
         """Raises UserError if the split is empty, or holds what is in a user's history."""
         self.corpus = corpus
         self.history = corpus.history(split)
+        self.barred = corpus.barred(self.history, split)
         self.held = corpus.val if split == "val" else corpus.test
         users = np.flatnonzero(self.held.lengths).astype(np.int32)
         if not len(users):
@@ -69,10 +74,23 @@ class Task:
         self.users = np.sort(np.random.default_rng(0).permutation(users)[:most])
         if len(users) > most:
             self.held = self.held.select(np.isin(self.held.users, self.users))
-        rows = corpus.items.rows
-        self.relevant = self.held.matrix(self.users, rows)[:, FIRST_ITEM:]
-        self.seen = self.history.matrix(self.users, rows)[:, FIRST_ITEM:]
-        metrics.check_no_overlap(self.seen, self.relevant)
+        self.relevant = self._matrix(self.held)
+        self.known = self._matrix(self.history)
+        self.seen = self._matrix(self.barred)
+        if not corpus.has_repeats:
+            metrics.check_no_overlap(self.seen, self.relevant)
+
+    def _matrix(self, sequences: Sequences) -> csr_matrix:
+        return sequences.matrix(self.users, self.corpus.items.rows)[:, FIRST_ITEM:]
+
+    @property
+    def facts(self) -> Report:
+        """What the report says about who is asked, and under which rule."""
+        return {
+            "users": len(self.users),
+            "out_of_users": self.out_of,
+            "exclude_seen": self.corpus.exclude_seen,
+        }
 
     def segments(self) -> dict[str, np.ndarray]:
         """[U] bool masks: all users; those without a history, with one up to the median length, with a longer one."""
@@ -86,6 +104,11 @@ class Task:
         }
         return {name: mask for name, mask in masks.items() if mask.any()}
 
+    def item_segments(self) -> dict[str, np.ndarray]:
+        """[catalogue] bool masks: items that nobody has met in training, and those with fewer than FEW interactions."""
+        met = self.corpus.popularity[FIRST_ITEM:]
+        return {"new": met == 0, "rare": (met > 0) & (met < FEW)}
+
     def requests(self) -> Iterator[Requests]:
         """All users, in batches."""
         begins = range(0, len(self.users), BATCH)
@@ -96,6 +119,7 @@ class Task:
                 users=users,
                 user_id=tf.constant(ids.tolist()),
                 history=self.item_ids(self.history.last(users)),
+                barred=self.item_ids(self.barred.last(users)),
                 time=tf.constant(self._times(users), tf.int64),
             )
 
@@ -114,7 +138,7 @@ class Task:
         """[U, K] catalogue rows that a bundle's function recommends, -1 behind."""
         parts: list[np.ndarray] = []
         for batch in self.requests():
-            answer = function(batch.user_id, batch.history, batch.history, batch.time)
+            answer = function(batch.user_id, batch.history, batch.barred, batch.time)
             parts.append(answer["item_id"].numpy())
         items: Any = np.concatenate(parts)
         ids = np.char.decode(items[:, :K].astype(bytes), "utf-8").astype(object)
@@ -123,9 +147,10 @@ class Task:
         return np.pad(rows, [(0, 0), (0, K - ids.shape[1])], constant_values=-1)
 
 
-def task_of(dataset: Dataset, split: str) -> Task:
-    """Raises UserError as Task does."""
-    return Task(load_corpus(dataset, Features({}, {})), split)
+def task_of(dataset: Dataset, split: str, pair: Recommender) -> Task:
+    """What a pair of bundles is asked, under its own rule of `index.exclude_seen`. Raises UserError as Task does."""
+    corpus = load_corpus(dataset, Features({}, {}))
+    return Task(corpus.under(pair.metadata.retrieval.excludes_seen), split)
 
 
 def no_more(task: Task, pair: Recommender) -> Report:
@@ -149,9 +174,9 @@ def evaluate(
       more: what else to measure; its entries are added to the report.
     """
     dataset = open_dataset(config.dataset)
-    task = task_of(dataset, split)
     pair = pair or load_latest(config)
     _check_dataset(pair, dataset, config)
+    task = task_of(dataset, split, pair)
     by_baselines = _tuned_baselines(task) if with_baselines else _popularity(task)
     ranked = by_baselines | _ranked_by(pair, task)
     values = {name: metrics.per_user(rows, task.relevant) for name, rows in ranked.items()}
@@ -160,16 +185,16 @@ def evaluate(
         name: _summary(task, rows, values[name], values[best], config.seed)
         for name, rows in ranked.items()
     }
-    report = {
+    return {
         "dataset": str(config.dataset),
         "split": split,
-        "users": len(task.users),
-        "out_of_users": task.out_of,
+        **task.facts,
         "best_baseline": best,
         "systems": systems,
         "segments": _segments(task, values, config.seed),
+        "items": _items(task, ranked),
+        **more(task, pair),
     }
-    return report | more(task, pair)
 
 
 def _check_dataset(pair: Recommender, dataset: Dataset, config: Config) -> None:
@@ -227,10 +252,29 @@ def _segment(values: dict[str, Values], mask: np.ndarray, seed: int) -> Report:
     return segment
 
 
+def _items(task: Task, ranked: dict[str, np.ndarray]) -> dict[str, Report]:
+    return {name: _of_items(task, ranked, mask) for name, mask in task.item_segments().items()}
+
+
+def _of_items(task: Task, ranked: dict[str, np.ndarray], mask: np.ndarray) -> Report:
+    """How often items of `mask` [catalogue] are found among what users met next, and recommended at all."""
+    systems = {}
+    for name, rows in ranked.items():
+        top = rows[:, :10]
+        shown = mask[top[top >= 0]]
+        systems[name] = {
+            "recall@10": metrics.recall_of_items(rows, task.relevant, mask, 10),
+            "recall@100": metrics.recall_of_items(rows, task.relevant, mask, 100),
+            "share@10": float(shown.mean()) if len(shown) else 0.0,
+        }
+    held_out = int(mask[task.relevant.indices].sum())
+    return {"items": int(mask.sum()), "held_out": held_out, "systems": systems}
+
+
 def _popularity(task: Task) -> dict[str, np.ndarray]:
     popularity = baselines.Popularity()
     popularity.fit(_train_matrix(task.corpus))
-    return {"popularity": baselines.rank(popularity, task.seen, task.seen, K)}
+    return {"popularity": baselines.rank(popularity, task.known, task.seen, K)}
 
 
 def _tuned_baselines(task: Task) -> dict[str, np.ndarray]:
@@ -241,11 +285,13 @@ def _tuned_baselines(task: Task) -> dict[str, np.ndarray]:
     ranked = {}
     for make in baselines.GRIDS:
         try:
-            _, best = baselines.tune(make, train, val.seen, val.relevant, corpus.train.times)
+            _, best = baselines.tune(
+                make, train, val.known, val.seen, val.relevant, corpus.train.times
+            )
         except UserError as error:  # a catalogue too large for it, or no timestamps
             note(f"{make.name} is left out: {error}")
             continue
-        ranked[make.name] = baselines.rank(best, task.seen, task.seen, K)
+        ranked[make.name] = baselines.rank(best, task.known, task.seen, K)
     return ranked
 
 
@@ -268,7 +314,8 @@ def show_systems(report: Report) -> None:
     users = f"{report['users']:,} users"
     if report["users"] < report["out_of_users"]:
         users += f", drawn from {report['out_of_users']:,}"
-    note(f"\n{report['dataset']}, {report['split']}, {users}")
+    rule = "without" if report["exclude_seen"] else "with"
+    note(f"\n{report['dataset']}, {report['split']}, {users}, {rule} what each has met before")
     names = "".join(f"{name:>14}" for name in SHOWN)
     note(f"{'':20}{names}{'95 % of ndcg@10':>18}{'less ' + report['best_baseline']:>22}")
     for name, values in report["systems"].items():
@@ -279,15 +326,23 @@ def show_systems(report: Report) -> None:
     for name, segment in report["segments"].items():
         note(f"\n{name}, {segment['users']:,} users")
         _show_segment(segment, with_systems=name != "all")
+    for name, items in report["items"].items():
+        note(f"\n{name} items: {items['items']:,}, and {items['held_out']:,} of what users met")
+        if items["held_out"]:
+            _show_systems(items["systems"])
 
 
 def _show_segment(segment: Report, with_systems: bool) -> None:
     if with_systems:
-        for name, values in segment["systems"].items():
-            cells = "".join(f"{metric:>12} {value:.4f}" for metric, value in values.items())
-            note(f"  {name:18}{cells}")
+        _show_systems(segment["systems"])
     for name in ("index_cost", "ranking_gain"):
         if name in segment:
             difference = segment[name]["difference"]
             low, high = segment[name]["ci"]
             note(f"  {name:18}{difference:+.4f} of ndcg@10, 95 % {low:+.4f} {high:+.4f}")
+
+
+def _show_systems(systems: dict[str, dict[str, float]]) -> None:
+    for name, values in systems.items():
+        cells = "".join(f"{metric:>12} {value:.4f}" for metric, value in values.items())
+        note(f"  {name:18}{cells}")

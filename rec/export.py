@@ -68,7 +68,9 @@ def export_retrieval(trained: TrainedRetrieval, config: Config) -> Path:
     index, report = _build_index(trained, history, config)
     with tempfile.TemporaryDirectory() as assets:
         lookup = Lookup(corpus, history, max_seen, Path(assets))
-        module = RetrievalModule(trained.model, index, lookup, config.index.k)
+        module = RetrievalModule(
+            trained.model, index, lookup, config.index.k, exclude_seen=corpus.exclude_seen
+        )
         metadata = replace(_metadata("retrieval", trained, corpus, config), index=report)
         return _save(module, metadata, _item_table(corpus), config)
 
@@ -118,8 +120,8 @@ def export_recommender(retrieval: Path, ranking: Path, config: Config) -> Path:
     check_pair(first, second, ranking)
     items = read_table(retrieval / "items.parquet")
     module = RecommenderModule(
-        load_bundle(retrieval),
-        load_bundle(ranking),
+        load_bundle(retrieval, "exclude_seen"),
+        load_bundle(ranking, "rank_known"),
         second.config.ranking.candidates,
         items["item_id"],
     )
@@ -140,6 +142,7 @@ def _metadata(
     stage: Stage, trained: TrainedRetrieval | TrainedRanking, corpus: Corpus, config: Config
 ) -> BundleMetadata:
     """What the bundles of both stages say about themselves."""
+    index = replace(config.index, exclude_seen=corpus.exclude_seen)
     return BundleMetadata(
         stage=stage,
         run_id=trained.state.run_id,
@@ -148,7 +151,7 @@ def _metadata(
         metrics=trained.state.metrics,
         built_from={},
         vocabulary=corpus.items.digest(),
-        config=trained.description.config_over(config),
+        config=replace(trained.description.config_over(config), index=index),
         run=json.loads(write_run(trained.description)),
         history=trained.state.history,
     )
@@ -206,6 +209,7 @@ def _warmup(
         ("is_given", 1): [True],
         ("history", 2): [items],
         ("exclude", 2): [items],
+        ("exclude_seen", 1): [True],
         ("item_id", 1): items[:1],
         ("item_id", 2): [items],
     }
@@ -308,7 +312,7 @@ def _load_retrieval(config: Config, checkpoint: Path | None = None) -> TrainedRe
     trained_config = retrieval.description.config_over(config)
     warn(*overruled(config, trained_config, ("retrieval", "features")))
     warn(*without_effect(config, retrieval.corpus.facts, ("index",)))
-    return retrieval
+    return retrieval.under(config.index.exclude_seen)
 
 
 def _load_ranking(

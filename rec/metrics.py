@@ -29,6 +29,22 @@ def binary(matrix: csr_matrix) -> csr_matrix:
     return copy
 
 
+def strongest(matrix: csr_matrix) -> csr_matrix:
+    """A float32 copy with the largest weight of each user and item: repeats count once, indices are sorted."""
+    if (matrix.data == 1).all():
+        return binary(matrix)
+    entries = matrix.tocoo()
+    order = np.lexsort((entries.data, entries.col, entries.row))
+    row = entries.row[order]
+    column = entries.col[order]
+    is_last = np.append((np.diff(row) != 0) | (np.diff(column) != 0), True)
+    places = (row[is_last], column[is_last])
+    weights = entries.data[order][is_last]
+    largest = csr_matrix((weights, places), shape=matrix.shape, dtype=np.float32)
+    largest.eliminate_zeros()
+    return largest
+
+
 def per_user(
     ranked: np.ndarray, relevant: csr_matrix, ks: Sequence[int] = KS
 ) -> dict[str, np.ndarray]:
@@ -87,6 +103,18 @@ def _metrics_of_hits(
     return {**recall, **ndcg, "mrr": mrr}
 
 
+def recall_of_items(
+    ranked: np.ndarray, relevant: csr_matrix, items: np.ndarray, k: int
+) -> float | None:
+    """The share of the held-out pairs of these items, [N] bool, that are in the first k slots; None without a pair."""
+    pairs = binary(relevant).tocoo()
+    wanted = np.flatnonzero(items[pairs.col])
+    if not len(wanted):
+        return None
+    found = ranked[pairs.row[wanted], :k] == pairs.col[wanted, None]
+    return float(found.any(axis=1).mean())
+
+
 def _hits(ranked: np.ndarray, relevant: csr_matrix, first_row: int) -> np.ndarray:
     """bool [U, K]: is the ranked item one of the user's held-out ones? `first_row` is for error messages."""
     users, items = relevant.shape
@@ -107,7 +135,7 @@ def _hits(ranked: np.ndarray, relevant: csr_matrix, first_row: int) -> np.ndarra
 
 
 def ndcg_of_lists(labels: np.ndarray, k: int) -> np.ndarray:
-    """NDCG@k of re-ordered lists: labels [Q, N] of 0 and 1, best first -> float64 [Q]; 0 where none is 1."""
+    """NDCG@k of re-ordered lists: labels [Q, N], whether each is right, best first -> float64 [Q]; 0 where none is."""
     discounts = 1 / np.log2(np.arange(2, min(k, labels.shape[1]) + 2))
     ideal = np.append(0, np.cumsum(discounts))[
         np.minimum(labels.sum(1).astype(int), len(discounts))

@@ -2,6 +2,7 @@
 
     python -m rec.recommend --user u7                     from the user's stored history
     python -m rec.recommend --history i1 i2 --k 5         from a history, oldest first
+    python -m rec.recommend --user u7 --no-exclude-seen   also what the user has met before
     python -m rec.recommend                               prompts for users, one after the other
 
 Tables go to stderr. The last line of stdout is JSON: {"users": [{"user_id", "cold_start", "items": [{"item_id",
@@ -10,6 +11,7 @@ Tables go to stderr. The last line of stdout is JSON: {"users": [{"user_id", "co
 
 import json
 import sys
+from argparse import BooleanOptionalAction
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,14 +46,21 @@ class Answer:
 
 
 def recommend(
-    recommender: Recommender, user_id: str | None, history: list[str] | None, k: int
+    recommender: Recommender,
+    user_id: str | None,
+    history: list[str] | None,
+    k: int,
+    exclude_seen: bool | None = None,
 ) -> Answer:
     """The k best items for a user with a stored history, or for a given history.
+
+    `exclude_seen`: whether what the user has met is left out; None: as the bundle was made.
 
     Raises:
       UserError: k is below 1, or more than the bundle retrieves.
     """
-    candidates = recommender.answer([user_id or ""], [history], [[]])
+    rule = None if exclude_seen is None else [exclude_seen]
+    candidates = recommender.answer([user_id or ""], [history], [[]], rule)
     rows = candidates.rows[0]
     scores = candidates.scores[0]
     if not 1 <= k <= len(rows):
@@ -114,21 +123,20 @@ def main() -> None:
     parser.add_argument("--user", action="append", metavar="ID", help="can be repeated")
     parser.add_argument("--history", nargs="+", metavar="ITEM", help="item ids, oldest first")
     parser.add_argument("--k", type=int, default=10, help="items per user (default: %(default)s)")
+    parser.add_argument("--exclude-seen", action=BooleanOptionalAction, help="default: as bundled")
     parser.add_argument("--alias", default="latest", help="of the bundles (default: %(default)s)")
     add_config_arguments(parser)
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)
-    retrieval, ranking = files.find_pair(Path(config.output.savedmodels), args.alias)
-    recommender = Recommender.load(retrieval, ranking)
+    recommender = Recommender.load(*files.find_pair(Path(config.output.savedmodels), args.alias))
     if args.user or args.history:
         users = args.user or [None]
     else:
         users = read_users()
     answers = []
     for user_id in users:
-        answer = recommend(recommender, user_id, args.history, args.k)
-        history = args.history or recommender.histories([user_id])[0]
-        show(recommender, answer, history)
+        answer = recommend(recommender, user_id, args.history, args.k, args.exclude_seen)
+        show(recommender, answer, args.history or recommender.histories([user_id])[0])
         answers.append(answer)
     print(json.dumps({"users": [asdict(answer) for answer in answers]}))
 

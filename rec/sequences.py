@@ -5,7 +5,7 @@ They lie in files without a name that are mapped into memory: training streams f
 
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -56,6 +56,22 @@ class Sequences:
 
         Returns [U, width] int32, left-aligned, PAD behind; without a width as wide as the longest.
         """
+        places, is_item = self._places(users, begin, end, width)
+        if not len(self.items):
+            return np.full(is_item.shape, PAD, np.int32)
+        return np.where(is_item, self.items[places], PAD).astype(np.int32)
+
+    def weights_between(self, users: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """The weights of what `between` returns: [U, width] float32, 0 for PAD."""
+        places, is_item = self._places(users, begin, end, None)
+        if self.weights is None:
+            return is_item.astype(np.float32)
+        return np.where(is_item, self.weights[places], 0)
+
+    def _places(
+        self, users: np.ndarray, begin: np.ndarray, end: np.ndarray, width: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Where interactions number begin to end - 1 of each user lie, and whether there is one: [U, width] both."""
         begin = np.maximum(begin, 0)
         length = np.minimum(end, self.lengths[users]) - begin
         if width is None:
@@ -63,10 +79,7 @@ class Sequences:
         columns = np.arange(width)
         is_item = columns < length[:, None]
         places = (self.offsets[users] + begin)[:, None] + columns
-        if not len(self.items):
-            return np.full(is_item.shape, PAD, np.int32)
-        items = self.items[np.where(is_item, places, 0)]
-        return np.where(is_item, items, PAD).astype(np.int32)
+        return np.where(is_item, places, 0), is_item
 
     def times_at(self, users: np.ndarray, place: np.ndarray | int = 0) -> np.ndarray:
         """[U] int64 seconds of each user's interaction number `place`; 0 if the data have no times."""
@@ -75,14 +88,14 @@ class Sequences:
         return self.times[self.offsets[users] + place]
 
     def matrix(self, users: np.ndarray, item_rows: int) -> sp.csr_matrix:
-        """Float32 [len(users), item_rows]: 1 for each interaction of each of these users."""
+        """Float32 [len(users), item_rows]: the weight of each interaction of each of these users."""
         lengths = self.lengths[users]
         row_starts = np.concatenate([[0], np.cumsum(lengths)])
         shift = self.offsets[users] - row_starts[:-1]
         places = np.arange(row_starts[-1]) + np.repeat(shift, lengths)
-        ones = np.ones(len(places), np.float32)
+        weights = np.ones(len(places), np.float32) if self.weights is None else self.weights[places]
         shape = (len(users), item_rows)
-        return sp.csr_matrix((ones, self.items[places], row_starts), shape=shape)
+        return sp.csr_matrix((weights, self.items[places], row_starts), shape=shape)
 
     def select(self, keep: np.ndarray) -> "Sequences":
         """The interactions for which `keep` [n] is true, still by user and in order."""
@@ -94,6 +107,16 @@ class Sequences:
             ratings=None if self.ratings is None else self.ratings[keep],
             weights=None if self.weights is None else self.weights[keep],
         )
+
+    def weighed(self, unit: float) -> "Sequences":
+        """The weights divided by `unit`."""
+        return self if self.weights is None else replace(self, weights=self.weights / unit)
+
+    def among(self, other: "Sequences") -> np.ndarray:
+        """[n] bool: whether the user has an interaction with the item in `other`, too."""
+        own = self.users.astype(np.int64) << 32 | self.items
+        others = other.users.astype(np.int64) << 32 | other.items
+        return np.isin(own, others)
 
     def without_repeats(self) -> "Sequences":
         """The first interaction of each user with each item."""
@@ -130,6 +153,11 @@ class Sequences:
         """Ranges of users with about BLOCK interactions each."""
         cuts = np.searchsorted(self.offsets, np.arange(0, len(self.items), BLOCK))
         return list(pairwise(np.unique([*cuts, len(self.lengths)])))
+
+
+def nothing(users: int) -> Sequences:
+    """No interactions of so many user rows."""
+    return Sequences(np.zeros(users + 1, np.int64), np.zeros(0, np.int32), None, None)
 
 
 def concatenate(first: Sequences, second: Sequences) -> Sequences:

@@ -51,7 +51,7 @@ def run_retrieval(config: Config, distribution: Distribution) -> tuple[TrainedRe
     """Trains the two towers and exports them."""
     start = time.perf_counter()
     dataset = open_dataset(config.dataset)
-    corpus = load_corpus(dataset, config.features)
+    corpus = load_corpus(dataset, config.features).under(config.index.exclude_seen)
     warn(*without_effect(config, corpus.facts, ("retrieval", "index")))
     with track(config, "retrieval") as tracker:
         trained = train_retrieval(config, corpus, distribution=distribution, tracker=tracker)
@@ -135,7 +135,7 @@ def retrieval_checkpoint(config: Config) -> Path:
 def _latest_retrieval(config: Config, dataset: Dataset) -> TrainedRetrieval:
     """The model in CHECKPOINTS. Raises UserError if there is none, or if it was trained on other data."""
     directory = retrieval_checkpoint(config)
-    retrieval = load_retrieval(directory, dataset)
+    retrieval = load_retrieval(directory, dataset).under(config.index.exclude_seen)
     warn(*overruled(config, retrieval.description.config_over(config), ("retrieval", "features")))
     if retrieval.description.dataset != dataset.id:
         raise UserError(

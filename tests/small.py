@@ -56,5 +56,7 @@ def corpus(
         item_table,
         (),
         fit_columns(item_table, "item_id", "auto", np.arange(len(ids)) < items, "items"),
-        *splits,
+        train=splits[0],
+        val=splits[1],
+        test=splits[2],
     )

@@ -1,6 +1,7 @@
 """Baselines against their definitions on small matrices, and the ranking and tuning around them."""
 
 import warnings
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -18,6 +19,7 @@ from rec.baselines import (
     Popularity,
     RecentPopularity,
     RP3beta,
+    count_interactions,
     keep_largest,
     rank,
     top_k,
@@ -25,7 +27,7 @@ from rec.baselines import (
 )
 from rec.errors import UserError
 from rec.evaluation import Task, _tuned_baselines
-from tests.small import corpus
+from tests.small import corpus, sequences
 
 
 def csr(rows: list[list[float]]) -> csr_matrix:
@@ -152,7 +154,9 @@ def test_a_history_without_any_trained_item_is_answered_with_popularity(baseline
 
 @pytest.mark.parametrize("baseline", [IALS(factors=2), EASE()])
 def test_repeated_interactions_count_once(baseline: Baseline) -> None:
-    once, repeated = csr([[1, 1, 0], [0, 1, 1]]), csr([[3, 1, 0], [0, 2, 1]])
+    once = csr([[1, 1, 0], [0, 1, 1]])
+    ones = np.ones(7, np.float32)
+    repeated = csr_matrix((ones, np.array([0, 1, 0, 0, 1, 2, 1]), np.array([0, 4, 7])))
     baseline.fit(once)
     expected = baseline.scores(once)
     baseline.fit(repeated)
@@ -218,7 +222,7 @@ def test_tune_takes_the_best_on_validation_and_returns_it_fitted(
     monkeypatch.setitem(
         GRIDS, cast(Any, RecentPopularity), [{"days": days} for days in (1000, 5, 7)]
     )
-    value, best = tune(RecentPopularity, train, history, relevant, times)
+    value, best = tune(RecentPopularity, train, history, history, relevant, times)
     assert (value, best) == (1.0, RecentPopularity(days=5))
     assert best.scores(history)[0].argmax() == 3
     printed = capsys.readouterr()
@@ -248,3 +252,27 @@ def test_recency_is_left_out_where_there_are_no_timestamps() -> None:
         assert set(_tuned_baselines(Task(data, "test"))) == (
             {"popularity", "item_knn", "rp3beta", "ials", "ease"} | extra
         )
+
+
+@pytest.mark.parametrize("make", GRIDS)
+def test_a_weight_counts_and_weights_of_1_change_no_bit(make: type[Baseline]) -> None:
+    plain = sequences([3, 4, 5, 6], [3, 4], [5, 6, 7], [4, 7])
+    users = np.arange(5)
+    scores = []
+    for weights in (None, np.ones(11), np.array([1, 1, 1, 1, 1, 1, 9, 1, 9, 1, 1])):
+        train = replace(plain, weights=None if weights is None else weights.astype(np.float32))
+        matrix = train.matrix(users, 8)[:, 3:]
+        baseline = make(**GRIDS[make][0])
+        baseline.fit(matrix, plain.times)
+        scores.append(baseline.scores(matrix)[1:])
+    np.testing.assert_array_equal(scores[0], scores[1])
+    assert (scores[2] != scores[0]).any()
+
+
+def test_popularity_and_neighbours_with_weights_by_hand() -> None:
+    train = csr_matrix(np.array([[2.0, 1, 0], [1, 0, 3]], np.float32))
+    assert count_interactions(train).tolist() == [3, 1, 3]
+    neighbours = ItemKNN(neighbours=2, shrink=0.0)
+    neighbours.fit(train)
+    both = neighbours.weights.toarray()[0]  # of the first item, whose norm is the root of 5
+    assert both == pytest.approx([0, 2 / 5**0.5, 3 / (3 * 5**0.5)])

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from rec.batches import window_batches
@@ -16,6 +15,7 @@ from rec.sequences import Sequences
 WALKS = {
     "u": "a view, b view, c skip, a buy, a view, c view, b buy, a view, b buy, d view",
     "v": "b view, a view, b buy, c view, a buy",
+    "w": "a view, b view, a buy, b skip, b buy, c skip, a buy",
 }
 
 
@@ -56,9 +56,10 @@ def test_each_target_of_a_batch_has_its_weight(corpus: Corpus) -> None:
     row = batch["user"].tolist().index(corpus.users.encode(["u"], 0)[0])
     targets = corpus.items.ids[batch["tokens"][row, 1:] - corpus.items.first]
     assert " ".join(targets) == "a b a a c"
-    assert batch["weight"][row].tolist() == [1, 1, 5, 1, 1]
-    (other,) = np.delete(batch["weight"], row, axis=0)
-    assert other.tolist() == [1, 1, 0, 0, 0]  # b and a, then padding
+    unit = batch["weight"][row][0]  # the mean of all weights is 1
+    assert batch["weight"][row] / unit == pytest.approx([1, 1, 5, 1, 0])  # c was skipped
+    row = batch["user"].tolist().index(corpus.users.encode(["v"], 0)[0])
+    assert batch["weight"][row] / unit == pytest.approx([1, 1, 0, 0, 0])  # b and a, then padding
 
 
 def test_the_history_of_test_is_everything_before_it(corpus: Corpus) -> None:
@@ -67,10 +68,20 @@ def test_the_history_of_test_is_everything_before_it(corpus: Corpus) -> None:
     assert of_user(corpus, corpus.history("test"), "u") == "a b a a c b a"
 
 
-def test_what_training_does_not_use_yet_is_said(
-    capsys: pytest.CaptureFixture[str], corpus: Corpus
-) -> None:
-    err = capsys.readouterr().err
-    assert "warning: weights count in the loss of models of sequences; the autoencoder" in err
-    assert "warning: training leaves negative events out" in err
-    assert "warning: what a user has met before is not recommended again" in err
+def test_what_was_met_may_be_recommended_again_if_repeats_are_kept(corpus: Corpus) -> None:
+    assert corpus.has_repeats and not corpus.exclude_seen
+    assert of_user(corpus, corpus.barred(corpus.train, "val"), "v") == ""
+    assert corpus.under("auto") is corpus
+    unseen = corpus.under(True)
+    assert of_user(corpus, unseen.barred(corpus.train, "val"), "v") == "b a"
+
+
+def test_what_a_user_dislikes_is_no_label_and_is_never_recommended(corpus: Corpus) -> None:
+    assert of_user(corpus, corpus.train, "w") == "a b a"
+    assert of_user(corpus, corpus.val, "w") == ""  # b, which was skipped before
+    assert of_user(corpus, corpus.test, "w") == "a"
+    for rule, before in ((False, ""), (True, "a b a b ")):
+        under = corpus.under(rule)
+        assert of_user(corpus, under.barred(under.train, "val"), "u").endswith("c")
+        barred = under.barred(under.history("test"), "test")
+        assert of_user(corpus, barred, "w") == f"{before}b c"

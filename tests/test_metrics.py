@@ -10,7 +10,15 @@ from scipy.sparse import csr_matrix
 
 from rec import metrics
 from rec.errors import UserError
-from rec.metrics import binary, check_no_overlap, coverage, paired_bootstrap, per_user, summarise
+from rec.metrics import (
+    binary,
+    check_no_overlap,
+    coverage,
+    paired_bootstrap,
+    per_user,
+    strongest,
+    summarise,
+)
 
 # ranx compiles its metrics when first used, which takes longer than all tests here do without compilation.
 numba.config.DISABLE_JIT = True  # type: ignore[attr-defined]
@@ -187,3 +195,15 @@ def test_ndcg_of_lists_agrees_with_per_user() -> None:
     assert metrics.ndcg_of_lists(some, 10) == pytest.approx(expected)
     assert metrics.ndcg_of_lists(labels, 10)[0] == 0
     assert metrics.ndcg_of_lists(np.eye(3), 10) == pytest.approx(1 / np.log2([2, 3, 4]))
+
+
+def test_of_repeats_the_largest_weight_counts_and_weight_0_does_not():
+    values = np.array([1, 5, 2, 0, 3], np.float32)
+    columns = np.array([2, 2, 0, 1, 0])
+    indptr = np.array([0, 3, 5])
+    found = strongest(csr_matrix((values, columns, indptr), shape=(2, 3)))
+    assert found.toarray().tolist() == [[2, 0, 5], [3, 0, 0]]
+    assert (found.nnz, found.has_sorted_indices) == (3, True)
+    ones = csr_matrix((np.ones(5, np.float32), columns, indptr), shape=(2, 3))
+    assert strongest(ones).toarray().tolist() == [[1, 0, 1], [1, 1, 0]]
+    assert strongest(csr_matrix((2, 3))).nnz == 0

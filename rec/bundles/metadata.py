@@ -58,6 +58,11 @@ class BundleMetadata:
     def reference(self) -> Reference:
         return Reference(self.version, self.id)
 
+    @property
+    def excludes_seen(self) -> bool:
+        """Whether it leaves out what a user has met; a bundle that does not say so does."""
+        return self.config.index.exclude_seen is not False
+
 
 @dataclass(frozen=True)
 class PairMetadata:

@@ -40,13 +40,15 @@ class Backend(Protocol):
         user_ids: Sequence[str],
         histories: Sequence[list[str] | None],
         excluded: Sequence[list[str]],
+        exclude_seen: Sequence[bool] | None = None,
     ) -> Candidates:
-        """The candidates for a batch of requests, without what the caller and the bundle know as seen.
+        """The candidates for a batch of requests.
 
         Args:
           user_ids: "" for an anonymous user.
           histories: a caller's history, oldest first; None uses the stored one.
-          excluded: further items to leave out.
+          excluded: items to leave out.
+          exclude_seen: whether what the caller and the bundle know as seen is left out; None: the bundle's rule.
         """
 
     def answer_within(
@@ -62,6 +64,9 @@ class Backend(Protocol):
 
     def histories(self, user_ids: list[str]) -> list[list[str]]:
         """The stored history of each user, oldest first, up to index.max_seen items."""
+
+    def disliked(self, user_ids: list[str]) -> list[list[str]]:
+        """What each user has marked by a negative event: never to be recommended."""
 
     def cosines(self, items: list[str], others: list[str]) -> np.ndarray:
         """[N, H]: the cosines of the items' vectors; LOWEST if an item is unknown."""

@@ -23,7 +23,7 @@ from rec.bundles.pair import Arrays, Candidates, pad_left, rerank
 from rec.errors import UserError
 
 Tensors = dict[str, tf.Tensor]  # what a function gives, by name
-Request = tuple[str, list[str] | None, list[str]]  # user_id, history and exclusions
+Request = tuple[str, list[str] | None, list[str], bool]  # user_id, history, exclude, exclude_seen
 Found = tuple[Tensors, tf.Tensor | None]  # what retrieval has found, the ranker's scores of it
 IDS = tf.TensorSpec([None], tf.string)
 LISTS = tf.TensorSpec([None, None], tf.string)
@@ -50,6 +50,9 @@ class AnswersUsers(tf.Module):
     without a ranker), and `_show`, which makes the signatures' outputs of both.
     """
 
+    exclude_seen: (
+        tf.Variable
+    )  # bool: whether what a user has met is left out, unless a request says otherwise
     SIGNATURES: tuple[str, ...] = ("serving_default", "from_history")
 
     @tf.function(input_signature=[IDS])
@@ -59,16 +62,16 @@ class AnswersUsers(tf.Module):
 
     @tf.function(input_signature=[IDS, LISTS])
     def from_history(self, user_id: tf.Tensor, history: tf.Tensor) -> Tensors:
-        """Recommendations from the caller's history; what the bundle stores of a known user is still left out."""
-        _, _, exclude = nothing_given(user_id)
+        """Recommendations from the caller's history; what the bundle stores of a known user counts as seen, too."""
+        _, _, *others = self._nothing_given(user_id)
         is_given = tf.ones_like(user_id, tf.bool)
-        return self._show(*self._find(user_id, history, is_given, exclude))
+        return self._show(*self._find(user_id, history, is_given, *others))
 
-
-def nothing_given(user_id: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """The other arguments of `answer` if there are none: history, is_given and exclude."""
-    empty = tf.fill([tf.size(user_id), 0], "")
-    return empty, tf.zeros_like(user_id, tf.bool), empty
+    def _nothing_given(self, user_id: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """The other arguments of `answer` if there are none: history, is_given, exclude and exclude_seen."""
+        empty = tf.fill([tf.size(user_id), 0], "")
+        rule = tf.fill([tf.size(user_id)], self.exclude_seen)
+        return empty, tf.zeros_like(user_id, tf.bool), empty, rule
 
 
 class RecommenderModule(AnswersUsers):
@@ -87,6 +90,7 @@ class RecommenderModule(AnswersUsers):
         """
         super().__init__(name="recommender")
         self.retrieval = retrieval
+        self.exclude_seen = retrieval.exclude_seen
         self.ranking = ranking
         self._candidates = candidates
         if ranking is not None:  # the ranking bundle's rows; the first is of an empty place, -1
@@ -106,12 +110,17 @@ class RecommenderModule(AnswersUsers):
         ranked = self.ranking.score_at(user_id, history, items, time)["score"]
         return self._show(found, ranked)
 
-    @tf.function(input_signature=[IDS, LISTS, FLAGS, LISTS])
+    @tf.function(input_signature=[IDS, LISTS, FLAGS, LISTS, FLAGS])
     def answer(
-        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, exclude: tf.Tensor
+        self,
+        user_id: tf.Tensor,
+        history: tf.Tensor,
+        is_given: tf.Tensor,
+        exclude: tf.Tensor,
+        exclude_seen: tf.Tensor,
     ) -> Tensors:
         """What a server asks: retrieval, exclusions and ranking in one call (`Recommender.answer`)."""
-        return self._order(*self._find(user_id, history, is_given, exclude))
+        return self._order(*self._find(user_id, history, is_given, exclude, exclude_seen))
 
     @tf.function(input_signature=[IDS])
     def answer_known(self, user_id: tf.Tensor) -> Tensors:
@@ -127,14 +136,12 @@ class RecommenderModule(AnswersUsers):
         return self._order(found, self._rank(found, user_id, history, is_given))
 
     def _find(
-        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, exclude: tf.Tensor
+        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, *excluded: tf.Tensor
     ) -> Found:
-        found = self.retrieval.answer(user_id, history, is_given, exclude)
+        found = self.retrieval.answer(user_id, history, is_given, *excluded)
         return found, self._rank(found, user_id, history, is_given)
 
     def _find_known(self, user_id: tf.Tensor) -> Found:
-        if not hasattr(self.retrieval, "answer_known"):  # a bundle of version 0.1
-            return self._find(user_id, *nothing_given(user_id))
         found = self.retrieval.answer_known(user_id)
         if self.ranking is None:
             return found, None
@@ -190,7 +197,7 @@ class Recommender:
         """
         metadata = read_pair(Path(retrieval), ranking and Path(ranking), allow_mismatch)
         verify(Path(retrieval))
-        retrieval_module = load_bundle(Path(retrieval), "answer_known")
+        retrieval_module = load_bundle(Path(retrieval), "exclude_seen")
         ranking_module = None
         if ranking is not None:
             verify(Path(ranking))
@@ -216,9 +223,15 @@ class Recommender:
         user_ids: Sequence[str],
         histories: Sequence[list[str] | None],
         excluded: Sequence[list[str]],
+        exclude_seen: Sequence[bool] | None = None,
     ) -> Candidates:
-        requests = list(zip(user_ids, histories, excluded, strict=True))
-        is_searched = [history is not None or bool(exclude) for _, history, exclude in requests]
+        usual = self.metadata.retrieval.excludes_seen
+        rules = exclude_seen or [usual] * len(user_ids)
+        requests = list(zip(user_ids, histories, excluded, rules, strict=True))
+        is_searched = [
+            history is not None or bool(exclude) or rule != usual
+            for _, history, exclude, rule in requests
+        ]
         if not any(is_searched):
             return self._look_up(user_ids)
         if all(is_searched):
@@ -233,10 +246,11 @@ class Recommender:
 
     def _search(self, requests: Sequence[Request]) -> Candidates:
         answer = self._answer(
-            tf.constant([user_id for user_id, _, _ in requests]),
-            pad_lists([history or [] for _, history, _ in requests]),
-            tf.constant([history is not None for _, history, _ in requests]),
-            pad_lists([exclude for _, _, exclude in requests]),
+            tf.constant([user_id for user_id, _, _, _ in requests]),
+            pad_lists([history or [] for _, history, _, _ in requests]),
+            tf.constant([history is not None for _, history, _, _ in requests]),
+            pad_lists([exclude for _, _, exclude, _ in requests]),
+            tf.constant([rule for _, _, _, rule in requests]),
         )
         return _candidates(answer)
 
@@ -260,9 +274,10 @@ class Recommender:
         return rows.reshape(ids.shape), answer["score"].numpy()
 
     def histories(self, user_ids: list[str]) -> list[list[str]]:
-        ids = tf.constant(user_ids, tf.string)
-        stored = _strings(self.module.retrieval.history(ids))
-        return [[item for item in row if item] for row in stored.tolist()]
+        return _lists(self.module.retrieval.history(tf.constant(user_ids, tf.string)))
+
+    def disliked(self, user_ids: list[str]) -> list[list[str]]:
+        return _lists(self.module.retrieval.disliked(tf.constant(user_ids, tf.string)))
 
     def cosines(self, items: list[str], others: list[str]) -> np.ndarray:
         ids = tf.constant(items, tf.string)
@@ -303,6 +318,11 @@ def pad_lists(lists: Sequence[list[str]]) -> tf.Tensor:
 
 def _candidates(answer: Tensors) -> Candidates:
     return Candidates(**{name: values.numpy() for name, values in answer.items()})
+
+
+def _lists(ids: tf.Tensor) -> list[list[str]]:
+    """[B, S] ids -> a list per row, without the empty places."""
+    return [[item for item in row if item] for row in _strings(ids).tolist()]
 
 
 def _strings(ids: tf.Tensor) -> np.ndarray:

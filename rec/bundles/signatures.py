@@ -16,16 +16,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from rec import LOWEST
-from rec.bundles.recommender import (
-    FLAGS,
-    IDS,
-    LISTS,
-    ROWS,
-    TIMES,
-    AnswersUsers,
-    Tensors,
-    nothing_given,
-)
+from rec.bundles.recommender import FLAGS, IDS, LISTS, ROWS, TIMES, AnswersUsers, Tensors
 from rec.corpus import Corpus
 from rec.features import (
     FIRST_ITEM,
@@ -50,8 +41,37 @@ Found = tuple[tf.Tensor, tf.Tensor]  # scores and item rows
 USERS_AT_ONCE = 256  # queries that are computed together
 
 
+class StoredItems(tf.Module):
+    """The items of every known user."""
+
+    def __init__(self, items: Sequences, name: str) -> None:
+        super().__init__(name=name)
+        self._offsets = tf.Variable(items.offsets, trainable=False, name=f"{name}_offsets")
+        # One item more than there is, so that gathering for a user without items stays in bounds.
+        self._items = tf.Variable(
+            np.append(items.items, PAD).astype(np.int32), trainable=False, name=name
+        )
+
+    def __call__(self, user: tf.Tensor, width: int | None = None) -> tf.Tensor:
+        """[B] user rows -> [B, S] item rows, oldest first, PAD behind: the last `width`, by default all.
+
+        S is `width`, or the most items of a user of the batch.
+        """
+        begin = tf.gather(self._offsets, user)
+        end = tf.gather(self._offsets, user + 1)
+        if width is None:
+            columns = tf.range(tf.reduce_max(end - begin, axis=0))
+        else:
+            begin = tf.maximum(begin, end - width)
+            columns = tf.range(width, dtype=begin.dtype)
+        at = begin[:, None] + columns
+        inside = at < end[:, None]
+        items = tf.gather(self._items, tf.where(inside, at, 0))
+        return tf.where(inside, items, PAD)
+
+
 class Lookup(tf.Module):
-    """Ids <-> rows, and the stored history of every known user."""
+    """Ids <-> rows, and of every known user the stored history and what is disliked."""
 
     def __init__(self, corpus: Corpus, history: Sequences, max_seen: int, assets: Path) -> None:
         """`assets` is a directory for the vocabulary files, which tf.saved_model.save copies into the bundle."""
@@ -64,13 +84,10 @@ class Lookup(tf.Module):
         )
         lengths = np.minimum(history.lengths, max_seen)
         first = (history.offsets[1:] - lengths)[history.users]  # of each interaction's user
+        self.users = len(history.lengths)
         stored = history.select(np.arange(len(history.items)) >= first)
-        self.users = len(stored.lengths)
-        self._offsets = tf.Variable(stored.offsets, trainable=False, name="history_offsets")
-        # One item more than there is, so that gathering for a user without a history stays in bounds.
-        self._history = tf.Variable(
-            np.append(stored.items, PAD).astype(np.int32), trainable=False, name="history"
-        )
+        self.stored = StoredItems(stored, "history")
+        self.disliked = StoredItems(corpus.disliked("test"), "disliked")
 
     def user_rows(self, user_id: tf.Tensor) -> tf.Tensor:
         """[B] string -> [B] int32; "" and unknown ids are UNKNOWN_USER."""
@@ -85,23 +102,6 @@ class Lookup(tf.Module):
     def item_ids(self, rows: tf.Tensor) -> tf.Tensor:
         """int32 [...] -> string [...]; PAD is ""."""
         return tf.gather(self._item_ids, rows)
-
-    def stored(self, user: tf.Tensor, width: int | None = None) -> tf.Tensor:
-        """[B] user rows -> [B, S] item rows, oldest first, PAD behind: the last `width`, by default all.
-
-        S is `width`, or the longest history of the batch.
-        """
-        begin = tf.gather(self._offsets, user)
-        end = tf.gather(self._offsets, user + 1)
-        if width is None:
-            columns = tf.range(tf.reduce_max(end - begin, axis=0))
-        else:
-            begin = tf.maximum(begin, end - width)
-            columns = tf.range(width, dtype=begin.dtype)
-        at = begin[:, None] + columns
-        inside = at < end[:, None]
-        items = tf.gather(self._history, tf.where(inside, at, 0))
-        return tf.where(inside, items, PAD)
 
     def history(self, user: tf.Tensor, rows: tf.Tensor, is_given: tf.Tensor) -> tf.Tensor:
         """[B, H + S]: the caller's history, `rows` [B, H], if it is given, otherwise the stored one; PAD anywhere."""
@@ -143,7 +143,7 @@ def _frozen(variables: list[tf.Variable], encoders: list[Encoder]) -> list[tf.Va
 
 
 class RetrievalModule(AnswersUsers):
-    """user_id or history -> the k best items that the user has not seen."""
+    """user_id or history -> the k best items, by default those that the user has not seen."""
 
     SIGNATURES = (
         "serving_default",
@@ -152,12 +152,20 @@ class RetrievalModule(AnswersUsers):
         "answer",
         "answer_known",
         "history",
+        "disliked",
     )
 
     def __init__(
-        self, model: RetrievalModel, index: ExactIndex | ScannIndex, lookup: Lookup, k: int
+        self,
+        model: RetrievalModel,
+        index: ExactIndex | ScannIndex,
+        lookup: Lookup,
+        k: int,
+        *,
+        exclude_seen: bool = True,
     ) -> None:
         super().__init__(name="retrieval")
+        self.exclude_seen = tf.Variable(exclude_seen, trainable=False, name="exclude_seen")
         self.index = index
         self.lookup = lookup
         self.k = k
@@ -183,7 +191,9 @@ class RetrievalModule(AnswersUsers):
     def _search_for_stored(self, user: tf.Tensor) -> Tensors:
         history = self.lookup.stored(user)
         query = self.model.get.query(user, history)
-        scores, rows = self._best(query, user, history, history)
+        seen = tf.where(self.exclude_seen, history, PAD)
+        left_out = tf.concat([seen, self.lookup.disliked(user)], 1)
+        scores, rows = self._best(query, user, history, left_out)
         return self._places(scores, rows, user, history)
 
     def _find(self, *request: tf.Tensor) -> tuple[Tensors, None]:
@@ -242,34 +252,48 @@ class RetrievalModule(AnswersUsers):
         user = self.lookup.user_rows(user_id)
         return self.lookup.item_ids(self.lookup.stored(user))
 
-    @tf.function(input_signature=[IDS, LISTS, FLAGS, LISTS])
+    @tf.function(input_signature=[IDS])
+    def disliked(self, user_id: tf.Tensor) -> tf.Tensor:
+        """[B, S] string: what each user dislikes, "" behind."""
+        user = self.lookup.user_rows(user_id)
+        return self.lookup.item_ids(self.lookup.disliked(user))
+
+    @tf.function(input_signature=[IDS, LISTS, FLAGS, LISTS, FLAGS])
     def answer(
-        self, user_id: tf.Tensor, history: tf.Tensor, is_given: tf.Tensor, exclude: tf.Tensor
+        self,
+        user_id: tf.Tensor,
+        history: tf.Tensor,
+        is_given: tf.Tensor,
+        exclude: tf.Tensor,
+        exclude_seen: tf.Tensor,
     ) -> Tensors:
         """What a server asks, for requests of every kind in one batch.
 
         Args:
           is_given: [B] where `history` [B, H] takes the place of the stored one.
-          exclude: [B, E] left out, beside what has been seen.
+          exclude: [B, E] left out, beside what the user dislikes.
+          exclude_seen: [B] where both histories are left out, too.
 
         Returns:
           item_id, score [B, k]; row [B, k], the items' places in items.parquet, -1 where there is none; cold [B] bool.
         """
         user = self.lookup.user_rows(user_id)
         rows = self.lookup.item_rows(history)
+        seen = tf.concat([rows, self.lookup.stored(user)], 1)
+        seen = tf.where(exclude_seen[:, None], seen, PAD)
         excluded = self.lookup.item_rows(exclude)
-        seen = tf.concat([rows, self.lookup.stored(user), excluded], 1)
+        left_out = tf.concat([seen, self.lookup.disliked(user), excluded], 1)
         history = self.lookup.history(user, rows, is_given)
         query = self.model.get.query(at_least(2, user), at_least(2, history))
         query = query[: tf.size(user)]
-        scores, best = self._best(query, user, history, seen)
+        scores, best = self._best(query, user, history, left_out)
         return self._described(scores, best, user, history)
 
     @tf.function(input_signature=[IDS])
     def answer_known(self, user_id: tf.Tensor) -> Tensors:
         """As `answer` to users with their stored histories and without exclusions, looked up."""
         if self.known is None:
-            return self.answer(user_id, *nothing_given(user_id))
+            return self.answer(user_id, *self._nothing_given(user_id))
         user = self.lookup.user_rows(user_id)
         found = {name: tf.gather(values, user) for name, values in self.known.items()}
         rows = found["row"] + FIRST_ITEM

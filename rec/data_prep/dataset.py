@@ -57,10 +57,14 @@ class Dataset:
         return [name for name in self.manifest["events"] if name not in negatives]
 
     @property
+    def keeps_repeats(self) -> bool:
+        """Whether it was prepared with --repeats keep."""
+        return self.manifest.get("repeats") == "keep"
+
+    @property
     def has_repeats(self) -> bool:
         """Whether a user may interact with an item more than once."""
-        repeats = self.manifest.get("repeats", "first")
-        return repeats == "keep" or len(self.manifest.get("events", [])) > 1
+        return self.keeps_repeats or len(self.manifest.get("events", [])) > 1
 
     @property
     def label_events(self) -> list[str] | None:

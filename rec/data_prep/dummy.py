@@ -1,12 +1,15 @@
 """A synthetic dataset with structure worth learning, made offline in seconds.
 
     python -m rec.data_prep.dummy --output-dir data/dummy
+    python -m rec.data_prep.dummy --output-dir data/shop --shop      views, carts and purchases
 
 - Taste: a user belongs to a segment and prefers some genres, which all features tell about.
 - Popularity follows Zipf's law inside a genre.
 - Order: an item is often followed by its sequel ("Silver Western" by "Silver Western 2"), and a genre by another one
   (a Markov chain). A model of sequences beats a model of sets, which clearly beats popularity.
 - Ratings (1 to 5) rise with the user's taste for the genre; times come in sessions over one year.
+- In a shop, most interactions are views. Some items are viewed often and hardly ever bought, and users buy what suits
+  their taste. Validation and test ask for purchases.
 
 The same flags give the same bytes. Not covered: drift of taste and fashion over the year.
 """
@@ -18,7 +21,8 @@ import pandas as pd
 import pyarrow as pa
 from duckdb import DuckDBPyConnection as Connection
 
-from rec.data_prep.write import output_parser, prepare
+from rec.data_prep.events import Events, weigh_events
+from rec.data_prep.write import NO_EVENTS, output_parser, prepare
 from rec.errors import UserError, note, run_command
 from rec.ops.spark import ENGINES
 
@@ -39,11 +43,17 @@ GENRES, ADJECTIVES, PLACES = map(
         "Oslo Lima Kyoto Cairo Havana Lisbon Quebec Delhi Samoa Tunis Prague Dakar Perth Riga Quito Malta",
     ),
 )
+SHOP = Events({"view": 1.0, "cart": 3.0, "purchase": 10.0}, targets=("purchase",))
 LEAST = {"users": 10, "items": 20, "interactions_per_user": 3, "seed": 0}  # of the options
 
 
-def generate(users: int, items: int, interactions_per_user: int, seed: int) -> dict[str, pa.Table]:
-    """The tables `users`, `items` and `interactions` (in order of time), of about the sizes asked for."""
+def generate(
+    users: int, items: int, interactions_per_user: int, seed: int, *, shop: bool = False
+) -> dict[str, pa.Table]:
+    """The tables `users`, `items` and `interactions` (in order of time), of about the sizes asked for.
+
+    `shop`: interactions have a column `event`.
+    """
     rng = np.random.default_rng(seed)
     genre, sequel, item_table = _make_items(items, rng)
     taste, user_table = _make_users(users, rng)
@@ -60,6 +70,9 @@ def generate(users: int, items: int, interactions_per_user: int, seed: int) -> d
     ids = [user_table["user_id"].take(user[order]), item_table["item_id"].take(item[order])]
     columns = [*ids, time[order], rating[order].astype(np.float32), np.arange(len(order))]
     interactions = pa.table(columns, ["user_id", "item_id", "timestamp", "rating", "source_row"])
+    if shop:
+        event = _events(liking, item, rng)
+        interactions = interactions.append_column("event", pa.array(event[order]))
     return {"users": user_table, "items": item_table, "interactions": interactions}
 
 
@@ -120,6 +133,14 @@ def _make_users(users: int, rng: np.random.Generator) -> tuple[np.ndarray, pa.Ta
         "segment": np.array(SEGMENTS)[segment],
     }
     return taste, pa.table(columns)
+
+
+def _events(liking: np.ndarray, item: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """What each interaction is: the more an item suits the user, and the better it sells, the more it is bought."""
+    sells = rng.beta(0.5, 0.5, item.max() + 1)[item]
+    chance = rng.random(len(item))
+    wanted = liking * sells
+    return np.select([chance < 0.6 * wanted, chance < wanted], ["purchase", "cart"], "view")
 
 
 def _walk(
@@ -189,6 +210,7 @@ def main() -> None:
     add("--items", type=int, default=500)
     add("--interactions-per-user", type=int, default=30, help="on average; at least 3")
     add("--seed", type=int, default=42, help="the same seed and sizes give the same bytes")
+    add("--shop", action="store_true", help="views, carts and purchases in place of one event")
     add("--split", choices=["temporal", "leave_one_out"], default="leave_one_out")
     args = parser.parse_args()
     for name, least in LEAST.items():
@@ -203,8 +225,11 @@ def main() -> None:
         if per_user > most:
             problem = f"is more than half of the {args.items} items: no user gets more than {most}"
             note(f"--interactions-per-user {per_user} {problem}")
-        for name, table in generate(args.users, args.items, per_user, args.seed).items():
+        tables = generate(args.users, args.items, per_user, args.seed, shop=args.shop)
+        for name, table in tables.items():
             con.from_arrow(table).create(name)
+        if args.shop:
+            weigh_events(con, SHOP)
         return {}
 
     prepare(
@@ -215,6 +240,7 @@ def main() -> None:
         strategy=args.split,
         seed=args.seed,
         engine=ENGINES[args.engine],
+        events=SHOP if args.shop else NO_EVENTS,
         wait=args.wait,
     )
 

@@ -17,7 +17,7 @@ from rec.features import PAD, recent_items
 from rec.ranking.count_features import COUNT_FEATURES, CountFeatures
 from rec.retrieval.model import RetrievalModel
 from rec.retrieval.scoring import best_unseen, users_per_batch
-from rec.sequences import Sequences
+from rec.sequences import Sequences, nothing
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class CandidateLists:
     time: np.ndarray  # [Q] int64 seconds of the query; 0 if the data have no times
     items: np.ndarray  # [Q, N] int32 item rows, best first, PAD behind
     scores: np.ndarray  # [Q, N] float32 retrieval scores
-    labels: np.ndarray  # [Q, N] float32, 1 = the user chose the item
+    labels: np.ndarray  # [Q, N] float32, the weight of what the user chose, 0 for the other items
 
     def __len__(self) -> int:
         return len(self.user)
@@ -115,7 +115,10 @@ def hold_out(corpus: Corpus, share: float, seed: int) -> tuple[Sequences, Sequen
         first_label = lengths - labels
         place = np.arange(len(train.items)) - train.offsets[train.users]
         is_label = place >= first_label[train.users]
-    return train.select(~is_label), train.select(is_label)
+    past = train.select(~is_label)
+    if train.weights is not None:  # 0: the user dislikes it
+        is_label &= train.weights > 0
+    return past, train.select(is_label)
 
 
 def first_queries(labels: Sequences, most: int | None = None, seed: int = 0) -> Queries:
@@ -146,11 +149,14 @@ def mine(
     n: int,
     *,
     next_item: bool,
+    exclude_seen: bool = True,
+    disliked: Sequences | None = None,
 ) -> CandidateLists:
     """Candidate lists: the `n` best items that the user has not seen, by a model that was trained on `past`.
 
     `next_item`: only the first label after the query is right, and the later ones are left out of the list.
-    Otherwise all labels after the query are right.
+    Otherwise all labels after the query are right. `exclude_seen`: what the user has met is left out, too.
+    So is what is `disliked`. A ranker is trained without it: dislikes that retrieval returns are wrong items of a list.
     """
     candidates = model.candidates()
     step = users_per_batch(model.n_items)
@@ -158,7 +164,19 @@ def mine(
     parts = []
     for begin in tqdm(starts, desc="mining candidates", unit="batch", leave=False):
         part = queries.part(begin, begin + step)
-        parts.append(_mine_part(model, candidates, past, labels, part, n, next_item=next_item))
+        parts.append(
+            _mine_part(
+                model,
+                candidates,
+                past,
+                labels,
+                part,
+                n,
+                next_item=next_item,
+                exclude_seen=exclude_seen,
+                disliked=disliked or nothing(len(past.lengths)),
+            )
+        )
     lists = concatenate_lists(parts)
     longest = int((lists.history != PAD).sum(1).max(initial=1))
     return replace(lists, history=lists.history[:, :longest])
@@ -173,19 +191,27 @@ def _mine_part(
     n: int,
     *,
     next_item: bool,
+    exclude_seen: bool,
+    disliked: Sequences,
 ) -> CandidateLists:
     user = queries.user
     place = queries.place
     end = labels.lengths[user]
     known_labels = labels.between(user, np.zeros_like(place), place)
     before = np.concatenate([past.last(user), known_labels], 1)
-    right = labels.between(user, place, place + 1 if next_item else end)
-    seen = before
+    right_end = place + 1 if next_item else end
+    right = labels.between(user, place, right_end)
+    weights = labels.weights_between(user, place, right_end)
+    left_out = disliked.last(user)
+    if exclude_seen:
+        left_out = np.concatenate([before, left_out], 1)
     if next_item:
-        seen = np.concatenate([before, labels.between(user, place + 1, end)], 1)
+        later = labels.between(user, place + 1, end)
+        later = np.where(later == right, PAD, later)  # the right item may come again
+        left_out = np.concatenate([left_out, later], 1)
     time = labels.times_at(user, place)
     scores = model.score_catalogue_compiled(user, before, candidates, time)
-    best, rows = best_unseen(scores, seen, n)
+    best, rows = best_unseen(scores, left_out, n)
     items = rows.numpy()
     is_right = (items[:, :, None] == right[:, None, :]) & (items != PAD)[:, :, None]
     return CandidateLists(
@@ -194,7 +220,7 @@ def _mine_part(
         time=time,
         items=items,
         scores=best.numpy(),
-        labels=is_right.any(-1).astype(np.float32),
+        labels=np.where(is_right, weights[:, None], 0).max(-1, initial=0),
     )
 
 

@@ -182,6 +182,7 @@ def describe_ranking(
         dataset=retrieval.corpus.dataset_id,
         seed=config.seed,
         features=config.features,
+        exclude_seen=retrieval.corpus.exclude_seen,
         ranking=config.ranking,
         retrieval_run=retrieval.description,
         init_from=init_name,
@@ -216,7 +217,9 @@ def mine_training_lists(
         next_item = asks_for_next_item(corpus)
         queries = training_queries(labels, next_item=next_item, most=MAX_LISTS, seed=config.seed)
         n = config.ranking.candidates
-        lists = mine(miner, past, labels, queries, n, next_item=next_item).with_hits()
+        lists = mine(
+            miner, past, labels, queries, n, next_item=next_item, exclude_seen=corpus.exclude_seen
+        ).with_hits()
     if not len(lists):
         warn(
             "no candidate list holds a right item, so the ranker keeps retrieval's order: "
@@ -250,6 +253,7 @@ def _train_miner(
         miner.taste.fit(past, taste, config.seed)
     bias = retrieval.model.candidate_tower.popularity_bias.setting
     set_popularity_bias(miner, past, **bias)
+    miner.answers_from_features = retrieval.model.answers_from_features
     return miner
 
 
@@ -286,6 +290,8 @@ class RankingValidation:
             queries,
             config.ranking.candidates,
             next_item=False,
+            exclude_seen=corpus.exclude_seen,
+            disliked=corpus.disliked("val"),
         )
         self._val_counts = CountFeatures(corpus.train, corpus.items.rows)
         self._mined = mined
@@ -309,8 +315,9 @@ def ranked_order(model: RankingModel, lists: CandidateLists, counts: CountFeatur
 
 def ndcg_gain(lists: CandidateLists, order: np.ndarray) -> np.ndarray:
     """[Q]: NDCG@10 of lists in another order [Q, N], less that of retrieval's order."""
-    labels = np.take_along_axis(lists.labels, order, 1)
-    return metrics.ndcg_of_lists(labels, 10) - metrics.ndcg_of_lists(lists.labels, 10)
+    is_right = lists.labels > 0
+    reordered = np.take_along_axis(is_right, order, 1)
+    return metrics.ndcg_of_lists(reordered, 10) - metrics.ndcg_of_lists(is_right, 10)
 
 
 def load_ranking(directory: Path, retrieval: TrainedRetrieval) -> TrainedRanking:

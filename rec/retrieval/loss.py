@@ -75,7 +75,7 @@ class HiddenItems(tf.keras.layers.Layer, tfrs.tasks.Task):
         hidden_scores: tf.Tensor,
         other_scores: tf.Tensor,
         *,
-        is_hidden: tf.Tensor,
+        hidden_weight: tf.Tensor,
         is_other: tf.Tensor,
         other_probability: tf.Tensor,
     ) -> tf.Tensor:
@@ -84,16 +84,15 @@ class HiddenItems(tf.keras.layers.Layer, tfrs.tasks.Task):
         Args:
           hidden_scores: [B, L] float32, of each user's own items.
           other_scores: [B, C] float32, of a sample of the catalogue.
-          is_hidden: [B, L] bool, the items that were hidden from the history.
+          hidden_weight: [B, L] float32, how much each item counts; 0 if it was not hidden from the history.
           is_other: [B, C] bool, False if the user has interacted with the item.
           other_probability: [C] float32: an item stands for as many as it was improbable to be drawn.
         """
-        weights = tf.cast(is_hidden, tf.float32)
         sampled = tf.cast(tf.size(other_probability), tf.float32)
         stands_for = UNOBSERVED / (other_probability * sampled)
-        missed = tf.reduce_sum(weights * tf.square(1 - hidden_scores))
+        missed = tf.reduce_sum(hidden_weight * tf.square(1 - hidden_scores))
         false_alarms = tf.where(is_other, tf.square(other_scores) * stands_for, 0.0)
-        count = sum_over_replicas(tf.reduce_sum(weights))
+        count = sum_over_replicas(tf.reduce_sum(hidden_weight))
         return (missed + tf.reduce_sum(false_alarms)) / tf.maximum(count, 1.0)
 
 

@@ -14,8 +14,7 @@ from rec.corpus import Corpus
 from rec.errors import note
 from rec.features import FIRST_ITEM
 from rec.retrieval.model import ROW_LISTS, RetrievalModel
-from rec.retrieval.popularity import ndcg_of_scores, validation_users
-from rec.retrieval.scoring import split_users
+from rec.retrieval.popularity import judges_of, ndcg_of_scores, validation_users
 from rec.retrieval.taste import Taste, TasteSetting
 
 ALPHAS = (1.0, 3.0, 10.0, 30.0, 100.0)
@@ -81,14 +80,11 @@ def _mean_ndcg(
     taste: Taste, user_factors: Callable[..., tf.Tensor], corpus: Corpus, users: np.ndarray
 ) -> float:
     """Of taste alone. `user_factors` is `taste` as a compiled function."""
-    items = len(corpus.items.ids)
-    candidates = taste.candidates(tf.range(FIRST_ITEM, FIRST_ITEM + items))
+    candidates = taste.candidates(tf.range(FIRST_ITEM, FIRST_ITEM + len(corpus.items.ids)))
     parts = []
-    for part in split_users(users, items):
-        history = corpus.train.last(part)
-        relevant = corpus.val.matrix(part, corpus.items.rows)
-        scores = tf.matmul(user_factors(history), candidates, transpose_b=True)
-        parts.append(ndcg_of_scores(scores, history, relevant, DEPTH))
+    for part in judges_of(corpus, users):
+        scores = tf.matmul(user_factors(part.history), candidates, transpose_b=True)
+        parts.append(ndcg_of_scores(scores, part, DEPTH))
     return float(np.concatenate(parts).mean())
 
 
@@ -97,14 +93,12 @@ def _best_weight(model: RetrievalModel, corpus: Corpus, users: np.ndarray) -> fl
     candidates = model.candidates()
     unit = 0.0  # of WEIGHTS; from the first users
     parts = []
-    for part in split_users(users, model.n_items):
-        history = corpus.train.last(part)
-        relevant = corpus.val.matrix(part, corpus.items.rows)
-        queries = model.query_compiled(part, history)
+    for part in judges_of(corpus, users):
+        queries = model.query_compiled(part.users, part.history)
         by_towers, by_taste = _scores_of_parts(queries, candidates, model.config.taste_dim)
         unit = unit or float(tf.math.reduce_std(by_towers) / tf.math.reduce_std(by_taste))
         sums = (by_towers + weight * unit * by_taste for weight in WEIGHTS)
-        parts.append([ndcg_of_scores(scores, history, relevant, DEPTH) for scores in sums])
+        parts.append([ndcg_of_scores(scores, part, DEPTH) for scores in sums])
     quality = np.concatenate(parts, axis=1)  # [weights, U]
     gain = quality - quality[0]
     best = int(np.argmax(gain.mean(1) - gain.std(1) / len(users) ** 0.5))

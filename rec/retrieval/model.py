@@ -47,14 +47,23 @@ class RetrievalModel(tfrs.Model):
             trainable=False,
             name="probability",
         )
+        self._add_cold_start(corpus)
+        self._create_weights()
+        self._compile_functions()
+
+    def _add_cold_start(self, corpus: Corpus) -> None:
+        """What users without a history are answered with: see popularity.py."""
         self._cold_start_popularity = self.add_weight(
             name="cold_start_popularity",
             shape=[self.trained_items],
             initializer="zeros",
             trainable=False,
         )
-        self._create_weights()
-        self._compile_functions()
+        self._reads_user_features = bool(corpus.user_columns)
+        self._has_features = tf.Variable(has_features(corpus), trainable=False, name="has_features")
+        self._answers_from_features = self.add_weight(
+            name="answers_from_features", shape=[], initializer="zeros", trainable=False
+        )
 
     def _create_weights(self) -> None:
         """Runs both towers once, so that a checkpoint can be restored before the first batch."""
@@ -79,7 +88,8 @@ class RetrievalModel(tfrs.Model):
     def fitted_variables(self) -> list[tf.Variable]:
         """What is set after training and not by gradients: see popularity.py."""
         bias = self.candidate_tower.popularity_bias.variables
-        return [*bias, *self.taste.variables, self._cold_start_popularity]
+        fitted = [*bias, *self.taste.variables, self._cold_start_popularity]
+        return [*fitted, self._answers_from_features] if self._reads_user_features else fitted
 
     # ------------------------------------------------------------------------------------------------------------
     # Training
@@ -135,6 +145,7 @@ class RetrievalModel(tfrs.Model):
         items = batch["tokens"][:, 1:]
         pool = batch["negatives"]
         is_drawn = tf.random.uniform(tf.shape(items)) < 0.5
+        weight = tf.reshape(_target_weights(batch, tf.reshape(items, [-1])), tf.shape(items))
         visible = tf.where(is_drawn, PAD, items)
         time = batch["time"][:, :1] if "time" in batch else None
         query = self.query_tower(batch["user"], visible, time, training=training)[:, 0]
@@ -143,7 +154,7 @@ class RetrievalModel(tfrs.Model):
         return self.hidden_items(
             tf.einsum("bd,bld->bl", query, item_vectors),
             tf.matmul(query, pool_vectors, transpose_b=True),
-            is_hidden=is_drawn & (items != PAD),
+            hidden_weight=tf.where(is_drawn, weight, 0.0),
             is_other=~_contains(batch["tokens"], pool),
             other_probability=tf.nn.embedding_lookup(self._probability, pool),
         )
@@ -211,9 +222,22 @@ class RetrievalModel(tfrs.Model):
     # Cold start
 
     def is_cold(self, user: tf.Tensor, history: tf.Tensor) -> tf.Tensor:
-        """[B] bool: no history, and no trained embedding of the user. Such users are answered by popularity."""
+        """[B] bool: no history, no trained embedding, and no features that say more than popularity.
+
+        Such users are answered by popularity.
+        """
         has_embedding = (user > UNKNOWN_USER) & (user < self._trained_users) & self.config.user_id
-        return ~has_embedding & tf.reduce_all(history == PAD, 1)
+        is_described = tf.gather(self._has_features, user) & (self._answers_from_features > 0)
+        return ~has_embedding & ~is_described & tf.reduce_all(history == PAD, 1)
+
+    @property
+    def answers_from_features(self) -> bool:
+        """Whether users with features and no history are answered from their features (popularity.py)."""
+        return bool(self._answers_from_features > 0)
+
+    @answers_from_features.setter
+    def answers_from_features(self, value: bool) -> None:
+        self._answers_from_features.assign(float(value))
 
     def cold_start_score(self, rows: tf.Tensor) -> tf.Tensor:
         """int32 item rows [...] -> float32 [...]: how popular they are (popularity.fit_cold_start)."""
@@ -229,6 +253,13 @@ class RetrievalModel(tfrs.Model):
     def set_cold_start_popularity(self, popularity: np.ndarray) -> None:
         """Sets the scores for cold users, [item rows] float32. Those of untrained items are not kept: they are 0."""
         self._cold_start_popularity.assign(popularity[: self.trained_items])
+
+
+def has_features(corpus: Corpus) -> np.ndarray:
+    """[user rows] bool: whether a value is known in one of the columns that the model reads."""
+    names = [column.name for column in corpus.user_columns]
+    is_described = corpus.user_table[names].notna().any(axis=1)
+    return np.concatenate([np.zeros(corpus.users.first, bool), is_described])
 
 
 def current_time(like: tf.Tensor) -> tf.Tensor:

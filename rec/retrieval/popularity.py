@@ -2,6 +2,7 @@
 
 - Cold start: a user of whom nothing is known (`RetrievalModel.is_cold`) gets the popular items of the last days, weeks
   or years. `fit_cold_start` sets the score of each item; bundles and the API answer all such users in their order.
+  Users with features and no history are answered by the towers, if that is better for such users in validation data.
 - Popularity bias: a term for recent popularity in the items' biases. The towers learn what comes next. What a user
   does in the weeks after follows more from what is popular then: most on a `temporal` split, and often not at all if
   only the next item is asked for.
@@ -10,7 +11,9 @@ Windows of time are shares of the training interactions, from the latest: the sa
 one of twenty years.
 """
 
+from collections.abc import Iterator
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -18,8 +21,9 @@ from scipy.sparse import csr_matrix
 
 from rec import metrics
 from rec.corpus import Corpus
+from rec.errors import note
 from rec.features import FIRST_ITEM, PAD
-from rec.retrieval.model import RetrievalModel, current_time
+from rec.retrieval.model import RetrievalModel, current_time, has_features
 from rec.retrieval.scoring import best_unseen, split_users
 from rec.sequences import Sequences
 
@@ -31,7 +35,7 @@ MIN_COLD_USERS = 30  # with fewer, all validation users decide on the cold-start
 
 
 def recent_popularity(train: Sequences, share: float, item_rows: int) -> np.ndarray:
-    """[item rows] float32: log(1 + interactions of each item in the last `share` of `train`).
+    """[item rows] float32: log(1 + weight of each item's interactions in the last `share` of `train`).
 
     Items with equal counts are ordered by all of their interactions.
     """
@@ -39,9 +43,14 @@ def recent_popularity(train: Sequences, share: float, item_rows: int) -> np.ndar
     if train.times is not None:
         order = np.argsort(train.times, kind="stable")
     first = round((1 - share) * len(order))
-    recent = np.bincount(train.items[order[first:]], minlength=item_rows)
-    all_time = np.bincount(train.items, minlength=item_rows) / (len(order) + 1)  # below 1
-    return np.log1p(recent + all_time).astype(np.float32)
+
+    def count(at: np.ndarray) -> np.ndarray:
+        weights = None if train.weights is None else train.weights[at]
+        return np.bincount(train.items[at], weights, item_rows)
+
+    all_time = count(order)
+    below_1 = all_time / (all_time.sum() + 1)
+    return np.log1p(count(order[first:]) + below_1).astype(np.float32)
 
 
 def fit_cold_start(model: RetrievalModel, corpus: Corpus, train: Sequences) -> None:
@@ -72,6 +81,42 @@ def fit_popularity_bias(model: RetrievalModel, corpus: Corpus) -> None:
     set_popularity_bias(model, train, share=share, weight=weight)
 
 
+def fit_answers_from_features(model: RetrievalModel, corpus: Corpus) -> None:
+    """Decides whether users with features and no history are answered by the towers, by NDCG@100.
+
+    Validation users without a history decide; if they are few, all validation users, as if they had none.
+    """
+    users = np.flatnonzero((corpus.val.lengths > 0) & has_features(corpus)).astype(np.int32)
+    cold = users[corpus.train.lengths[users] == 0]
+    judges = cold if len(cold) >= MIN_COLD_USERS else users
+    judges = np.random.default_rng(0).permutation(judges)[:MAX_USERS]
+    if not len(judges):
+        return
+    by_popularity = _ndcg_without_history(model, corpus, judges, from_features=False)
+    from_features = _ndcg_without_history(model, corpus, judges, from_features=True)
+    gain = from_features - by_popularity
+    model.answers_from_features = bool(gain.mean() > gain.std() / len(judges) ** 0.5)
+    note(
+        f"users with features and no history: val/ndcg@100 {by_popularity.mean():.4f} by popularity, "
+        f"{from_features.mean():.4f} from their features"
+    )
+
+
+def _ndcg_without_history(
+    model: RetrievalModel, corpus: Corpus, users: np.ndarray, *, from_features: bool
+) -> np.ndarray:
+    """[U] NDCG@100 of what users get if their histories are not known."""
+    model.answers_from_features = from_features
+    candidates = model.candidates()
+    parts = []
+    for part in judges_of(corpus, users):
+        time = current_time(part.users)
+        no_history = part.history[:, :0]
+        scores = model.score_catalogue_compiled(part.users, no_history, candidates, time)
+        parts.append(ndcg_of_scores(scores, part, DEPTH))
+    return np.concatenate(parts)
+
+
 def validation_users(corpus: Corpus, most: int) -> np.ndarray:
     """[U] user rows: up to `most` validation users with a history, drawn at random."""
     users = np.flatnonzero((corpus.val.lengths > 0) & (corpus.train.lengths > 0)).astype(np.int32)
@@ -94,10 +139,11 @@ def _shares(train: Sequences) -> tuple[float, ...]:
 def _ndcg_of_one_order(
     scores: np.ndarray, corpus: Corpus, train: Sequences, users: np.ndarray
 ) -> float:
-    """The sum of NDCG@100 over `users` if all get the same scores [item rows], without what each has seen."""
+    """The sum of NDCG@100 over `users` if all get the same scores [item rows]."""
     relevant = corpus.val.matrix(users, corpus.items.rows)
-    seen = train.matrix(users, corpus.items.rows).astype(bool)
-    depth = DEPTH + int(train.lengths[users].max(initial=0))
+    barred = corpus.barred(train, "val")
+    seen = barred.matrix(users, corpus.items.rows).astype(bool)
+    depth = DEPTH + int(barred.lengths[users].max(initial=0))
     order = FIRST_ITEM + np.argsort(-scores[FIRST_ITEM:], kind="stable")[:depth]
     is_seen = seen[:, order].toarray()
     unseen_first = np.argsort(is_seen, axis=1, kind="stable")[:, :DEPTH]
@@ -118,16 +164,32 @@ def _ndcg_of_biases(
     biases = [weight * popularity[share] for share, weight in choices]
     candidates = model.candidates()
     parts = []
-    for part in split_users(users, len(corpus.items.ids)):
-        history = train.last(part)
-        relevant = corpus.val.matrix(part, corpus.items.rows)
-        scores = model.score_catalogue_compiled(part, history, candidates, current_time(part))
-        parts.append([ndcg_of_scores(scores + bias, history, relevant, DEPTH) for bias in biases])
+    for part in judges_of(corpus, users):
+        time = current_time(part.users)
+        scores = model.score_catalogue_compiled(part.users, part.history, candidates, time)
+        parts.append([ndcg_of_scores(scores + bias, part, DEPTH) for bias in biases])
     return np.concatenate(parts, axis=1)
 
 
-def ndcg_of_scores(scores: tf.Tensor, seen: np.ndarray, relevant: csr_matrix, k: int) -> np.ndarray:
-    """[U] NDCG@k of scores [U, catalogue], without the items `seen` [U, S]; `relevant` [U, item rows]."""
-    _, rows = best_unseen(scores, seen, k)
+class Judges(NamedTuple):
+    """Some validation users: what they have met, what must not be recommended, what they chose."""
+
+    users: np.ndarray  # [U] user rows
+    history: np.ndarray  # [U, H] item rows
+    barred: np.ndarray  # [U, S] item rows
+    relevant: csr_matrix  # [U, item rows]
+
+
+def judges_of(corpus: Corpus, users: np.ndarray) -> Iterator[Judges]:
+    """These users in parts, whose scores of all items are computed together."""
+    barred = corpus.barred(corpus.train, "val")
+    for part in split_users(users, len(corpus.items.ids)):
+        relevant = corpus.val.matrix(part, corpus.items.rows)
+        yield Judges(part, corpus.train.last(part), barred.last(part), relevant)
+
+
+def ndcg_of_scores(scores: tf.Tensor, judges: Judges, k: int) -> np.ndarray:
+    """[U] NDCG@k of scores [U, catalogue]."""
+    _, rows = best_unseen(scores, judges.barred, k)
     ranked = np.where(rows.numpy() == PAD, -1, rows.numpy())
-    return metrics.per_user(ranked, relevant, ks=(k,))[f"ndcg@{k}"]
+    return metrics.per_user(ranked, judges.relevant, ks=(k,))[f"ndcg@{k}"]

@@ -21,7 +21,7 @@ from scipy.sparse import csr_matrix
 from threadpoolctl import threadpool_limits
 
 from rec.features import FIRST_ITEM, UNKNOWN, recent_items
-from rec.metrics import binary
+from rec.metrics import strongest
 from rec.sequences import Sequences
 
 BLOCK = 64  # items of a history that are summed at a time
@@ -151,7 +151,7 @@ def fit_als(
     iterations: int,
     seed: int,
 ) -> AlternatingLeastSquares:
-    """The library's model of interactions [U, N], each of which counts once."""
+    """The library's model of interactions [U, N]: alpha times the weight is the confidence, and repeats count once."""
     # The library's own threads share the users out. Those of BLAS would slow them down.
     with threadpool_limits(1, "blas"):
         model = AlternatingLeastSquares(
@@ -161,5 +161,5 @@ def fit_als(
             iterations=iterations,
             random_state=seed,
         )
-        model.fit(binary(interactions), show_progress=False)
+        model.fit(strongest(interactions), show_progress=False)
     return model

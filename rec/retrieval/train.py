@@ -3,11 +3,12 @@
 1. Choose what the data decide (`with_data_defaults`), build the model.
 2. Fit what cold users get, which needs no training.
 3. Train epoch by epoch; validation data say when to stop and which epoch is the best.
-4. Add the taste part to the best epoch's towers, then the popularity bias.
+4. Add the taste part to the best epoch's towers, then the popularity bias. Decide who is answered by popularity alone.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import tensorflow as tf
 
@@ -19,7 +20,7 @@ from rec.data_prep.dataset import Dataset
 from rec.files import read_whole
 from rec.retrieval.mixture import fit_taste
 from rec.retrieval.model import RetrievalModel
-from rec.retrieval.popularity import fit_cold_start, fit_popularity_bias
+from rec.retrieval.popularity import fit_answers_from_features, fit_cold_start, fit_popularity_bias
 from rec.retrieval.validation import RetrievalValidation
 from rec.sequences import Sequences
 from rec.training import (
@@ -44,6 +45,10 @@ class TrainedRetrieval:
     corpus: Corpus
     state: TrainState
     description: RetrievalRun
+
+    def under(self, exclude_seen: Literal["auto"] | bool) -> "TrainedRetrieval":
+        """The same model under a rule of `index.exclude_seen`; auto: the rule that it was trained with."""
+        return replace(self, corpus=self.corpus.under(exclude_seen))
 
 
 def train_retrieval(
@@ -107,6 +112,7 @@ def _train(
         dataset=corpus.dataset_id,
         seed=config.seed,
         features=config.features,
+        exclude_seen=corpus.exclude_seen,
         retrieval=settings,
         interactions=len(train.items),
         stop_after=stop_after,
@@ -159,6 +165,7 @@ def _train(
     if validation is not None:
         fit_taste(model, corpus, config.seed)
         fit_popularity_bias(model, corpus)
+        fit_answers_from_features(model, corpus)
     state = run.finish(measure())
     return TrainedRetrieval(model, corpus, state, description)
 
@@ -175,6 +182,6 @@ def load_retrieval(
 
 def _load_retrieval(directory: Path, dataset: Dataset, corpus: Corpus | None) -> TrainedRetrieval:
     description = read_run(RetrievalRun, directory)
-    corpus = corpus or load_trained_corpus(directory, dataset)
+    corpus = corpus or load_trained_corpus(directory, dataset).under(description.exclude_seen)
     model = RetrievalModel(description.retrieval, corpus)
     return TrainedRetrieval(model, corpus, restore(model, directory), description)

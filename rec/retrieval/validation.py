@@ -28,20 +28,21 @@ class RetrievalValidation:
         self.relevant = corpus.val.matrix(self.users, corpus.items.rows)  # [U, item rows]
 
     def measure(self, model: RetrievalModel) -> dict[str, float]:
-        """The mean metrics, such as `val/ndcg@10`, of full rankings without what each user has seen in training."""
+        """The mean metrics, such as `val/ndcg@10`, of full rankings under the rule of index.exclude_seen."""
         ranked = self._rank(model, max(metrics.KS))
         return mean_metrics(ranked, self.relevant) | factorized_top_k(model, self._corpus)
 
     def _rank(self, model: RetrievalModel, k: int) -> np.ndarray:
         """[U, k] item rows, best first, PAD if nothing is left."""
         train = self._corpus.train
+        barred = self._corpus.barred(train, "val")
         candidates = model.candidates()
         parts = []
         for users in split_users(self.users, model.n_items):
             history = train.last(users)
             time = self._corpus.val.times_at(users)
             scores = model.score_catalogue_compiled(users, history, candidates, time)
-            parts.append(best_unseen(scores, history, k)[1].numpy())
+            parts.append(best_unseen(scores, barred.last(users), k)[1].numpy())
         return np.concatenate(parts)
 
 

@@ -3,7 +3,7 @@
 - `Engine.recommend` takes a batch of requests: one call of the models, whatever its size.
 - `exclude` and `filter` are honoured exactly. A filter chooses among the ranked candidates; where too few of those
   pass, the passing items themselves are scored; where that cannot be done or is not enough, the most popular items
-  that pass follow, with score null. Never one that the user has seen.
+  that pass follow, with score null. Never one that the user dislikes, or has seen if seen items are excluded.
 - Answers are dictionaries, which the application writes as JSON; NaN and the infinities become null there.
 
 All of it runs in the one thread that calls the models.
@@ -296,6 +296,7 @@ class Engine:
             [request.user_id or "" for request in requests],
             [request.history for request in requests],
             [request.exclude for request in requests],
+            [self._excludes_seen(request) for request in requests],
         )
         called = time.perf_counter()
         self.observer.stage("model", called - start)
@@ -370,6 +371,12 @@ class Engine:
             )
         ]
 
+    def _excludes_seen(self, request: RecommendRequest) -> bool:
+        """Whether what the user has met is left out of the answer."""
+        if request.exclude_seen is None:
+            return self.backend.metadata.retrieval.excludes_seen
+        return request.exclude_seen
+
     def _stored(self, requests: Iterable[RecommendRequest]) -> dict[str | None, list[str]]:
         """The stored histories of the requests' users, by user, in one call."""
         users: list[str] = sorted({request.user_id for request in requests if request.user_id})
@@ -388,8 +395,8 @@ class Engine:
     ) -> list[Place]:
         """The k best items that the filter lets pass, where the candidates are not enough."""
         allowed = self.catalogue.matching(request.filter)
-        seen = [*request.exclude, *(request.history or ()), *history]
-        taken = np.unique(np.array(self.catalogue.rows(seen), int))
+        left_out = self._left_out(request, history)
+        taken = np.unique(np.array(self.catalogue.rows(left_out), int))
         rest = allowed[: DEEPEST + len(taken)]
         rest = rest[~is_among(rest, taken)]
         if request.filter and len(rest) > len(places):
@@ -400,6 +407,15 @@ class Engine:
         others = rest[~is_among(rest, np.sort(np.array([place.row for place in places], int)))]
         popular = others[: request.k - len(places)].tolist()
         return [*places, *map(Place, popular)]
+
+    def _left_out(self, request: RecommendRequest, history: list[str]) -> list[str]:
+        """What must not fill the answer up; `history` is the stored one."""
+        left_out = list(request.exclude)
+        if request.user_id:
+            left_out += self.backend.disliked([request.user_id])[0]
+        if self._excludes_seen(request):
+            left_out += [*(request.history or ()), *history]
+        return left_out
 
     def _history(self, request: RecommendRequest, stored: list[str]) -> list[int]:
         """The rows of the history that the request is answered from."""

@@ -39,6 +39,10 @@ class RecommendRequest(BaseModel):
     )
     k: int = Field(default=10, ge=1, description="How many items; at most max_k of /v1/models.")
     exclude: Ids = Field(default_factory=list, description="Items that must not be in the answer.")
+    exclude_seen: bool | None = Field(
+        default=None,
+        description="Whether what the user has met is left out. Absent or null: as the bundle was made.",
+    )
     filter: dict[Id, list[str | int | float | bool]] = Field(
         default_factory=dict,
         description="{column: [values]}: items with one of these (a list: in it) in every column.",

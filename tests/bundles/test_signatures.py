@@ -80,11 +80,18 @@ def test_the_signatures_are_those_of_the_contract(bundles: dict[str, Any]):
             "from_history": ({"user_id": ids, "history": lists}, listed),
             "similar_items": ({"item_id": ids}, listed),
             "answer": (
-                {"user_id": ids, "history": lists, "is_given": ("bool", 1), "exclude": lists},
+                {
+                    "user_id": ids,
+                    "history": lists,
+                    "is_given": ("bool", 1),
+                    "exclude": lists,
+                    "exclude_seen": ("bool", 1),
+                },
                 answered,
             ),
             "answer_known": ({"user_id": ids}, answered),
             "history": ({"user_id": ids}, {"output_0": lists}),
+            "disliked": ({"user_id": ids}, {"output_0": lists}),
         },
         "ranking": {
             "serving_default": ({"user_id": ids, "item_id": lists}, scored),
@@ -133,9 +140,10 @@ def test_what_was_found_at_export_is_what_a_search_finds(bundles: dict[str, Any]
     rows = retrieval.history(users).numpy()
     histories = pad_lists([[item.decode() for item in row if item] for row in rows])
     known = retrieval.answer_known(users)
-    stored = retrieval.answer(users, nothing, tf.constant([False] * 3), nothing)
-    told = retrieval.answer(users, histories, tf.constant([True] * 3), nothing)
-    mixed = retrieval.answer(users, histories, tf.constant([True, False, True]), nothing)
+    unseen = tf.constant([True] * 3)
+    stored = retrieval.answer(users, nothing, tf.constant([False] * 3), nothing, unseen)
+    told = retrieval.answer(users, histories, tf.constant([True] * 3), nothing, unseen)
+    mixed = retrieval.answer(users, histories, tf.constant([True, False, True]), nothing, unseen)
     assert known["cold"].numpy().tolist() == [False, False, True]
     for other in (stored, told, mixed):
         assert (other["cold"].numpy() == known["cold"].numpy()).all()
@@ -184,6 +192,7 @@ def test_nobody_gets_what_is_popular(bundles: dict[str, Any], trained: Trained):
             "history": [history],
             "is_given": tf.constant([True]),
             "exclude": [[""]],
+            "exclude_seen": tf.constant([True]),
         }
         assert call(bundles["retrieval"], "answer", **told)["cold"].tolist() == [True]
     told |= {"history": [["i1"]]}

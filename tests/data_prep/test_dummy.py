@@ -102,3 +102,14 @@ def test_titles_are_names_and_series_are_numbered() -> None:
 def test_sizes_too_small_for_any_split_are_refused(run, size: tuple[str, str]) -> None:
     with pytest.raises(UserError, match=f"{size[0]} must be at least"):
         run(*size)
+
+
+def test_a_shop_has_more_views_than_purchases_which_val_and_test_ask_for(run) -> None:
+    dataset = run("--shop", "--users", "100", "--items", "60")
+    frames = [dataset.interactions(split) for split in ("train", "val", "test")]
+    counts = pd.concat(frames)["event"].value_counts()
+    assert counts["view"] > 2 * counts["purchase"] > 2 * 100
+    assert dataset.label_events == ["purchase"]
+    assert dataset.manifest["events"] == {"cart": 3.0, "purchase": 10.0, "view": 1.0}
+    weights = dict(zip(frames[0]["event"], frames[0]["weight"], strict=True))
+    assert weights == {"view": 1.0, "cart": 3.0, "purchase": 10.0}

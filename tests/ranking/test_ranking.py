@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from rec.ranking.count_features import COUNT_FEATURES, CountFeatures
 from rec.ranking.model import RankingModel, score_candidates, score_lists
 from rec.ranking.objectives import OBJECTIVES
 from rec.retrieval.model import RetrievalModel
-from tests.small import corpus
+from tests.small import corpus, sequences
 
 SMALL = corpus([[3, 4, 5, 6], [4, 5], [8, 3, 5]], features=True)
 COUNTS = CountFeatures(SMALL.train, SMALL.items.rows)
@@ -80,6 +81,51 @@ def test_a_list_is_labelled_by_the_next_item_and_holds_nothing_already_or_later_
         8,
     ]  # without 3 and 4 (seen) and 6 (chosen later)
     assert sorted(lists.items[1]) == [PAD, PAD, PAD, 6, 7, 8]
+
+
+def test_with_seen_items_a_list_holds_what_was_met_and_what_comes_again():
+    data = corpus([[3, 4, 5, 4, 5]])
+    past, labels = hold_out(data, 0.6, seed=0)
+    queries = training_queries(labels, next_item=True, most=9, seed=0)
+    lists = mine(retrieval(data), past, labels, queries, 6, next_item=True, exclude_seen=False)
+    chosen = [lists.items[j][lists.labels[j] == 1].tolist() for j in range(3)]
+    assert chosen == [[5], [4], [5]]
+    assert sorted(lists.items[0]) == [PAD, 3, 5, 6, 7, 8]  # without 4, which is chosen later
+    assert sorted(lists.items[2]) == [3, 4, 5, 6, 7, 8]
+
+
+def test_a_list_to_train_on_holds_what_is_disliked_as_wrong_and_one_to_serve_does_not():
+    data = corpus([[3, 4, 5, 6]])
+    weights = np.array([1, 1, 1, 0], np.float32)  # 6 is disliked
+    past, labels = hold_out(replace(data, train=replace(data.train, weights=weights)), 0.5, seed=0)
+    assert (past.items.tolist(), labels.items.tolist()) == ([3, 4], [5])
+    queries = first_queries(labels)
+    lists = mine(retrieval(data), past, labels, queries, 6, next_item=True)
+    assert 6 in lists.items[0] and lists.items[0][lists.labels[0] == 1].tolist() == [5]
+    disliked = sequences([6])
+    lists = mine(retrieval(data), past, labels, queries, 6, next_item=True, disliked=disliked)
+    assert sorted(lists.items[0]) == [PAD, PAD, PAD, 5, 7, 8]
+
+
+def test_a_label_is_the_weight_of_what_was_chosen():
+    data = corpus([[3, 4, 5, 6]])
+    past, labels = hold_out(data, 0.5, seed=0)
+    labels = replace(labels, weights=np.array([2, 7], np.float32))
+    lists = mine(retrieval(data), past, labels, first_queries(labels), 6, next_item=False)
+    by_item = dict(zip(lists.items[0].tolist(), lists.labels[0].tolist(), strict=True))
+    assert {item: label for item, label in by_item.items() if label} == {5: 2, 6: 7}
+
+
+def test_a_right_items_loss_counts_as_much_as_its_weight():
+    scores = tf.constant([[0.5, -1.0, 2.0]])
+    there = tf.constant([[1.0, 1.0, 0.0]])
+    right, wrong = np.log1p(np.exp(-0.5)), np.log1p(np.exp(-1.0))
+    for weight in (1.0, 4.0):
+        loss = OBJECTIVES["implicit"](tf.constant([[weight, 0.0, 0.0]]), scores, there)
+        assert float(loss) == pytest.approx((weight * right + wrong) / (weight + 1))
+    both = tf.constant([[3.0, 1.0, 0.0]])
+    share = np.log(np.exp(0.5) + np.exp(-1.0)) - (0.75 * 0.5 - 0.25)
+    assert float(OBJECTIVES["listwise"](both, scores, there)) == pytest.approx(share)
 
 
 def test_a_whole_list_is_labelled_by_all_that_follows():

@@ -192,6 +192,9 @@ def test_an_autoencoder_is_trained_by_the_squared_errors_on_what_it_hides(
     chances = 3 * built._probability.numpy()[6:8]  # that 6 and 7 stand in a pool of 3
     by_hand = ((1 - scores[:2]) ** 2).sum() + UNOBSERVED * (scores[2:] ** 2 / chances).sum()
     assert float(built.compute_loss(batch)) == pytest.approx(by_hand / 2, rel=1e-4)
+    batch["weight"] = tf.constant([[1.0, 1.0, 6.0, 0.0]])
+    by_hand += 5 * (1 - scores[1]) ** 2
+    assert float(built.compute_loss(batch)) == pytest.approx(by_hand / 7, rel=1e-4)
 
 
 def test_an_autoencoder_starts_from_singular_vectors():

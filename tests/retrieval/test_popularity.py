@@ -1,14 +1,23 @@
 """What popularity adds to the towers: it has to act where it helps, and to stay out where it does not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from rec.batches import window_batches
 from rec.config import ResolvedRetrieval
 from rec.corpus import Corpus
-from rec.features import FIRST_ITEM
+from rec.features import FIRST_ITEM, fit_columns
 from rec.retrieval.model import RetrievalModel
-from rec.retrieval.popularity import fit_cold_start, fit_popularity_bias, recent_popularity
+from rec.retrieval.popularity import (
+    _ndcg_without_history,
+    fit_answers_from_features,
+    fit_cold_start,
+    fit_popularity_bias,
+    recent_popularity,
+)
 from tests.small import corpus, sequences
 
 ITEMS = 20
@@ -73,3 +82,77 @@ def test_without_times_there_is_one_window():
     fit_cold_start(model, data, data.train)
     expected = np.log1p(np.array([1, 2]) * (1 + 1 / 4))
     assert model.cold_start_score(tf.constant([3, 4])).numpy() == pytest.approx(expected)
+
+
+def test_popularity_is_the_sum_of_weights_and_weights_of_1_change_no_bit():
+    train = corpus([[OLD[0], OLD[1]], [OLD[0], NEW]], items=ITEMS).train
+    plain = recent_popularity(train, 0.5, FIRST_ITEM + ITEMS)
+    ones = replace(train, weights=np.ones(4, np.float32))
+    np.testing.assert_array_equal(recent_popularity(ones, 0.5, FIRST_ITEM + ITEMS), plain)
+    weights = np.array([1, 1, 1, 4], np.float32)
+    weighed = recent_popularity(replace(train, weights=weights), 0.5, FIRST_ITEM + ITEMS)
+    assert weighed[NEW] == pytest.approx(np.log1p(4 + 4 / 8))
+    assert weighed[OLD[0]] == pytest.approx(np.log1p(1 + 2 / 8))
+
+
+def shoppers(features: bool = True) -> Corpus:
+    """Users of five kinds, each of which likes four items of its own; the last 40 have no history."""
+    likes = [[3 + 4 * (user % 5) + (user // 5 + j) % 4 for j in range(4)] for user in range(120)]
+    empty: list[list[int]] = [[] for _ in likes]
+    train = likes[:80] + empty[80:]
+    val = empty[:80] + [[items[0]] for items in likes[80:]]
+    data = corpus(train, val=val, items=ITEMS, strategy="temporal")
+    table = data.user_table.assign(kind=[f"kind {user % 5}" for user in range(120)])
+    columns = fit_columns(table, "user_id", "auto", np.ones(120, bool), "users")
+    return replace(data, user_table=table, user_columns=columns if features else ())
+
+
+def trained(data: Corpus) -> RetrievalModel:
+    """A model after 60 steps, each on all interactions."""
+    model = model_of(data)
+    optimizer = tf.keras.optimizers.Adam(0.02)
+
+    @tf.function(reduce_retracing=True)
+    def step(batch: dict[str, tf.Tensor]) -> None:
+        with tf.GradientTape() as tape:
+            loss = model.compute_loss(batch, training=True)
+        weights = model.trainable_variables
+        gradients = zip(tape.gradient(loss, weights), weights, strict=True)
+        optimizer.apply_gradients([pair for pair in gradients if pair[0] is not None])
+
+    for epoch in range(60):
+        for batch in window_batches(data, model.config, data.train, 0, epoch):
+            step(batch)
+    return model
+
+
+def test_users_with_features_and_no_history_are_answered_from_them_if_they_tell():
+    data = shoppers()
+    model = trained(data)
+    fit_cold_start(model, data, data.train)
+    fit_answers_from_features(model, data)
+    assert model.answers_from_features
+    users = tf.constant([81, 82])
+    nothing = tf.zeros([2, 0], tf.int32)
+    assert not model.is_cold(users, nothing).numpy().any()
+    assert model.is_cold(tf.constant([0]), nothing[:1]).numpy().all()  # an unknown user
+    scores = model.score_catalogue(users, nothing, model.candidates())
+    best = np.sort(tf.math.top_k(scores, 4)[1].numpy() + FIRST_ITEM, axis=1)
+    assert best.tolist() == [[3, 4, 5, 6], [7, 8, 9, 10]]  # of kinds 0 and 1
+    judges = np.arange(81, 121)
+    by_popularity, by_features = (
+        _ndcg_without_history(model, data, judges, from_features=value).mean()
+        for value in (False, True)
+    )
+    assert by_features > 1.5 * by_popularity
+
+
+def test_features_that_tell_nothing_leave_users_without_a_history_to_popularity():
+    data = shoppers()
+    model = model_of(data)  # without training
+    fit_cold_start(model, data, data.train)
+    fit_answers_from_features(model, data)
+    assert not model.answers_from_features
+    nobody = model_of(shoppers(features=False))
+    fit_answers_from_features(nobody, shoppers(features=False))
+    assert nobody.is_cold(tf.constant([81]), tf.zeros([1, 0], tf.int32)).numpy().all()

@@ -115,6 +115,17 @@ def test_nothing_comes_back_that_the_user_has_seen(client: TestClient, engine: E
     assert not set(told) & set(ids(asked(client, history=told, k=K)))
 
 
+def test_a_request_may_ask_for_what_was_met_before(client: TestClient, engine: Engine) -> None:
+    stored = stored_of(engine)
+    again = ids(asked(client, user_id=USER, k=K, exclude_seen=False))
+    assert len(again) == K and set(stored) & set(again)
+    by_default = ids(asked(client, user_id=USER, k=K))
+    assert by_default == ids(asked(client, user_id=USER, k=K, exclude_seen=True))
+    genre = next(iter(genres_of(engine)[stored[0]]))
+    narrow = asked(client, user_id=USER, k=K, filter={"genres": [genre]}, exclude_seen=False)
+    assert stored[0] in ids(narrow)
+
+
 def test_an_unknown_user_without_a_history_gets_the_popular_items(
     client: TestClient, engine: Engine
 ) -> None:

@@ -48,13 +48,15 @@ class TfServing:
         user_ids: Sequence[str],
         histories: Sequence[list[str] | None],
         excluded: Sequence[list[str]],
+        exclude_seen: Sequence[bool] | None = None,
     ) -> Candidates:
         inputs = {
             "user_id": user_ids,
             "is_given": [history is not None for history in histories],
             "history": pad_left([history or [] for history in histories], 1),
         }
-        outputs = self._retrieve(inputs, excluded)
+        usual = [self.metadata.retrieval.excludes_seen] * len(user_ids)
+        outputs = self._retrieve(inputs, excluded, exclude_seen or usual)
         retrieved = {name: np.array(outputs[name]) for name in ("row", "score", "cold")}
         retrieved["score"] = retrieved["score"].astype(np.float32)
         n = self.metadata.candidates
@@ -64,12 +66,15 @@ class TfServing:
         ranked = self._call("ranking", "answer", {**inputs, "item_id": items})
         return rerank(NUMPY, retrieved, np.array(ranked, np.float32), n)
 
-    def _retrieve(self, inputs: dict[str, Any], excluded: Sequence[list[str]]) -> Any:
+    def _retrieve(
+        self, inputs: dict[str, Any], excluded: Sequence[list[str]], exclude_seen: Sequence[bool]
+    ) -> Any:
         """What retrieval returns: looked up if nothing but user ids is given."""
-        if any(inputs["is_given"]) or any(excluded):
-            exclusions = {"exclude": pad_left(excluded, 1)}
-            return self._call("retrieval", "answer", inputs | exclusions)
-        return self._call("retrieval", "answer_known", {"user_id": inputs["user_id"]})
+        is_usual = set(exclude_seen) == {self.metadata.retrieval.excludes_seen}
+        if is_usual and not any(inputs["is_given"]) and not any(excluded):
+            return self._call("retrieval", "answer_known", {"user_id": inputs["user_id"]})
+        exclusions = {"exclude": pad_left(excluded, 1), "exclude_seen": exclude_seen}
+        return self._call("retrieval", "answer", inputs | exclusions)
 
     def answer_within(self, user_id: str, history: list[str] | None, rows: np.ndarray) -> None:
         """It cannot be done here: a filter's rows belong to one request, and TF Serving batches every input."""
@@ -80,7 +85,14 @@ class TfServing:
         return rows.reshape(len(item_ids), -1), np.array(found["score"], np.float32)
 
     def histories(self, user_ids: list[str]) -> list[list[str]]:
-        stored = self._call("retrieval", "history", {"user_id": user_ids})
+        return self._lists("history", user_ids)
+
+    def disliked(self, user_ids: list[str]) -> list[list[str]]:
+        return self._lists("disliked", user_ids)
+
+    def _lists(self, signature: str, user_ids: list[str]) -> list[list[str]]:
+        """What retrieval stores of each user, without the empty places."""
+        stored = self._call("retrieval", signature, {"user_id": user_ids})
         return [[item for item in row if item] for row in stored]
 
     def cosines(self, items: list[str], others: list[str]) -> np.ndarray:
