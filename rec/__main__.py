@@ -3,7 +3,7 @@
     python -m rec.data_prep.dummy, .movielens, .tabular    raw files -> a dataset directory
     python -m rec.train                                    -> bundles
     python -m rec.evaluate                                 what they are worth on held-out data
-    python -m rec.recommend                                recommendations on the terminal
+    python -m rec.recommend                                recommendations on the terminal, or as a file
     python -m rec.export                                   bundles anew, without training
     python -m rec.promote                                  which of them is in production
     python -m rec.serve                                    answers HTTP requests with them

@@ -132,6 +132,18 @@ def read_pair(
     return PairMetadata(first, second)
 
 
+def user_file(retrieval: Path) -> Path:
+    """The ids of all users that a retrieval bundle knows, one per line."""
+    return retrieval / "assets" / "users.txt"
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, which may be larger than the memory. Only a line feed ends a line."""
+    with open(path, encoding="utf-8", newline="\n") as lines:
+        for line in lines:
+            yield line.removesuffix("\n")
+
+
 def read_catalogue(retrieval: Path) -> tuple[pd.DataFrame, list[str]]:
     """A retrieval bundle's items.parquet, indexed by item_id, and some of the users that it knows.
 
@@ -140,8 +152,7 @@ def read_catalogue(retrieval: Path) -> tuple[pd.DataFrame, list[str]]:
     """
     try:
         items = read_table(retrieval / "items.parquet").set_index("item_id")
-        with open(retrieval / "assets" / "users.txt", encoding="utf-8", newline="\n") as lines:
-            return items, [line.removesuffix("\n") for line in islice(lines, MAX_USERS)]
+        return items, list(islice(read_lines(user_file(retrieval)), MAX_USERS))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{retrieval}: items.parquet or users.txt is damaged: export the bundle again"

@@ -12,7 +12,7 @@ All of it runs in the one thread that calls the models.
 import difflib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -222,6 +222,14 @@ class Place(NamedTuple):
     retrieved: float | None = None
 
 
+class Choice(NamedTuple):
+    """An answer in the engine's terms."""
+
+    places: list[Place]
+    stored: list[str]  # the user's stored history, where it was needed
+    cold: bool
+
+
 def places_of(found: Candidates, width: int) -> list[list[Place]]:
     """The first `width` places of each request."""
     columns = (found.rows, found.scores, found.ranks, found.retrieved)
@@ -300,6 +308,13 @@ class Engine:
         Args:
           between: called before each step that takes long, for what else the thread has to do.
         """
+        chosen = zip(requests, self.choose(requests, between), strict=True)
+        return [self._describe(request, choice) for request, choice in chosen]
+
+    def choose(
+        self, requests: Sequence[RecommendRequest], between: Callable[[], None] | None = None
+    ) -> Iterator[Choice]:
+        """What `recommend` answers to each request, as rows of the catalogue and without descriptions."""
         start = time.perf_counter()
         found = self.backend.answer(
             [request.user_id or "" for request in requests],
@@ -309,17 +324,16 @@ class Engine:
         called = time.perf_counter()
         self.observer.stage("model", called - start)
         self.observer.cold_starts(int(found.cold.sum()))
-        answers = self._choose(requests, found, between)
+        yield from self._complete(requests, found, between)
         self.observer.stage("answer", time.perf_counter() - called)
-        return answers
 
-    def _choose(
+    def _complete(
         self,
         requests: Sequence[RecommendRequest],
         found: Candidates,
         between: Callable[[], None] | None,
-    ) -> list[Json]:
-        """The answers, from what the models have found."""
+    ) -> Iterator[Choice]:
+        """The choices from what the models have found."""
         width = max(self.max_k if request.filter else request.k for request in requests)
         candidates = [
             self._passing(request, places)
@@ -330,19 +344,16 @@ class Engine:
             for request, places in zip(requests, candidates, strict=True)
             if len(places) < request.k or request.explain
         )
-        answers = []
         for request, places, cold in zip(requests, candidates, found.cold.tolist(), strict=True):
             history = stored.get(request.user_id, [])
             if between is not None:
                 between()
             if len(places) < request.k:
                 places = self._fill_up(request, places, history)
-            answers.append(self._describe(request, places, history, cold))
-        return answers
+            yield Choice(places, history, cold)
 
-    def _describe(
-        self, request: RecommendRequest, places: list[Place], stored: list[str], cold: bool
-    ) -> Json:
+    def _describe(self, request: RecommendRequest, choice: Choice) -> Json:
+        places, stored, cold = choice
         items = [self.catalogue.show(place.row, place.score) for place in places]
         answer = {
             "user_id": request.user_id,
