@@ -52,6 +52,8 @@ class Recommender:
         k: int = 10,
         exclude: Sequence[str] = (),
         filter: Mapping[str, Sequence[object]] | None = None,
+        max_per: Mapping[str, int] | None = None,
+        diversity: float | None = None,
     ) -> Recommendations:
         """The k best items for a user, the best first: `.items`, each with `.item_id` and `.score`.
 
@@ -60,9 +62,11 @@ class Recommender:
           history: item ids, oldest first, instead of the stored history.
           exclude: item ids that must not be in the answer.
           filter: {column: values}: only items that have one of the values in each column.
+          max_per: {column: n}: at most n items per value of the column. None: the bundle's index.max_per.
+          diversity: from 0, the best items, to 1, items unlike each other. None: the bundle's index.diversity.
 
         Raises:
-          UserError: k is more than the bundle retrieves, or the filter does not fit the columns.
+          UserError: k is more than the bundle retrieves, or an option does not fit the columns.
         """
         request = make_request(
             {
@@ -71,13 +75,15 @@ class Recommender:
                 "k": k,
                 "exclude": list(exclude),
                 "filter": {name: list(values) for name, values in (filter or {}).items()},
+                "max_per": None if max_per is None else dict(max_per),
+                "diversity": diversity,
             }
         )
         return self.answer(request)
 
     def answer(self, request: RecommendRequest) -> Recommendations:
         """The answer to a request with any of the options of POST /v1/recommend. Raises UserError as `recommend`."""
-        self.engine.check(request.k, request.filter)
+        self.engine.check_request(request)
         (answer,) = self.engine.recommend([request])
         return Recommendations.model_validate(answer)
 

@@ -15,7 +15,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -205,6 +205,13 @@ class Index:
 
     max_seen: CountOr0 = 1000
     """Items of a known user's history that the bundle stores, reads and excludes. 0: none."""
+
+    max_per: dict[str, Count] = field(default_factory=dict)
+    """Most items of an answer per value of an item column, such as {brand: 2}. A request may say otherwise."""
+
+    diversity: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How much an answer prefers items unlike each other to good ones (rec/serving/selection.py). 0: not at all. A
+    request may say otherwise."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -4,7 +4,6 @@ import csv
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from rec.errors import UserError
 from rec.ops import recommendations
 from rec.ops.recommendations import write_recommendations
 from rec.recommend import item_line
-from rec.serving.answer import Choice
 from rec.serving.schemas import Item, RecommendRequest
 from tests.conftest import ROOT, Trained, environment, run
 
@@ -179,11 +177,18 @@ def expected(recommender: Recommender, request: RecommendRequest) -> list[dict[s
     return rows
 
 
-@pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
+@pytest.mark.parametrize(
+    ("ending", "options"),
+    [
+        ("parquet", {"filter": {"genres": ["Comedy"]}, "exclude": ["i5"]}),
+        ("csv", {}),
+        ("jsonl", {"max_per": {"genres": 5}, "diversity": 0.3}),
+    ],
+)
 def test_a_file_has_the_answers_of_the_api(
-    recommender: Recommender, users: Path, tmp_path: Path, ending: str
+    recommender: Recommender, users: Path, tmp_path: Path, ending: str, options: dict[str, Any]
 ) -> None:
-    request = make_request({"k": 50, "filter": {"genres": ["Comedy"]}, "exclude": ["i5"]})
+    request = make_request({"k": 50, **options})
     output = tmp_path / f"it's.{ending}"
     report = write_recommendations(recommender.engine, users, output, request)
     rows = expected(recommender, request)
@@ -197,43 +202,40 @@ class InterruptedByTestError(Exception):
     pass
 
 
-def interrupt(
-    recommender: Recommender, monkeypatch: pytest.MonkeyPatch, after: int | None
-) -> list[str]:
-    """Lets the engine fail after some users; returns a list of those who it has answered since."""
+def interrupt(monkeypatch: pytest.MonkeyPatch, after: int | None) -> list[str]:
+    """Lets the answers fail after some users; returns a list of those who have been answered since."""
     answered: list[str] = []
-    choose = type(recommender.engine).choose
+    answer = recommendations.Answers.of
 
-    def counted(engine: Any, requests: list[RecommendRequest]) -> Iterator[Choice]:
+    def counted(answers: recommendations.Answers, users: list[str]) -> Any:
         if after is not None and len(answered) >= after:
             raise InterruptedByTestError
-        answered.extend(str(request.user_id) for request in requests)
-        return choose(engine, requests)
+        answered.extend(users)
+        return answer(answers, users)
 
-    monkeypatch.setattr(type(recommender.engine), "choose", counted)
+    monkeypatch.setattr(recommendations.Answers, "of", counted)
     return answered
 
 
 def test_an_interrupted_run_is_resumed_unless_something_has_changed(
     recommender: Recommender, users: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recommendations.os, "cpu_count", lambda: 1)
     output = tmp_path / "recs.parquet"
     request = RecommendRequest(k=3)
     rows = expected(recommender, request)
     with monkeypatch.context() as patch:
-        interrupt(recommender, patch, after=3)
+        interrupt(patch, after=3)
         with pytest.raises(InterruptedByTestError):
             write_recommendations(recommender.engine, users, output, request)
     assert not output.exists()
     with monkeypatch.context() as patch:
-        answered = interrupt(recommender, patch, after=None)
+        answered = interrupt(patch, after=None)
         write_recommendations(recommender.engine, users, output, request)
     assert answered == USERS[2:]
     assert read(output) == rows
 
     with monkeypatch.context() as patch:
-        interrupt(recommender, patch, after=3)
+        interrupt(patch, after=3)
         with pytest.raises(InterruptedByTestError):
             write_recommendations(recommender.engine, users, output, request)
     other = RecommendRequest(k=4)

@@ -17,6 +17,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from rec.bundles.aliases import STATES, Aliases, parse_aliases, read_alias, read_aliases
@@ -32,6 +33,7 @@ from rec.files import digest, is_locked, lock, sole_writer, writing
 from rec.tables import read_table
 
 MAX_USERS = 1000  # ids of known users that `read_catalogue` reads
+VECTORS = "item_vectors.npy"  # in a retrieval bundle: [items, d] float32 of length 1, in the order of items.parquet
 Pair = tuple[Path, Path | None]  # the directories of a retrieval and a ranking bundle
 
 
@@ -144,18 +146,19 @@ def read_lines(path: Path) -> Iterator[str]:
             yield line.removesuffix("\n")
 
 
-def read_catalogue(retrieval: Path) -> tuple[pd.DataFrame, list[str]]:
-    """A retrieval bundle's items.parquet, indexed by item_id, and some of the users that it knows.
+def read_catalogue(retrieval: Path) -> tuple[pd.DataFrame, list[str], np.ndarray]:
+    """A retrieval bundle's items.parquet, indexed by item_id, some of the users that it knows, and the items' vectors.
 
     Raises:
       UserError: a file is missing or damaged.
     """
     try:
         items = read_table(retrieval / "items.parquet").set_index("item_id")
-        return items, list(islice(read_lines(user_file(retrieval)), MAX_USERS))
+        users = list(islice(read_lines(user_file(retrieval)), MAX_USERS))
+        return items, users, np.load(retrieval / VECTORS, mmap_mode="r")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{retrieval}: items.parquet or users.txt is damaged: export the bundle again"
+            f"{retrieval}: items.parquet, users.txt or {VECTORS} is missing or damaged: export the bundle again"
         ) from error
 
 

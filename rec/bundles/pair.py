@@ -33,6 +33,9 @@ class Backend(Protocol):
 
     items: pd.DataFrame  # items.parquet, indexed by item_id, the most popular first
     users: list[str]  # some of the users that it knows
+    vectors: (
+        np.ndarray
+    )  # [items, d] float32 of length 1: items that are alike have a large dot product
     metadata: PairMetadata
 
     def answer(
@@ -62,9 +65,6 @@ class Backend(Protocol):
 
     def histories(self, user_ids: list[str]) -> list[list[str]]:
         """The stored history of each user, oldest first, up to index.max_seen items."""
-
-    def cosines(self, items: list[str], others: list[str]) -> np.ndarray:
-        """[N, H]: the cosines of the items' vectors; LOWEST if an item is unknown."""
 
 
 class Arrays(NamedTuple):

@@ -17,25 +17,25 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
 import rec
+from rec import LOWEST
 from rec.bundles.files import read_lines
 from rec.errors import UserError, note
 from rec.files import digest, sole_writer
-from rec.serving.answer import Choice, Engine, score_or_none
+from rec.serving.answer import Engine
 from rec.serving.schemas import RecommendRequest
 
 PART = 10_000  # users
-BATCH = 64  # users of one call of the models: 4,441 users per second, and 3,720 at 256
+BATCH = 64  # users of one call of the models
 FORMATS = {".parquet": "parquet", ".csv": "csv, header", ".jsonl": "json"}  # as DuckDB calls them
 SCHEMA = pa.schema(
     {
@@ -66,15 +66,18 @@ def write_recommendations(
     """
     if output.suffix not in FORMATS:
         raise UserError(f"{output}: the name must end in {', '.join(FORMATS)}")
-    engine.check(request.k, request.filter)
-    gc.freeze()  # a collection looked at the whole catalogue: half a second, every 7,000 users
+    engine.check_request(request)
     start = time.perf_counter()
     count = _count_users(users)
     with sole_writer(output):
         parts = _open_parts(output, _identity(engine, users, request))
         before = PART * len(_list(parts))
         answered = max(count - before, 0)
-        _write_parts(engine, users, count, parts, request)
+        gc.freeze()  # a collection would look at the whole catalogue: half a second, every 7,000 users
+        try:
+            _write_parts(engine, users, count, parts, request)
+        finally:
+            gc.unfreeze()
         rows = _join(parts, output)
         shutil.rmtree(parts)
     seconds = time.perf_counter() - start
@@ -137,50 +140,87 @@ def _write_parts(
     """Writes the parts that are missing."""
     number = len(_list(parts))
     ids = islice(read_users(users), number * PART, None)
-    progress = tqdm(total=count, initial=min(number * PART, count), desc="users", unit="user")
-    with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+    answers = Answers(engine, request)
+    with tqdm(total=count, initial=min(number * PART, count), unit="user") as progress:
         while part := list(islice(ids, PART)):
-            table = _answer(engine, part, request, pool, progress)
+            tables = []
+            for at in range(0, len(part), BATCH):
+                batch = part[at : at + BATCH]
+                tables.append(answers.of(batch))
+                progress.update(len(batch))
             path = parts / f"{number:08}.parquet"
-            pq.write_table(table, path.with_suffix(".new"))
+            pq.write_table(pa.concat_tables(tables), path.with_suffix(".new"))
             os.replace(path.with_suffix(".new"), path)
             number += 1
 
 
-def _answer(
-    engine: Engine, users: list[str], request: RecommendRequest, pool: Executor, progress: tqdm
-) -> pa.Table:
-    """The rows of some users, who are answered in batches."""
-    batches = [users[at : at + BATCH] for at in range(0, len(users), BATCH)]
-    tables = []
-    for table, batch in zip(
-        pool.map(partial(_answer_batch, engine, request), batches), batches, strict=True
-    ):
-        tables.append(table)
-        progress.update(len(batch))
-    return pa.concat_tables(tables)
+class Answers:
+    """The answers to one request by any users, as tables of SCHEMA."""
 
+    def __init__(self, engine: Engine, request: RecommendRequest) -> None:
+        self._engine = engine
+        self._request = request
+        self._item_ids = pa.array(engine.catalogue.ids, pa.string())
 
-def _answer_batch(engine: Engine, request: RecommendRequest, users: list[str]) -> pa.Table:
-    requests = [request.model_copy(update={"user_id": user_id}) for user_id in users]
-    columns: list[list[object]] = [[] for _ in SCHEMA]
-    for user_id, choice in zip(users, engine.choose(requests), strict=True):
-        for column, values in zip(columns, _columns(engine, user_id, choice), strict=True):
-            column += values
-    return pa.table(columns, schema=SCHEMA)
+    def of(self, users: list[str]) -> pa.Table:
+        """The answers to a batch of users."""
+        table = None
+        if self._engine.is_plain(self._request):
+            table = self._first(users)
+        return self._chosen(users) if table is None else table
 
+    def _first(self, users: list[str]) -> pa.Table | None:
+        """What the models find, if it is enough for everyone, without a Python object per item."""
+        n = len(users)
+        found = self._engine.backend.answer(users, [None] * n, [self._request.exclude] * n)
+        rows = found.rows[:, : self._request.k]
+        scores = found.scores[:, : self._request.k]
+        if (rows < 0).any():
+            return None
+        places = np.arange(1, rows.shape[1] + 1)
+        return self._table(
+            users=np.repeat(np.arange(n), len(places)),
+            ids=pa.array(users, pa.string()),
+            ranks=np.tile(places, n),
+            rows=rows.ravel(),
+            scores=scores.ravel(),
+            cold=np.repeat(found.cold, len(places)),
+        )
 
-def _columns(engine: Engine, user_id: str, choice: Choice) -> tuple[list, ...]:
-    """One user's rows, by column of SCHEMA."""
-    places = choice.places
-    n = len(places)
-    return (
-        [user_id] * n,
-        list(range(1, n + 1)),
-        [engine.catalogue.ids[place.row] for place in places],
-        [score_or_none(place.score) for place in places],
-        [choice.cold] * n,
-    )
+    def _chosen(self, users: list[str]) -> pa.Table:
+        """What the engine chooses for each user."""
+        requests = [self._request.model_copy(update={"user_id": user_id}) for user_id in users]
+        choices = list(self._engine.choose(requests))
+        counts = [len(choice.places) for choice in choices]
+        places = [place for choice in choices for place in choice.places]
+        scores = [LOWEST if place.score is None else place.score for place in places]
+        return self._table(
+            users=np.repeat(np.arange(len(users)), counts),
+            ids=pa.array(users, pa.string()),
+            ranks=np.concatenate([np.arange(1, count + 1) for count in counts]),
+            rows=np.array([place.row for place in places], int),
+            scores=np.array(scores, np.float32),
+            cold=np.repeat([choice.cold for choice in choices], counts),
+        )
+
+    def _table(
+        self,
+        users: np.ndarray,
+        ids: pa.Array,
+        ranks: np.ndarray,
+        rows: np.ndarray,
+        scores: np.ndarray,
+        cold: np.ndarray,
+    ) -> pa.Table:
+        """A row per recommendation; `users` are places in `ids`, and a score of LOWEST is none."""
+        columns = [
+            ids.take(pa.array(users)),
+            pa.array(ranks, pa.int32()),
+            self._item_ids.take(pa.array(rows)),
+            pa.array(scores, pa.float32(), mask=scores == LOWEST),
+            pa.array(cold),
+        ]
+        return pa.table(columns, schema=SCHEMA)
 
 
 def _join(parts: Path, output: Path) -> int:

@@ -4,6 +4,8 @@
 - `exclude` and `filter` are honoured exactly. A filter chooses among the ranked candidates; where too few of those
   pass, the passing items themselves are scored; where that cannot be done or is not enough, the most popular items
   that pass follow, with score null. Never one that the user has seen.
+- `max_per` and `diversity` choose among all candidates that pass (selection.py). If these run out because of `max_per`,
+  further items that fit are scored, up to PASSES times, and then popular ones that fit follow.
 - Answers are dictionaries, which the application writes as JSON.
 
 All of it runs in the one thread that calls the models.
@@ -28,10 +30,12 @@ from rec import LOWEST
 from rec.bundles.pair import Backend, Candidates
 from rec.errors import UserError
 from rec.serving.schemas import Item, RecommendRequest
+from rec.serving.selection import Place, Selection, Variety
 
 DEEPEST = 10_000  # the most popular passing items that are scored for a narrow filter: some 5 ms
 MATCHES = 64 * 1024 * 1024  # bytes for the rows of the latest filters,
 LONG = 1000  # of which each is shorter than this as JSON
+PASSES = 4  # times that items are scored for one answer
 COMPARED = 50  # the latest items of a history, among which an explanation finds the nearest
 CACHED = 50_000  # items of which the columns are kept as Python values, some 700 bytes each
 Json = dict[str, Any]
@@ -158,18 +162,31 @@ class Catalogue:
         """The item as it is in an answer (schemas.Item)."""
         return {"item_id": self.ids[row], "score": score_or_none(score), **self._columns_of(row)}
 
-    def check(self, name: str, values: Iterable[str | int | float | bool]) -> None:
-        """Raises UserError if a filter's column does not exist, or holds values of another type."""
+    def check(
+        self, option: str, name: str, values: Iterable[str | int | float | bool] = ()
+    ) -> None:
+        """Raises UserError if a column that an option names does not exist, or holds values of another type."""
         if name not in self._kinds:
             nearest = difflib.get_close_matches(name[:64], self.columns, n=1, cutoff=0.0)[0]
-            raise UserError(f"filter: there is no column {name[:64]!r}; did you mean {nearest}?")
+            raise UserError(f"{option}: there is no column {name[:64]!r}; did you mean {nearest}?")
         kind = self._kinds[name]
         for value in values:
             if not kind.accepts(value):
                 shown = to_json(value)[:64]
                 raise UserError(
-                    f"filter: the column {name!r} holds {kind.name}; {shown} is {name_of_type(value)}"
+                    f"{option}: the column {name!r} holds {kind.name}; {shown} is {name_of_type(value)}"
                 )
+
+    def values(self, row: int, name: str) -> list[object]:
+        """What an item has in a column: each value of a list; nothing where there is no value."""
+        value = self._table[name][row].as_py()
+        values = value if isinstance(value, list) else [value]
+        return [each for each in values if each is not None and each == each]  # NaN is no value
+
+    def having(self, values: Iterable[tuple[str, object]]) -> np.ndarray:
+        """[M] rows, ascending, that have one of the values, each of a column."""
+        rows = [row for name, value in values for row in self._rows_by_value(name)[value]]
+        return np.unique(np.array(rows, int))
 
     def _read_columns(self, row: int) -> Json:
         return {
@@ -213,15 +230,6 @@ def _as_json_type(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column
 
 
-class Place(NamedTuple):
-    """An item of an answer; without its scores where it fills up."""
-
-    row: int
-    score: float | None = None
-    rank: int | None = None
-    retrieved: float | None = None
-
-
 class Choice(NamedTuple):
     """An answer in the engine's terms."""
 
@@ -238,6 +246,13 @@ def places_of(found: Candidates, width: int) -> list[list[Place]]:
         [Place(*each) for each in zip(*row, strict=True) if each[0] >= 0]
         for row in zip(*parts, strict=True)
     ]
+
+
+def merge(places: Sequence[Place], others: Iterable[Place]) -> list[Place]:
+    """Both, the best scores first; an item that is in both as it is in the first."""
+    rows = {place.row for place in places}
+    both = [*places, *(place for place in others if place.row not in rows)]
+    return sorted(both, key=lambda place: -(LOWEST if place.score is None else place.score))
 
 
 def is_among(rows: ArrayLike, among: np.ndarray) -> np.ndarray:
@@ -289,16 +304,20 @@ class Engine:
     def max_k(self) -> int:
         return self.backend.metadata.retrieval.config.index.k
 
-    def check(
-        self, k: int, wanted: Mapping[str, Iterable[str | int | float | bool]] | None = None
-    ) -> None:
-        """Raises UserError if the bundle does not retrieve k items, or the filter `wanted` does not fit the columns."""
+    def check(self, k: int) -> None:
+        """Raises UserError if the bundle does not retrieve k items."""
         if k > self.max_k:
             raise UserError(
                 f"k: must be at most {self.max_k}, which is as many as the bundle retrieves"
             )
-        for name, values in (wanted or {}).items():
-            self.catalogue.check(name, values)
+
+    def check_request(self, request: RecommendRequest) -> None:
+        """Raises UserError if the bundle does not retrieve k items, or an option does not fit the columns."""
+        self.check(request.k)
+        for name, values in request.filter.items():
+            self.catalogue.check("filter", name, values)
+        for name in request.max_per or ():
+            self.catalogue.check("max_per", name)
 
     def recommend(
         self, requests: Sequence[RecommendRequest], between: Callable[[], None] | None = None
@@ -324,33 +343,58 @@ class Engine:
         called = time.perf_counter()
         self.observer.stage("model", called - start)
         self.observer.cold_starts(int(found.cold.sum()))
-        yield from self._complete(requests, found, between)
+        yield from self._choose(requests, found, between)
         self.observer.stage("answer", time.perf_counter() - called)
 
-    def _complete(
+    def _choose(
         self,
         requests: Sequence[RecommendRequest],
         found: Candidates,
         between: Callable[[], None] | None,
     ) -> Iterator[Choice]:
         """The choices from what the models have found."""
-        width = max(self.max_k if request.filter else request.k for request in requests)
-        candidates = [
-            self._passing(request, places)
+        width = max(request.k if self.is_plain(request) else self.max_k for request in requests)
+        selections = [
+            self._select(request, self._passing(request, places))
             for request, places in zip(requests, places_of(found, width), strict=True)
         ]
         stored = self._stored(
             request
-            for request, places in zip(requests, candidates, strict=True)
-            if len(places) < request.k or request.explain
+            for request, selection in zip(requests, selections, strict=True)
+            if request.explain or not selection.is_complete
         )
-        for request, places, cold in zip(requests, candidates, found.cold.tolist(), strict=True):
+        for request, selection, cold in zip(requests, selections, found.cold.tolist(), strict=True):
             history = stored.get(request.user_id, [])
             if between is not None:
                 between()
-            if len(places) < request.k:
-                places = self._fill_up(request, places, history)
-            yield Choice(places, history, cold)
+            if not selection.is_complete:
+                selection = self._fill_up(request, selection, history)
+            yield Choice(selection.chosen, history, cold)
+
+    @cached_property
+    def _default_variety(self) -> Variety:
+        """Of requests that do not say. Raises UserError if the items lack one of its columns."""
+        index = self.backend.metadata.retrieval.config.index
+        for column in index.max_per:
+            self.catalogue.check("the bundle's index.max_per", column)
+        return Variety(index.max_per, index.diversity)
+
+    def _variety(self, request: RecommendRequest) -> Variety:
+        default = self._default_variety
+        return Variety(
+            default.max_per if request.max_per is None else request.max_per,
+            default.diversity if request.diversity is None else request.diversity,
+        )
+
+    def is_plain(self, request: RecommendRequest) -> bool:
+        """Whether the answer is the first k of what the models find, if these are k."""
+        return not request.filter and not self._variety(request).is_wanted
+
+    def _select(self, request: RecommendRequest, places: Sequence[Place]) -> Selection:
+        variety = self._variety(request)
+        selection = Selection(request.k, variety, self.catalogue.values, self.backend.vectors)
+        selection.add(places)
+        return selection
 
     def _describe(self, request: RecommendRequest, choice: Choice) -> Json:
         places, stored, cold = choice
@@ -396,30 +440,45 @@ class Engine:
         return dict(zip(users, self.backend.histories(users), strict=True)) if users else {}
 
     def _passing(self, request: RecommendRequest, places: list[Place]) -> list[Place]:
-        """The first k candidates that the filter lets pass."""
-        if request.filter:
-            allowed = self.catalogue.matching(request.filter)
-            passing = is_among([place.row for place in places], allowed)
-            places = [place for place, passes in zip(places, passing, strict=True) if passes]
-        return places[: request.k]
+        """The candidates that the filter lets pass."""
+        if not request.filter:
+            return places
+        allowed = self.catalogue.matching(request.filter)
+        passing = is_among([place.row for place in places], allowed)
+        return [place for place, passes in zip(places, passing, strict=True) if passes]
 
     def _fill_up(
-        self, request: RecommendRequest, places: list[Place], history: list[str]
-    ) -> list[Place]:
-        """The k best items that the filter lets pass, where the candidates are not enough."""
-        allowed = self.catalogue.matching(request.filter)
+        self, request: RecommendRequest, selection: Selection, history: list[str]
+    ) -> Selection:
+        """The answer where the candidates are not enough: further items are scored, then popular ones follow."""
         seen = [*request.exclude, *(request.history or ()), *history]
         taken = np.unique(np.array(self.catalogue.rows(seen), int))
-        rest = allowed[: DEEPEST + len(taken)]
-        rest = rest[~is_among(rest, taken)]
-        if request.filter and len(rest) > len(places):
-            deeper = self.backend.answer_within(
-                request.user_id or "", request.history, rest[:DEEPEST]
-            )
-            places = places if deeper is None else places_of(deeper, request.k)[0]
-        others = rest[~is_among(rest, np.sort(np.array([place.row for place in places], int)))]
-        popular = others[: request.k - len(places)].tolist()
-        return [*places, *map(Place, popular)]
+        for _ in range(PASSES if request.filter or selection.variety.max_per else 0):
+            rest = self._rest(request, taken, selection)
+            if np.isin(rest, [place.row for place in selection.chosen]).all():
+                break
+            deeper = self.backend.answer_within(request.user_id or "", request.history, rest)
+            if deeper is None:
+                break
+            full = selection.full
+            candidates = merge(places_of(deeper, self.max_k)[0], selection.chosen)
+            selection = self._select(request, candidates)
+            if selection.is_complete or selection.full == full:
+                break
+        rest = self._rest(request, taken, selection)
+        others = rest[~np.isin(rest, [place.row for place in selection.chosen])]
+        selection.add_in_order(map(Place, others.tolist()))
+        return selection
+
+    def _rest(
+        self, request: RecommendRequest, taken: np.ndarray, selection: Selection
+    ) -> np.ndarray:
+        """The rows of the most popular items that may still follow, and of chosen ones, ascending."""
+        rows = self.catalogue.matching(request.filter)
+        full = self.catalogue.having(selection.full)
+        rows = rows[: DEEPEST + len(taken) + len(full)]
+        rows = rows[~is_among(rows, taken)]
+        return rows[~is_among(rows, full)][:DEEPEST]
 
     def _history(self, request: RecommendRequest, stored: list[str]) -> list[int]:
         """The rows of the history that the request is answered from."""
@@ -427,19 +486,16 @@ class Engine:
 
     def _explain(self, places: list[Place], history: list[int], cold: bool) -> list[Json]:
         """Of each item, where it comes from (schemas.Item)."""
-        catalogue = self.catalogue
-        near = np.full((len(places), 1), LOWEST)
         latest = history[-COMPARED:]
-        if latest and places:
-            ids = [catalogue.ids[place.row] for place in places]
-            near = self.backend.cosines(ids, [catalogue.ids[row] for row in latest])
+        vectors = self.backend.vectors
+        near = vectors[[place.row for place in places]] @ vectors[latest].T
         is_ranked = self.backend.metadata.ranking is not None and not cold
         reasons = []
         for at, place in enumerate(places):
             nearest: Json | None = None
-            best = int(near[at].argmax())
-            if near[at, best] > LOWEST:
-                item = catalogue.item(latest[best])
+            if latest:
+                best = int(near[at].argmax())
+                item = self.catalogue.item(latest[best])
                 nearest = {name: item[name] for name in ("item_id", "title") if name in item}
                 nearest["similarity"] = float(near[at, best])
             reasons.append(

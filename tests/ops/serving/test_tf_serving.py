@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from rec import LOWEST
 from rec.bundles.metadata import PairMetadata
 from rec.bundles.pair import Candidates
 from rec.bundles.recommender import Recommender
@@ -171,6 +170,7 @@ def test_a_fleet_answers_as_the_process_itself(fleet: TfServing, local: Recommen
         fleet.users == local.users
         and fleet.items.equals(local.items)
         and fleet.metadata == local.metadata
+        and np.array_equal(fleet.vectors, local.vectors)
     )
 
 
@@ -190,19 +190,6 @@ def test_neighbours_and_histories_are_the_same(fleet: TfServing, local: Recommen
         fleet.similar(["i1", "no such item"]), local.similar(["i1", "no such item"]), strict=True
     ):
         assert np.array_equal(mine, theirs)
-
-
-def test_the_nearest_item_of_a_history_is_found_where_it_is_near(
-    fleet: TfServing, local: Recommender
-) -> None:
-    history = local.histories(["u7"])[0]
-    items = local.items.index[local.answer(["u7"], [None], [[]]).rows[0, :20]].tolist()
-    mine, theirs = fleet.cosines(items, history), local.cosines(items, history)
-    known = mine > LOWEST
-    near = known.any(1)
-    assert mine.shape == theirs.shape == (20, len(history)) and near.any()
-    assert np.allclose(mine[known], theirs[known], atol=1e-6)
-    assert np.array_equal(mine[near].argmax(1), theirs[near].argmax(1))
 
 
 # ------------------------------------------------------------------------------------------------------------
