@@ -497,7 +497,8 @@ def describe_keys() -> str:
     """A paragraph for each key: its default, what it means, which values it takes."""
     paragraphs = []
     for key, schema in _key_schemas().items():
-        default = schema.get("default", "no default")
+        empty = {} if schema.get("type") == "object" else "no default"
+        default = schema.get("default", empty)
         shown = default if isinstance(default, str) else _show(default)
         text = " ".join(schema["description"].split())
         paragraphs.append(f"{key}: {shown}\n    {text}\n    Takes {_words(schema)}.")

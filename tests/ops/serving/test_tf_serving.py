@@ -20,8 +20,9 @@ from rec.bundles.pair import Candidates
 from rec.bundles.recommender import Recommender
 from rec.errors import UserError
 from rec.ops.serving.tf_serving import TfServing, connect
+from rec.serving.answer import Catalogue, Engine
 from rec.serving.app import create_app
-from rec.serving.schemas import UnavailableError
+from rec.serving.schemas import RecommendRequest, UnavailableError
 from rec.serving.service import Service
 from tests.conftest import ROOT, Trained, environment, rewrite
 
@@ -298,15 +299,12 @@ def test_the_command_answers_from_a_fleet_without_tensorflow(
             said.append(server.stderr.readline())
         assert said[-1], f"the server ended: {said}"
         address = said[0].removeprefix("listening on ").strip()
+        engine = Engine(local, Catalogue(local.items))
         body = {"user_id": "u7", "exclude": ["i2"], "explain": True}
-        answer = httpx.post(f"{address}/v1/recommend", json=body, timeout=30).json()
-        expected = local.answer(["u7"], [None], [["i2"]])
-        assert [item["item_id"] for item in answer["items"]] == local.items.index[
-            expected.rows[0, :10]
-        ].tolist()
-        assert [item["score"] for item in answer["items"]] == expected.scores[0, :10].tolist()
-        nearest = [item["explain"]["nearest"] for item in answer["items"]]
-        assert any(nearest) and all(each["similarity"] > 0 for each in nearest if each)
+        for options in ({}, {"diversity": 0.5}):
+            answer = httpx.post(f"{address}/v1/recommend", json=body | options, timeout=30).json()
+            (expected,) = engine.recommend([RecommendRequest(**body, **options)])
+            assert answer == expected
         assert [item["item_id"] for item in answer["history"]] == local.histories(["u7"])[0]
         assert free_of_tensorflow(server.pid)
     finally:
