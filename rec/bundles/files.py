@@ -156,7 +156,7 @@ def read_catalogue(retrieval: Path) -> tuple[pd.DataFrame, list[str], np.ndarray
         items = read_table(retrieval / "items.parquet").set_index("item_id")
         users = list(islice(read_lines(user_file(retrieval)), MAX_USERS))
         return items, users, np.load(retrieval / VECTORS, mmap_mode="r")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError) as error:
         raise UserError(
             f"{retrieval}: items.parquet, users.txt or {VECTORS} is missing or damaged: export the bundle again"
         ) from error

@@ -63,6 +63,10 @@ class Observer:
 SILENT = Observer()
 
 
+def do_nothing() -> None:
+    """There is nothing else to do between two steps."""
+
+
 def as_json(value: Any) -> Any:
     """The value with None for numbers that JSON has not: NaN and the infinities."""
     return json.loads(json.dumps(value), parse_constant=lambda _: None)
@@ -343,14 +347,11 @@ class Engine:
         called = time.perf_counter()
         self.observer.stage("model", called - start)
         self.observer.cold_starts(int(found.cold.sum()))
-        yield from self._choose(requests, found, between)
+        yield from self._choose(requests, found, between or do_nothing)
         self.observer.stage("answer", time.perf_counter() - called)
 
     def _choose(
-        self,
-        requests: Sequence[RecommendRequest],
-        found: Candidates,
-        between: Callable[[], None] | None,
+        self, requests: Sequence[RecommendRequest], found: Candidates, between: Callable[[], None]
     ) -> Iterator[Choice]:
         """The choices from what the models have found."""
         width = max(request.k if self.is_plain(request) else self.max_k for request in requests)
@@ -365,10 +366,9 @@ class Engine:
         )
         for request, selection, cold in zip(requests, selections, found.cold.tolist(), strict=True):
             history = stored.get(request.user_id, [])
-            if between is not None:
-                between()
+            between()
             if not selection.is_complete:
-                selection = self._fill_up(request, selection, history)
+                selection = self._fill_up(request, selection, history, between)
             yield Choice(selection.chosen, history, cold)
 
     @cached_property
@@ -448,13 +448,32 @@ class Engine:
         return [place for place, passes in zip(places, passing, strict=True) if passes]
 
     def _fill_up(
-        self, request: RecommendRequest, selection: Selection, history: list[str]
+        self,
+        request: RecommendRequest,
+        selection: Selection,
+        history: list[str],
+        between: Callable[[], None],
     ) -> Selection:
         """The answer where the candidates are not enough: further items are scored, then popular ones follow."""
         seen = [*request.exclude, *(request.history or ()), *history]
         taken = np.unique(np.array(self.catalogue.rows(seen), int))
-        for _ in range(PASSES if request.filter or selection.variety.max_per else 0):
-            rest = self._rest(request, taken, selection)
+        if request.filter or selection.variety.max_per:
+            selection = self._deepen(request, selection, taken, between)
+        rest = self._rest(request, selection, taken)
+        others = rest[~np.isin(rest, [place.row for place in selection.chosen])]
+        selection.add_in_order(map(Place, others.tolist()))
+        return selection
+
+    def _deepen(
+        self,
+        request: RecommendRequest,
+        selection: Selection,
+        taken: np.ndarray,
+        between: Callable[[], None],
+    ) -> Selection:
+        """Scores further items, and chooses anew, as long as there is something to gain."""
+        for _ in range(PASSES):
+            rest = self._rest(request, selection, taken)
             if np.isin(rest, [place.row for place in selection.chosen]).all():
                 break
             deeper = self.backend.answer_within(request.user_id or "", request.history, rest)
@@ -465,13 +484,11 @@ class Engine:
             selection = self._select(request, candidates)
             if selection.is_complete or selection.full == full:
                 break
-        rest = self._rest(request, taken, selection)
-        others = rest[~np.isin(rest, [place.row for place in selection.chosen])]
-        selection.add_in_order(map(Place, others.tolist()))
+            between()
         return selection
 
     def _rest(
-        self, request: RecommendRequest, taken: np.ndarray, selection: Selection
+        self, request: RecommendRequest, selection: Selection, taken: np.ndarray
     ) -> np.ndarray:
         """The rows of the most popular items that may still follow, and of chosen ones, ascending."""
         rows = self.catalogue.matching(request.filter)
