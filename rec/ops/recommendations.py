@@ -224,14 +224,17 @@ class Answers:
 
 
 def _join(parts: Path, output: Path) -> int:
-    """Makes the file of the parts. Returns the number of its rows."""
+    """Makes the file of the parts. Returns the number of its rows. Raises UserError if the disk is full."""
     paths = [str(path) for path in _list(parts)]
     new = parts / "joined"
     quoted = str(new).replace("'", "''")
     with duckdb.connect() as con:
         rows = con.read_parquet(paths) if paths else con.from_arrow(SCHEMA.empty_table())
         rows.create_view("recommendations")
-        con.execute(f"copy recommendations to '{quoted}' (format {FORMATS[output.suffix]})")
+        try:
+            con.execute(f"copy recommendations to '{quoted}' (format {FORMATS[output.suffix]})")
+        except duckdb.IOException as error:
+            raise UserError(f"{output} cannot be written: {error}") from None
         (count,) = con.fetchall()[0]
     os.replace(new, output)
     return int(count)

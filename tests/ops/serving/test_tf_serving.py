@@ -303,7 +303,7 @@ def test_the_command_answers_from_a_fleet_without_tensorflow(
         body = {"user_id": "u7", "exclude": ["i2"], "explain": True}
         for options in ({}, {"diversity": 0.5}):
             answer = httpx.post(f"{address}/v1/recommend", json=body | options, timeout=30).json()
-            (expected,) = engine.recommend([RecommendRequest(**body, **options)])
+            (expected,) = engine.recommend([RecommendRequest.model_validate(body | options)])
             assert answer == expected
         assert [item["item_id"] for item in answer["history"]] == local.histories(["u7"])[0]
         assert free_of_tensorflow(server.pid)
