@@ -1,11 +1,19 @@
 """rec: a complete recommender system, from raw interactions to an API that answers with recommendations.
 
 Importing this package switches TensorFlow to Keras 2, which TensorFlow Recommenders needs; nothing
-has to be set by the user.
+has to be set by the user. TensorFlow itself is imported when `Recommender` is first used:
+
+    from rec import Recommender
+
+    Recommender.load("savedmodels").recommend("u7", k=5)
 """
 
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rec.api import Recommender as Recommender
 
 os.environ["TF_USE_LEGACY_KERAS"] = "1"
 # TensorFlow's C++ notices; its errors reach Python as exceptions.
@@ -26,3 +34,11 @@ __version__ = "0.2.0.dev0"
 
 # float32's lowest: the score of an empty place. Finite, because JSON has no infinity.
 LOWEST = -3.4028234663852886e38
+
+
+def __getattr__(name: str) -> object:
+    if name == "Recommender":
+        from rec.api import Recommender
+
+        return Recommender
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

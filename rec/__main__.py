@@ -3,7 +3,7 @@
     rec prep tabular, movielens, dummy    raw files -> a dataset directory
     rec train                             -> bundles
     rec evaluate                          what they are worth on held-out data
-    rec recommend                         recommendations on the terminal
+    rec recommend                         recommendations on the terminal, or as a file
     rec export                            bundles anew, without training
     rec promote                           which of them is in production
     rec serve                             answers HTTP requests with them

@@ -16,7 +16,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -211,6 +211,13 @@ class Index:
     exclude_seen: Auto | bool = "auto"
     """Whether what a user has met is not recommended again: in training, evaluation and service. A request may say
     otherwise. auto: true; false if the data set was prepared with --repeats keep."""
+
+    max_per: dict[str, Count] = field(default_factory=dict)
+    """Most items of an answer per value of an item column, such as {brand: 2}. A request may say otherwise."""
+
+    diversity: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How much an answer prefers items unlike each other to good ones (rec/serving/selection.py). 0: not at all. A
+    request may say otherwise."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -503,7 +510,8 @@ def describe_keys() -> str:
     """A paragraph for each key: its default, what it means, which values it takes."""
     paragraphs = []
     for key, schema in _key_schemas().items():
-        default = schema.get("default", "no default")
+        empty = {} if schema.get("type") == "object" else "no default"
+        default = schema.get("default", empty)
         shown = default if isinstance(default, str) else _show(default)
         text = " ".join(schema["description"].split())
         paragraphs.append(f"{key}: {shown}\n    {text}\n    Takes {_words(schema)}.")

@@ -34,7 +34,7 @@ BATCH = 256  # users per call
 MOST_SCORES = 10**10
 FEWEST_USERS = 1_000  # but never fewer than these.
 FEW = 5  # training interactions, below which an item is rare
-SHOWN = ("ndcg@10", "recall@10", "recall@100", "mrr", "coverage@10", "popularity@10")
+SHOWN = ("ndcg@10", "recall@10", "recall@100", "mrr", "coverage@10", "popularity@10", "distance@10")
 SHOWN_BY_SEGMENT = ("ndcg@10", "recall@10", "recall@100")
 
 Report = dict[str, Any]  # plain values, for JSON
@@ -182,7 +182,7 @@ def evaluate(
     values = {name: metrics.per_user(rows, task.relevant) for name, rows in ranked.items()}
     best = max(by_baselines, key=lambda name: values[name]["ndcg@10"].mean())
     systems = {
-        name: _summary(task, rows, values[name], values[best], config.seed)
+        name: _summary(task, pair, rows, values[name], values[best], config.seed)
         for name, rows in ranked.items()
     }
     return {
@@ -216,7 +216,9 @@ def _ranked_by(pair: Recommender, task: Task) -> dict[str, np.ndarray]:
     return ranked
 
 
-def _summary(task: Task, rows: np.ndarray, values: Values, baseline: Values, seed: int) -> Report:
+def _summary(
+    task: Task, pair: Recommender, rows: np.ndarray, values: Values, baseline: Values, seed: int
+) -> Report:
     """What the report says about one system, next to the best baseline."""
     summary = metrics.summarise(values, seed)
     for k in metrics.KS:
@@ -224,6 +226,7 @@ def _summary(task: Task, rows: np.ndarray, values: Values, baseline: Values, see
     top = rows[:, :10]
     popularity = task.corpus.popularity[FIRST_ITEM:][top[top >= 0]]
     summary["popularity@10"] = float(popularity.mean()) if len(popularity) else 0.0
+    summary["distance@10"] = metrics.intra_list_distance(rows, pair.vectors, 10)
     summary["ndcg@10_vs_best_baseline"] = metrics.paired_bootstrap(
         values["ndcg@10"], baseline["ndcg@10"], seed
     )

@@ -64,6 +64,7 @@ def export_retrieval(trained: TrainedRetrieval, config: Config) -> Path:
             f"is read: less than retrieval.window {window}"
         )
     corpus = trained.corpus
+    _check_max_per(config, corpus)
     history = corpus.history("test")
     index, report = _build_index(trained, history, config)
     with tempfile.TemporaryDirectory() as assets:
@@ -73,6 +74,14 @@ def export_retrieval(trained: TrainedRetrieval, config: Config) -> Path:
         )
         metadata = replace(_metadata("retrieval", trained, corpus, config), index=report)
         return _save(module, metadata, _item_table(corpus), config)
+
+
+def _check_max_per(config: Config, corpus: Corpus) -> None:
+    """Raises UserError if the items lack a column of index.max_per."""
+    for column in config.index.max_per:
+        if column not in corpus.item_table:
+            columns = ", ".join(map(str, corpus.item_table))
+            raise UserError(f"index.max_per: there is no item column {column!r}, only {columns}")
 
 
 def _build_index(
@@ -171,19 +180,25 @@ def _save(module: Module, metadata: BundleMetadata, items: pd.DataFrame, config:
     # Without ScaNN the empty list makes TensorFlow prove that the bundle needs no custom operation.
     has_scann = metadata.index is not None and metadata.index["kind"] == "scann"
     options = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"] if has_scann else [])
-    complete = replace(
+    with files.draft(stage_dir) as draft:
+        tf.saved_model.save(module, str(draft), signatures=signatures, options=options)
+        items.to_parquet(draft / "items.parquet", index=False)
+        if isinstance(module, RetrievalModule):
+            np.save(draft / files.VECTORS, module.item_vectors())
+        examples = items["item_id"][:WARMUP_ITEMS].tolist()
+        _write_warmup(draft / "assets.extra", metadata.stage, signatures, examples)
+        return stage_dir / str(files.publish(draft, stage_dir, _completed(metadata)))
+
+
+def _completed(metadata: BundleMetadata) -> BundleMetadata:
+    """The metadata with what is the same for all bundles of this run."""
+    return replace(
         metadata,
         libraries=_library_versions(),
         git_commit=_git_commit(),
         command=shlex.join(["python", *sys.orig_argv[1:]]),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    with files.draft(stage_dir) as draft:
-        tf.saved_model.save(module, str(draft), signatures=signatures, options=options)
-        items.to_parquet(draft / "items.parquet", index=False)
-        examples = items["item_id"][:WARMUP_ITEMS].tolist()
-        _write_warmup(draft / "assets.extra", metadata.stage, signatures, examples)
-        return stage_dir / str(files.publish(draft, stage_dir, complete))
 
 
 def _write_warmup(

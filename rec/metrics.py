@@ -151,6 +151,29 @@ def coverage(ranked: np.ndarray, k: int, catalogue_size: int) -> float:
     )
 
 
+def intra_list_distance(ranked: np.ndarray, vectors: np.ndarray, k: int) -> float:
+    """How unlike each other the first k items of a list are: 1 - cosine, averaged over pairs and then over users.
+
+    Args:
+      ranked: int [U, K] item rows, -1 in empty slots. Users with fewer than two items do not count.
+      vectors: [N, d] of length 1.
+
+    Returns:
+      From 0, all alike, to 2; 0 if no user has two items.
+    """
+    distances = []
+    for start in range(0, len(ranked), USERS_A_SLICE // 16):
+        top = ranked[start : start + USERS_A_SLICE // 16, :k]
+        is_item = top >= 0
+        listed = vectors[top] * is_item[:, :, None]
+        pairs = is_item.sum(1) * (is_item.sum(1) - 1)
+        # The square of a sum of vectors holds each pair twice, and each vector with itself.
+        cosines = np.square(listed.sum(1)).sum(1) - np.square(listed).sum((1, 2))
+        distances.append(1 - cosines[pairs > 0] / pairs[pairs > 0])
+    whole = np.concatenate(distances)
+    return float(whole.mean()) if len(whole) else 0.0
+
+
 def rmse(predicted: np.ndarray, ratings: np.ndarray) -> float:
     """The root of the mean squared error of predicted ratings, of the shape of `ratings`."""
     return float(np.sqrt(np.mean(np.square(np.asarray(predicted, np.float64) - ratings))))

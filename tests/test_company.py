@@ -58,17 +58,17 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     counts = CountFeatures(corpus.train, corpus.items.rows)
     ids = [f"i{row}" for row in range(ITEMS)]
     items = pd.DataFrame({"item_id": ids, "genre": [GENRES[row % 3] for row in range(ITEMS)]})
+    retrieval = RetrievalModule(model, index, lookup, K)
     module = RecommenderModule(
-        RetrievalModule(model, index, lookup, K),
-        RankingModule(ranker, model, counts, lookup, K),
-        candidates=K,
-        items=ids,
+        retrieval, RankingModule(ranker, model, counts, lookup, K), candidates=K, items=ids
     )
     served = Config(dataset="data", index=Index(k=K))
     metadata = PairMetadata(
         small.bundle_metadata("retrieval", served), small.bundle_metadata("ranking", served)
     )
-    backend = Recommender(module, items.set_index("item_id"), ["u0"], metadata)
+    backend = Recommender(
+        module, items.set_index("item_id"), ["u0"], retrieval.item_vectors(), metadata
+    )
     return Engine(backend, Catalogue(backend.items))
 
 
@@ -99,6 +99,8 @@ REQUESTS = st.builds(
     k=st.integers(1, K),
     exclude=some_items(400),
     filter=st.sampled_from([{}, {}, {"genre": ["War"]}, {"item_id": ["i5", "i6"]}]),
+    max_per=st.sampled_from([None, None, {"genre": 3}]),
+    diversity=st.sampled_from([None, None, 0.3]),
     explain=st.booleans(),
 )
 

@@ -14,6 +14,7 @@ from rec.metrics import (
     binary,
     check_no_overlap,
     coverage,
+    intra_list_distance,
     paired_bootstrap,
     per_user,
     strongest,
@@ -32,6 +33,16 @@ def matrix(rows: list[list[int]], items: int) -> csr_matrix:
     return csr_matrix(
         (np.ones(len(indices), np.float32), indices, indptr), shape=(len(rows), items)
     )
+
+
+def test_the_distance_in_a_list_is_the_mean_of_its_pairs() -> None:
+    vectors = np.array([[1, 0], [0, 1], [-1, 0], [1, 0]], np.float32)
+    ranked = np.array([[0, 1, 2], [0, 3, 1], [1, -1, -1], [-1, -1, -1]])
+    # pairs of the first user: 0-1 and 1-2 have cosine 0, 0-2 has -1; of the second: 0-3 has 1, the others 0
+    expected = (np.mean([1, 1, 2]) + np.mean([0, 1, 1])) / 2
+    assert intra_list_distance(ranked, vectors, 3) == pytest.approx(expected)
+    assert intra_list_distance(ranked, vectors, 2) == pytest.approx((1 + 0) / 2)
+    assert intra_list_distance(ranked[2:], vectors, 3) == 0
 
 
 def test_metrics_of_one_user_worked_out_by_hand() -> None:

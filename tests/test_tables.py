@@ -94,7 +94,7 @@ def test_types_survive_from_the_file_to_the_bundle(tmp_path: Path, trained: Trai
         "height": "double",
         "tags": "list<element: string>",
     }
-    items, _ = read_catalogue(bundle)
+    items, *_ = read_catalogue(bundle)
     shown = pa.Table.from_pandas(items.loc[first, list(TYPED)], preserve_index=False).to_pydict()
     assert shown == TYPED
 

@@ -17,6 +17,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from rec.bundles.aliases import STATES, Aliases, parse_aliases, read_alias, read_aliases
@@ -32,6 +33,7 @@ from rec.files import digest, is_locked, lock, sole_writer, writing
 from rec.tables import read_table
 
 MAX_USERS = 1000  # ids of known users that `read_catalogue` reads
+VECTORS = "item_vectors.npy"  # in a retrieval bundle: [items, d] float32 of length 1, in the order of items.parquet
 Pair = tuple[Path, Path | None]  # the directories of a retrieval and a ranking bundle
 
 
@@ -132,19 +134,31 @@ def read_pair(
     return PairMetadata(first, second)
 
 
-def read_catalogue(retrieval: Path) -> tuple[pd.DataFrame, list[str]]:
-    """A retrieval bundle's items.parquet, indexed by item_id, and some of the users that it knows.
+def user_file(retrieval: Path) -> Path:
+    """The ids of all users that a retrieval bundle knows, one per line."""
+    return retrieval / "assets" / "users.txt"
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, which may be larger than the memory. Only a line feed ends a line."""
+    with open(path, encoding="utf-8", newline="\n") as lines:
+        for line in lines:
+            yield line.removesuffix("\n")
+
+
+def read_catalogue(retrieval: Path) -> tuple[pd.DataFrame, list[str], np.ndarray]:
+    """A retrieval bundle's items.parquet, indexed by item_id, some of the users that it knows, and the items' vectors.
 
     Raises:
       UserError: a file is missing or damaged.
     """
     try:
         items = read_table(retrieval / "items.parquet").set_index("item_id")
-        with open(retrieval / "assets" / "users.txt", encoding="utf-8", newline="\n") as lines:
-            return items, [line.removesuffix("\n") for line in islice(lines, MAX_USERS)]
-    except (OSError, ValueError, KeyError) as error:
+        users = list(islice(read_lines(user_file(retrieval)), MAX_USERS))
+        return items, users, np.load(retrieval / VECTORS, mmap_mode="r")
+    except (OSError, ValueError, KeyError, EOFError) as error:
         raise UserError(
-            f"{retrieval}: items.parquet or users.txt is damaged: export the bundle again"
+            f"{retrieval}: items.parquet, users.txt or {VECTORS} is missing or damaged: export the bundle again"
         ) from error
 
 

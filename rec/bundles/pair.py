@@ -33,6 +33,9 @@ class Backend(Protocol):
 
     items: pd.DataFrame  # items.parquet, indexed by item_id, the most popular first
     users: list[str]  # some of the users that it knows
+    vectors: (
+        np.ndarray
+    )  # [items, d] float32 of length 1: items that are alike have a large dot product
     metadata: PairMetadata
 
     def answer(
@@ -67,9 +70,6 @@ class Backend(Protocol):
 
     def disliked(self, user_ids: list[str]) -> list[list[str]]:
         """What each user has marked by a negative event: never to be recommended."""
-
-    def cosines(self, items: list[str], others: list[str]) -> np.ndarray:
-        """[N, H]: the cosines of the items' vectors; LOWEST if an item is unknown."""
 
 
 class Arrays(NamedTuple):

@@ -183,6 +183,7 @@ class Recommender:
     module: RecommenderModule
     items: pd.DataFrame
     users: list[str]
+    vectors: np.ndarray
     metadata: PairMetadata
 
     @classmethod
@@ -202,11 +203,11 @@ class Recommender:
         if ranking is not None:
             verify(Path(ranking))
             ranking_module = load_bundle(Path(ranking), "rank_known")
-        items, users = read_catalogue(Path(retrieval))
+        items, users, vectors = read_catalogue(Path(retrieval))
         module = RecommenderModule(
             retrieval_module, ranking_module, metadata.candidates, items.index
         )
-        return cls(module, items, users, metadata)
+        return cls(module, items, users, vectors, metadata)
 
     # Calling the traced graphs themselves saves tf.function's search for them.
 
@@ -278,11 +279,6 @@ class Recommender:
 
     def disliked(self, user_ids: list[str]) -> list[list[str]]:
         return _lists(self.module.retrieval.disliked(tf.constant(user_ids, tf.string)))
-
-    def cosines(self, items: list[str], others: list[str]) -> np.ndarray:
-        ids = tf.constant(items, tf.string)
-        other_ids = tf.constant(others, tf.string)
-        return self.module.retrieval.cosines(ids, other_ids).numpy()
 
 
 def load_bundle(path: Path, needed: str = "serving_default") -> tf.Module:

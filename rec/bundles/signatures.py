@@ -328,16 +328,11 @@ class RetrievalModule(AnswersUsers):
             "cold": self.model.get.is_cold(user, history),
         }
 
-    @tf.function(input_signature=[IDS, IDS])
-    def cosines(self, item_id: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
-        """[N] and [H] items -> [N, H] cosines of their vectors, LOWEST where an item is unknown."""
-        rows = self.lookup.item_rows(item_id)
-        others = self.lookup.item_rows(other)
-        vectors = tf.math.l2_normalize(self.model.get.candidate_tower.items(rows), 1)
-        other_vectors = tf.math.l2_normalize(self.model.get.candidate_tower.items(others), 1)
-        cosines = tf.matmul(vectors, other_vectors, transpose_b=True)
-        is_unknown = (rows == PAD)[:, None] | (others == PAD)
-        return tf.where(is_unknown, LOWEST, cosines)
+    def item_vectors(self) -> np.ndarray:
+        """[catalogue, d] float32 of length 1: what `similar_items` compares, in the order of items.parquet."""
+        rows = tf.range(FIRST_ITEM, FIRST_ITEM + self.model.get.n_items)
+        vectors = self.model.get.candidate_tower.items(rows)
+        return tf.math.l2_normalize(vectors, 1).numpy()
 
     def _best(
         self, query: tf.Tensor, user: tf.Tensor, history: tf.Tensor, seen: tf.Tensor

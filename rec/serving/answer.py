@@ -4,6 +4,8 @@
 - `exclude` and `filter` are honoured exactly. A filter chooses among the ranked candidates; where too few of those
   pass, the passing items themselves are scored; where that cannot be done or is not enough, the most popular items
   that pass follow, with score null. Never one that the user dislikes, or has seen if seen items are excluded.
+- `max_per` and `diversity` choose among all candidates that pass (selection.py). If these run out because of `max_per`,
+  further items that fit are scored, up to PASSES times, and then popular ones that fit follow.
 - Answers are dictionaries, which the application writes as JSON; NaN and the infinities become null there.
 
 All of it runs in the one thread that calls the models.
@@ -12,7 +14,7 @@ All of it runs in the one thread that calls the models.
 import difflib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -28,10 +30,12 @@ from rec import LOWEST
 from rec.bundles.pair import Backend, Candidates
 from rec.errors import UserError
 from rec.serving.schemas import Item, RecommendRequest
+from rec.serving.selection import Place, Selection, Variety
 
 DEEPEST = 10_000  # the most popular passing items that are scored for a narrow filter: some 5 ms
 MATCHES = 64 * 1024 * 1024  # bytes for the rows of the latest filters,
 LONG = 1000  # characters; each filter in memory is shorter
+PASSES = 4  # times that items are scored for one answer
 COMPARED = 50  # the latest items of a history, among which an explanation finds the nearest
 CACHED = 50_000  # items of which the columns are kept as Python values, some 700 bytes each
 Json = dict[str, Any]
@@ -57,6 +61,10 @@ class Observer:
 
 
 SILENT = Observer()
+
+
+def do_nothing() -> None:
+    """There is nothing else to do between two steps."""
 
 
 def score_or_none(value: float | None) -> float | None:
@@ -149,18 +157,31 @@ class Catalogue:
         """The item as it is in an answer (schemas.Item)."""
         return {"item_id": self.ids[row], "score": score_or_none(score), **self._columns_of(row)}
 
-    def check(self, name: str, values: Iterable[str | int | float | bool]) -> None:
-        """Raises UserError if a filter's column does not exist, or holds values of another type."""
+    def check(
+        self, option: str, name: str, values: Iterable[str | int | float | bool] = ()
+    ) -> None:
+        """Raises UserError if a column that an option names does not exist, or holds values of another type."""
         if name not in self._kinds:
             nearest = difflib.get_close_matches(name[:64], self.columns, n=1, cutoff=0.0)[0]
-            raise UserError(f"filter: there is no column {name[:64]!r}; did you mean {nearest}?")
+            raise UserError(f"{option}: there is no column {name[:64]!r}; did you mean {nearest}?")
         kind = self._kinds[name]
         for value in values:
             if not kind.accepts(value):
                 shown = json.dumps(value, ensure_ascii=False)[:64]
                 raise UserError(
-                    f"filter: the column {name!r} holds {kind.name}; {shown} is {name_of_type(value)}"
+                    f"{option}: the column {name!r} holds {kind.name}; {shown} is {name_of_type(value)}"
                 )
+
+    def values(self, row: int, name: str) -> list[object]:
+        """What an item has in a column: each value of a list; nothing where there is no value."""
+        value = self._table[name][row].as_py()
+        values = value if isinstance(value, list) else [value]
+        return [each for each in values if each is not None and each == each]  # NaN is no value
+
+    def having(self, values: Iterable[tuple[str, object]]) -> np.ndarray:
+        """[M] rows, ascending, that have one of the values, each of a column."""
+        rows = [row for name, value in values for row in self._rows_by_value(name)[value]]
+        return np.unique(np.array(rows, int))
 
     def _read_columns(self, row: int) -> Json:
         return {
@@ -204,13 +225,12 @@ def _as_json_type(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column
 
 
-class Place(NamedTuple):
-    """An item of an answer; without its scores where it fills up."""
+class Choice(NamedTuple):
+    """An answer in the engine's terms."""
 
-    row: int
-    score: float | None = None
-    rank: int | None = None
-    retrieved: float | None = None
+    places: list[Place]
+    stored: list[str]  # the user's stored history, where it was needed
+    cold: bool
 
 
 def places_of(found: Candidates, width: int) -> list[list[Place]]:
@@ -221,6 +241,13 @@ def places_of(found: Candidates, width: int) -> list[list[Place]]:
         [Place(*each) for each in zip(*row, strict=True) if each[0] >= 0]
         for row in zip(*parts, strict=True)
     ]
+
+
+def merge(places: Sequence[Place], others: Iterable[Place]) -> list[Place]:
+    """Both, the best scores first; an item that is in both as it is in the first."""
+    rows = {place.row for place in places}
+    both = [*places, *(place for place in others if place.row not in rows)]
+    return sorted(both, key=lambda place: -(LOWEST if place.score is None else place.score))
 
 
 def is_among(rows: ArrayLike, among: np.ndarray) -> np.ndarray:
@@ -272,16 +299,20 @@ class Engine:
     def max_k(self) -> int:
         return self.backend.metadata.retrieval.config.index.k
 
-    def check(
-        self, k: int, wanted: Mapping[str, Iterable[str | int | float | bool]] | None = None
-    ) -> None:
-        """Raises UserError if the bundle does not retrieve k items, or the filter `wanted` does not fit the columns."""
+    def check(self, k: int) -> None:
+        """Raises UserError if the bundle does not retrieve k items."""
         if k > self.max_k:
             raise UserError(
                 f"k: must be at most {self.max_k}, which is as many as the bundle retrieves"
             )
-        for name, values in (wanted or {}).items():
-            self.catalogue.check(name, values)
+
+    def check_request(self, request: RecommendRequest) -> None:
+        """Raises UserError if the bundle does not retrieve k items, or an option does not fit the columns."""
+        self.check(request.k)
+        for name, values in request.filter.items():
+            self.catalogue.check("filter", name, values)
+        for name in request.max_per or ():
+            self.catalogue.check("max_per", name)
 
     def recommend(
         self, requests: Sequence[RecommendRequest], between: Callable[[], None] | None = None
@@ -291,6 +322,13 @@ class Engine:
         Args:
           between: called before each step that takes long, for what else the thread has to do.
         """
+        chosen = zip(requests, self.choose(requests, between), strict=True)
+        return [self._describe(request, choice) for request, choice in chosen]
+
+    def choose(
+        self, requests: Sequence[RecommendRequest], between: Callable[[], None] | None = None
+    ) -> Iterator[Choice]:
+        """What `recommend` answers to each request, as rows of the catalogue and without descriptions."""
         start = time.perf_counter()
         found = self.backend.answer(
             [request.user_id or "" for request in requests],
@@ -301,40 +339,57 @@ class Engine:
         called = time.perf_counter()
         self.observer.stage("model", called - start)
         self.observer.cold_starts(int(found.cold.sum()))
-        answers = self._choose(requests, found, between)
+        yield from self._choose(requests, found, between or do_nothing)
         self.observer.stage("answer", time.perf_counter() - called)
-        return answers
 
     def _choose(
-        self,
-        requests: Sequence[RecommendRequest],
-        found: Candidates,
-        between: Callable[[], None] | None,
-    ) -> list[Json]:
-        """The answers, from what the models have found."""
-        width = max(self.max_k if request.filter else request.k for request in requests)
-        candidates = [
-            self._passing(request, places)
+        self, requests: Sequence[RecommendRequest], found: Candidates, between: Callable[[], None]
+    ) -> Iterator[Choice]:
+        """The choices from what the models have found."""
+        width = max(request.k if self.is_plain(request) else self.max_k for request in requests)
+        selections = [
+            self._select(request, self._passing(request, places))
             for request, places in zip(requests, places_of(found, width), strict=True)
         ]
         stored = self._stored(
             request
-            for request, places in zip(requests, candidates, strict=True)
-            if len(places) < request.k or request.explain
+            for request, selection in zip(requests, selections, strict=True)
+            if request.explain or not selection.is_complete
         )
-        answers = []
-        for request, places, cold in zip(requests, candidates, found.cold.tolist(), strict=True):
+        for request, selection, cold in zip(requests, selections, found.cold.tolist(), strict=True):
             history = stored.get(request.user_id, [])
-            if between is not None:
-                between()
-            if len(places) < request.k:
-                places = self._fill_up(request, places, history)
-            answers.append(self._describe(request, places, history, cold))
-        return answers
+            between()
+            if not selection.is_complete:
+                selection = self._fill_up(request, selection, history, between)
+            yield Choice(selection.chosen, history, cold)
 
-    def _describe(
-        self, request: RecommendRequest, places: list[Place], stored: list[str], cold: bool
-    ) -> Json:
+    @cached_property
+    def _default_variety(self) -> Variety:
+        """Of requests that do not say. Raises UserError if the items lack one of its columns."""
+        index = self.backend.metadata.retrieval.config.index
+        for column in index.max_per:
+            self.catalogue.check("the bundle's index.max_per", column)
+        return Variety(index.max_per, index.diversity)
+
+    def _variety(self, request: RecommendRequest) -> Variety:
+        default = self._default_variety
+        return Variety(
+            default.max_per if request.max_per is None else request.max_per,
+            default.diversity if request.diversity is None else request.diversity,
+        )
+
+    def is_plain(self, request: RecommendRequest) -> bool:
+        """Whether the answer is the first k of what the models find, if these are k."""
+        return not request.filter and not self._variety(request).is_wanted
+
+    def _select(self, request: RecommendRequest, places: Sequence[Place]) -> Selection:
+        variety = self._variety(request)
+        selection = Selection(request.k, variety, self.catalogue.values, self.backend.vectors)
+        selection.add(places)
+        return selection
+
+    def _describe(self, request: RecommendRequest, choice: Choice) -> Json:
+        places, stored, cold = choice
         items = [self.catalogue.show(place.row, place.score) for place in places]
         answer = {
             "user_id": request.user_id,
@@ -383,30 +438,62 @@ class Engine:
         return dict(zip(users, self.backend.histories(users), strict=True)) if users else {}
 
     def _passing(self, request: RecommendRequest, places: list[Place]) -> list[Place]:
-        """The first k candidates that the filter lets pass."""
-        if request.filter:
-            allowed = self.catalogue.matching(request.filter)
-            passing = is_among([place.row for place in places], allowed)
-            places = [place for place, passes in zip(places, passing, strict=True) if passes]
-        return places[: request.k]
+        """The candidates that the filter lets pass."""
+        if not request.filter:
+            return places
+        allowed = self.catalogue.matching(request.filter)
+        passing = is_among([place.row for place in places], allowed)
+        return [place for place, passes in zip(places, passing, strict=True) if passes]
 
     def _fill_up(
-        self, request: RecommendRequest, places: list[Place], history: list[str]
-    ) -> list[Place]:
-        """The k best items that the filter lets pass, where the candidates are not enough."""
-        allowed = self.catalogue.matching(request.filter)
+        self,
+        request: RecommendRequest,
+        selection: Selection,
+        history: list[str],
+        between: Callable[[], None],
+    ) -> Selection:
+        """The answer where the candidates are not enough: further items are scored, then popular ones follow."""
         left_out = self._left_out(request, history)
         taken = np.unique(np.array(self.catalogue.rows(left_out), int))
-        rest = allowed[: DEEPEST + len(taken)]
-        rest = rest[~is_among(rest, taken)]
-        if request.filter and len(rest) > len(places):
-            deeper = self.backend.answer_within(
-                request.user_id or "", request.history, rest[:DEEPEST]
-            )
-            places = places if deeper is None else places_of(deeper, request.k)[0]
-        others = rest[~is_among(rest, np.sort(np.array([place.row for place in places], int)))]
-        popular = others[: request.k - len(places)].tolist()
-        return [*places, *map(Place, popular)]
+        if request.filter or selection.variety.max_per:
+            selection = self._deepen(request, selection, taken, between)
+        rest = self._rest(request, selection, taken)
+        others = rest[~np.isin(rest, [place.row for place in selection.chosen])]
+        selection.add_in_order(map(Place, others.tolist()))
+        return selection
+
+    def _deepen(
+        self,
+        request: RecommendRequest,
+        selection: Selection,
+        taken: np.ndarray,
+        between: Callable[[], None],
+    ) -> Selection:
+        """Scores further items, and chooses anew, as long as there is something to gain."""
+        for _ in range(PASSES):
+            rest = self._rest(request, selection, taken)
+            if np.isin(rest, [place.row for place in selection.chosen]).all():
+                break
+            deeper = self.backend.answer_within(request.user_id or "", request.history, rest)
+            if deeper is None:
+                break
+            full = selection.full
+            candidates = merge(places_of(deeper, self.max_k)[0], selection.chosen)
+            selection = self._select(request, candidates)
+            if selection.is_complete or selection.full == full:
+                break
+            between()
+        return selection
+
+    def _rest(
+        self, request: RecommendRequest, selection: Selection, taken: np.ndarray
+    ) -> np.ndarray:
+        """The rows of the most popular items that may still follow, and of chosen ones, ascending."""
+        rows = self.catalogue.matching(request.filter)
+        full = self.catalogue.having(selection.full)
+        rows = rows[: DEEPEST + len(taken) + len(full)]
+        rows = rows[~is_among(rows, taken)]
+        return rows[~is_among(rows, full)][:DEEPEST]
 
     def _left_out(self, request: RecommendRequest, history: list[str]) -> list[str]:
         """What must not fill the answer up; `history` is the stored one."""
@@ -423,19 +510,16 @@ class Engine:
 
     def _explain(self, places: list[Place], history: list[int], cold: bool) -> list[Json]:
         """Of each item, where it comes from (schemas.Item)."""
-        catalogue = self.catalogue
-        near = np.full((len(places), 1), LOWEST)
         latest = history[-COMPARED:]
-        if latest and places:
-            ids = [catalogue.ids[place.row] for place in places]
-            near = self.backend.cosines(ids, [catalogue.ids[row] for row in latest])
+        vectors = self.backend.vectors
+        near = vectors[[place.row for place in places]] @ vectors[latest].T
         is_ranked = self.backend.metadata.ranking is not None and not cold
         reasons = []
         for at, place in enumerate(places):
             nearest: Json | None = None
-            best = int(near[at].argmax())
-            if near[at, best] > LOWEST:
-                item = catalogue.item(latest[best])
+            if latest:
+                best = int(near[at].argmax())
+                item = self.catalogue.item(latest[best])
                 nearest = {name: item[name] for name in ("item_id", "title") if name in item}
                 nearest["similarity"] = float(near[at, best])
             reasons.append(

@@ -114,7 +114,7 @@ around = APIRouter(responses={status: PROBLEMS[status] for status in (401, 403, 
 async def recommend(body: RecommendRequest, service: Serving) -> Response:
     """Recommendations from a history, for a user, or both; without what is excluded, within a filter."""
     engine = service.ready
-    engine.check(body.k, body.filter)
+    engine.check_request(body)
     return Json(*await service.ask(engine.recommend, body))
 
 
@@ -130,7 +130,7 @@ async def recommend_to_many(body: BatchRequest, service: Serving) -> Response:
     await service.wait_for_room(len(body.requests))
     engine = service.ready
     for request in body.requests:
-        engine.check(request.k, request.filter)
+        engine.check_request(request)
     return Json({"answers": await service.ask(engine.recommend, *body.requests)})
 
 

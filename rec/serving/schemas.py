@@ -47,6 +47,16 @@ class RecommendRequest(BaseModel):
         default_factory=dict,
         description="{column: [values]}: items with one of these (a list: in it) in every column.",
     )
+    max_per: dict[Id, Annotated[int, Field(ge=1)]] | None = Field(
+        default=None,
+        description="{column: n}: at most n items per value (of a list: each value). Null: the bundle's index.max_per.",
+    )
+    diversity: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="0: the best items. 1: items unlike each other. Null: the bundle's index.diversity.",
+    )
     explain: bool = Field(default=False, description="Say of each item where it comes from.")
 
 

@@ -33,6 +33,7 @@ def recommender_of(corpus: Corpus, assets: Path) -> Recommender:
         RecommenderModule(retrieval, None, None, ids),
         pd.DataFrame({"item_id": ids}).set_index("item_id"),
         corpus.users.ids.tolist(),
+        model.candidates().numpy(),
         PairMetadata(small.bundle_metadata(config=config)),
     )
 

@@ -206,8 +206,12 @@ def test_similar_items_are_the_nearest_by_cosine(bundles: dict[str, Any], traine
         .tolist()
     )
     answer = call(bundles["retrieval"], "similar_items", item_id=[*items, "no-such"])
+    ids = pd.read_parquet(bundle_of(trained, "retrieval") / "items.parquet")["item_id"].tolist()
+    vectors = np.load(bundle_of(trained, "retrieval") / "item_vectors.npy")
     for row, item in enumerate(items):
         assert item not in items_of(answer, row)
+        near = [ids.index(other) for other in items_of(answer, row)]
+        np.testing.assert_allclose(answer["score"][row], vectors[near] @ vectors[row], atol=1e-6)
         assert (np.abs(answer["score"][row][answer["score"][row] > LOWEST]) <= 1 + 1e-5).all()
     assert items_of(answer, 5) == []
     assert (answer["score"][5] == LOWEST).all()

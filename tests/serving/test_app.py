@@ -280,8 +280,9 @@ def test_an_explanation_says_where_each_item_comes_from(client: TestClient, engi
             explain["retrieval_score"] == found["score"][0, explain["retrieval_rank"] - 1].numpy()
         )
         assert explain["ranking_score"] == item["score"]
-        near = engine.backend.cosines([item["item_id"]], stored_of(engine)[-50:])
-        assert near is not None
+        vectors = engine.backend.vectors
+        latest = engine.catalogue.rows(stored_of(engine)[-50:])
+        near = vectors[latest] @ vectors[engine.catalogue.row_of[item["item_id"]]]
         assert explain["nearest"]["similarity"] == pytest.approx(near.max(), abs=1e-6)
         assert explain["nearest"]["item_id"] in stored_of(engine) and explain["nearest"]["title"]
     cold = asked(client, explain=True).json()

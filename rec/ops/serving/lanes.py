@@ -1,9 +1,9 @@
 """The order in which waiting requests are answered, for many clients: a `Queue` of rec/serving/service.py.
 
 - Plain requests come first, all that wait in one call.
-- Requests that cost more (a filter, an explanation) and the parts of batches take turns, a few in one call, a part of
-  each batch or request in turn. Between the steps of such a call, the thread answers the plain requests that have
-  arrived. So nobody waits for a whole batch of somebody else, and a batch that waits is never forgotten.
+- Requests that cost more (a filter, variety, an explanation) and the parts of batches take turns, a few in one call, a
+  part of each batch or request in turn. Between the steps of such a call, the thread answers the plain requests that
+  have arrived. So nobody waits for a whole batch of somebody else, and a batch that waits is never forgotten.
 """
 
 from collections import deque
@@ -19,7 +19,10 @@ def is_plain(job: Job) -> bool:
     request = job.argument
     if job.batch is not None:
         return False
-    return not (isinstance(request, RecommendRequest) and (request.filter or request.explain))
+    return not (
+        isinstance(request, RecommendRequest)
+        and (request.filter or request.max_per or request.diversity or request.explain)
+    )
 
 
 class Lanes:

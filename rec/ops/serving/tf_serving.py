@@ -9,7 +9,8 @@
 TF Serving itself was not run here. The tests speak its REST protocol (https://www.tensorflow.org/tfx/serving/api_rest)
 with a stand-in that runs the bundles through the C++ loader that TF Serving uses.
 
-Not covered: gRPC, balancing by load, and the best items of a narrow filter: popular ones take their place.
+Not covered: gRPC, balancing by load, and the best items of a narrow filter, or of a `max_per` for which the candidates
+are not enough: popular ones take their place. `diversity` and explanations read the local bundle's vectors.
 """
 
 import time
@@ -22,7 +23,6 @@ import httpx
 import numpy as np
 import pandas as pd
 
-from rec import LOWEST
 from rec.bundles.files import read_catalogue, read_pair
 from rec.bundles.metadata import PairMetadata
 from rec.bundles.pair import NUMPY, Candidates, pad_left, rerank
@@ -40,6 +40,7 @@ class TfServing:
     client: httpx.Client
     items: pd.DataFrame
     users: list[str]
+    vectors: np.ndarray
     metadata: PairMetadata
     _failed: dict[str, float] = field(default_factory=dict)  # when a replica failed last
 
@@ -94,14 +95,6 @@ class TfServing:
         """What retrieval stores of each user, without the empty places."""
         stored = self._call("retrieval", signature, {"user_id": user_ids})
         return [[item for item in row if item] for row in stored]
-
-    def cosines(self, items: list[str], others: list[str]) -> np.ndarray:
-        """[N, H], known for the items that are among the others' nearest; float32's lowest elsewhere."""
-        near = []
-        for nearest, scores in zip(*self.similar(others), strict=True):
-            near.append(dict(zip(nearest.tolist(), scores.tolist(), strict=True)))
-        rows = self.items.index.get_indexer(pd.Index(items)).tolist()
-        return np.array([[each.get(row, LOWEST) for each in near] for row in rows], np.float32)
 
     def _call(self, stage: str, signature: str, inputs: Mapping[str, Sequence[object]]) -> Any:
         """A signature's outputs by name; its only output, without a name."""

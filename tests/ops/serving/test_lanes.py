@@ -14,6 +14,7 @@ from rec.serving.schemas import RecommendRequest
 from rec.serving.service import LARGEST, MAX_WAITING, Job, Service
 
 FILTERED, EXPLAINED = {"filter": {"genres": ["Drama"]}}, {"explain": True}
+VARIED = {"diversity": 0.3, "max_per": {"genres": 2}}
 
 
 def request(name: str, **what: Any) -> RecommendRequest:
@@ -70,9 +71,10 @@ def test_batches_and_expensive_requests_take_turns(queue: Queue) -> None:
         queue.add(f"b{number}", batch="b")
     queue.add("filtered", **FILTERED)
     queue.add("explained", **EXPLAINED)
+    queue.add("varied", **VARIED)
     assert FEW == 4
     assert queue.take() == ["a0", "b0", "filtered", "explained"]
-    assert queue.take() == ["a1", "b1", "a2", "b2"]
+    assert queue.take() == ["varied", "a1", "b1", "a2"]
 
 
 def test_what_is_cancelled_takes_no_place(queue: Queue) -> None:

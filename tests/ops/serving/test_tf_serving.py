@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from rec import LOWEST
 from rec.bundles.metadata import PairMetadata
 from rec.bundles.pair import Candidates
 from rec.bundles.recommender import Recommender
 from rec.errors import UserError
 from rec.ops.serving.tf_serving import TfServing, connect
+from rec.serving.answer import Catalogue, Engine
 from rec.serving.app import create_app
-from rec.serving.schemas import UnavailableError
+from rec.serving.schemas import RecommendRequest, UnavailableError
 from rec.serving.service import Service
 from tests.conftest import ROOT, Trained, environment, rewrite
 
@@ -171,6 +171,7 @@ def test_a_fleet_answers_as_the_process_itself(fleet: TfServing, local: Recommen
         fleet.users == local.users
         and fleet.items.equals(local.items)
         and fleet.metadata == local.metadata
+        and np.array_equal(fleet.vectors, local.vectors)
     )
 
 
@@ -190,19 +191,6 @@ def test_neighbours_and_histories_are_the_same(fleet: TfServing, local: Recommen
         fleet.similar(["i1", "no such item"]), local.similar(["i1", "no such item"]), strict=True
     ):
         assert np.array_equal(mine, theirs)
-
-
-def test_the_nearest_item_of_a_history_is_found_where_it_is_near(
-    fleet: TfServing, local: Recommender
-) -> None:
-    history = local.histories(["u7"])[0]
-    items = local.items.index[local.answer(["u7"], [None], [[]]).rows[0, :20]].tolist()
-    mine, theirs = fleet.cosines(items, history), local.cosines(items, history)
-    known = mine > LOWEST
-    near = known.any(1)
-    assert mine.shape == theirs.shape == (20, len(history)) and near.any()
-    assert np.allclose(mine[known], theirs[known], atol=1e-6)
-    assert np.array_equal(mine[near].argmax(1), theirs[near].argmax(1))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -311,15 +299,12 @@ def test_the_command_answers_from_a_fleet_without_tensorflow(
             said.append(server.stderr.readline())
         assert said[-1], f"the server ended: {said}"
         address = said[0].removeprefix("listening on ").strip()
+        engine = Engine(local, Catalogue(local.items))
         body = {"user_id": "u7", "exclude": ["i2"], "explain": True}
-        answer = httpx.post(f"{address}/v1/recommend", json=body, timeout=30).json()
-        expected = local.answer(["u7"], [None], [["i2"]])
-        assert [item["item_id"] for item in answer["items"]] == local.items.index[
-            expected.rows[0, :10]
-        ].tolist()
-        assert [item["score"] for item in answer["items"]] == expected.scores[0, :10].tolist()
-        nearest = [item["explain"]["nearest"] for item in answer["items"]]
-        assert any(nearest) and all(each["similarity"] > 0 for each in nearest if each)
+        for options in ({}, {"diversity": 0.5}):
+            answer = httpx.post(f"{address}/v1/recommend", json=body | options, timeout=30).json()
+            (expected,) = engine.recommend([RecommendRequest.model_validate(body | options)])
+            assert answer == expected
         assert [item["item_id"] for item in answer["history"]] == local.histories(["u7"])[0]
         assert free_of_tensorflow(server.pid)
     finally:
