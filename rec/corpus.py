@@ -38,6 +38,7 @@ class Corpus:
     val: Sequences  # what val asks for
     test: Sequences  # what test asks for
     met_in_val: Sequences | None = None  # all of val, history for test; None: what val asks for
+    events: tuple[str, ...] | None = None  # the kinds that histories hold; None without kinds
 
     @property
     def popularity(self) -> np.ndarray:
@@ -55,6 +56,13 @@ class Corpus:
             items=len(self.items.ids),
             has_user_features=bool(self.user_columns),
         )
+
+    @property
+    def until(self) -> int | None:
+        """The time of the latest interaction in the histories for test; None without times."""
+        parts = (self.train, self.met_in_val or self.val)
+        times = [part.times.max(initial=0) for part in parts if part.times is not None]
+        return int(max(times)) if times else None
 
     def history(self, split: str) -> Sequences:
         """What is known of each user before `split`: train for val; train and val for test."""
@@ -130,6 +138,7 @@ def load_corpus(
         val=val,
         test=test,
         met_in_val=met_in_val,
+        events=dataset.history_events,
     )
     check_unchanged(dataset)
     return corpus

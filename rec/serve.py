@@ -25,7 +25,7 @@ from pathlib import Path
 
 from rec.config import add_config_arguments
 from rec.errors import UserError, command_parser, run_command
-from rec.ops.serving.start import serve
+from rec.ops.start import serve
 
 
 def parse() -> argparse.Namespace:
@@ -64,6 +64,9 @@ def parse() -> argparse.Namespace:
         action="append",
         metavar="URL",
         help="let TF Serving compute: http://host:8501",
+    )
+    parser.add_argument(
+        "--events", metavar="STORE", help="take events: a file of SQLite, or redis://HOST:PORT/0"
     )
     parser.add_argument(
         "--require-auth", action="store_true", help="refuse every request while no token is set"

@@ -15,7 +15,7 @@ import pytest
 
 from rec import serve
 from rec.errors import UserError
-from rec.ops.serving.start import find_pair
+from rec.ops.start import find_pair
 from tests.conftest import ROOT, Trained, environment, rewrite
 
 

@@ -56,6 +56,12 @@ class Dataset:
         return [name for name in self.manifest["events"] if name not in negatives]
 
     @property
+    def history_events(self) -> tuple[str, ...] | None:
+        """The events that are not negative, by name; None if interactions have no kinds."""
+        names = self.positive_events or self.manifest.get("events")
+        return None if names is None else tuple(names)
+
+    @property
     def has_repeats(self) -> bool:
         """Whether a user may interact with an item more than once."""
         repeats = self.manifest.get("repeats", "first")

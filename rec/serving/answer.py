@@ -10,12 +10,13 @@ All of it runs in the one thread that calls the models.
 """
 
 import difflib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -57,6 +58,23 @@ class Observer:
 
 
 SILENT = Observer()
+
+
+class Histories(Protocol):
+    """What users have done since their bundle was made. A server that does not know it uses `StoredHistories`."""
+
+    def since(self, users: Sequence[str]) -> Sequence[list[str]]:
+        """Each user's items, oldest first. The thread of the models calls it once per batch."""
+
+
+class StoredHistories:
+    """What the bundle stores is all."""
+
+    def since(self, users: Sequence[str]) -> Sequence[list[str]]:
+        return [[]] * len(users)
+
+
+STORED = StoredHistories()
 
 
 def score_or_none(value: float | None) -> float | None:
@@ -239,15 +257,18 @@ class Engine:
     backend: Backend
     catalogue: Catalogue
     observer: Observer = SILENT
+    live: Histories = STORED
 
     @classmethod
-    def warm(cls, backend: Backend, observer: Observer = SILENT) -> "Engine":
+    def warm(
+        cls, backend: Backend, observer: Observer = SILENT, live: Histories = STORED
+    ) -> "Engine":
         """An engine that has answered each kind of request: a model's first call takes a second.
 
         Raises:
           UserError: the answers are empty or not numbers.
         """
-        engine = cls(backend, Catalogue(backend.items), observer)
+        engine = cls(backend, Catalogue(backend.items), observer, live)
         first = engine.catalogue.ids[0]
         user = backend.users[0] if backend.users else None
         requests = [
@@ -292,6 +313,7 @@ class Engine:
           between: called before each step that takes long, for what else the thread has to do.
         """
         start = time.perf_counter()
+        requests = self._complete(requests)
         found = self.backend.answer(
             [request.user_id or "" for request in requests],
             [request.history for request in requests],
@@ -303,6 +325,28 @@ class Engine:
         answers = self._choose(requests, found, between)
         self.observer.stage("answer", time.perf_counter() - called)
         return answers
+
+    def _complete(self, requests: Sequence[RecommendRequest]) -> list[RecommendRequest]:
+        """The requests, with the whole history of those that do not rest on what the bundle stores alone."""
+        live = self.live.since([request.user_id or "" for request in requests])
+        changed = [
+            bool(done or request.recent) for request, done in zip(requests, live, strict=True)
+        ]
+        stored = self._stored(itertools.compress(requests, changed))
+        complete = []
+        for request, done, is_changed in zip(requests, live, changed, strict=True):
+            if is_changed:
+                history = request.history
+                if history is None:
+                    history = [*stored.get(request.user_id, ()), *done]
+                request = request.model_copy(
+                    update={
+                        "history": [*history, *request.recent],
+                        "exclude": [*request.exclude, *done],
+                    }
+                )
+            complete.append(request)
+        return complete
 
     def _choose(
         self,
@@ -362,13 +406,13 @@ class Engine:
         return answers
 
     def histories(self, users: Sequence[str]) -> list[Json]:
-        """The answers: what the bundle stores of each user."""
-        return [
-            {"user_id": user, "items": [self.catalogue.show(row) for row in rows]}
-            for user, rows in zip(
-                users, map(self.catalogue.rows, self.backend.histories(list(users))), strict=True
-            )
-        ]
+        """The answers: what the bundle stores of each user, and what the user has done since."""
+        answers = []
+        stored = self.backend.histories(list(users))
+        for user, *items in zip(users, stored, self.live.since(users), strict=True):
+            rows = self.catalogue.rows(itertools.chain(*items))
+            answers.append({"user_id": user, "items": [self.catalogue.show(row) for row in rows]})
+        return answers
 
     def _stored(self, requests: Iterable[RecommendRequest]) -> dict[str | None, list[str]]:
         """The stored histories of the requests' users, by user, in one call."""

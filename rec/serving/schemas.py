@@ -37,6 +37,10 @@ class RecommendRequest(BaseModel):
         default=None,
         description="Items, oldest first, instead of the stored history; unknown ids are ignored.",
     )
+    recent: Ids = Field(
+        default_factory=list,
+        description="Items, oldest first, that come after the history, given or stored.",
+    )
     k: int = Field(default=10, ge=1, description="How many items; at most max_k of /v1/models.")
     exclude: Ids = Field(default_factory=list, description="Items that must not be in the answer.")
     filter: dict[Id, list[str | int | float | bool]] = Field(

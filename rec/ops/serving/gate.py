@@ -36,7 +36,7 @@ from rec.serving.schemas import MAX_BATCH_BODY, MAX_BODY
 HEALTH = ("/healthz", "/readyz")
 TOKENS = ("REC_API_TOKENS", "API_TOKENS", "REC_ADMIN_TOKENS")
 MAX_URL = 8 * 1024  # bytes: room for an id of 512 characters, each of them four bytes and escaped
-PAGE, RELOAD, BATCH = "/", "/v1/models/reload", "/v1/recommend/batch"
+PAGE, RELOAD, BATCH, EVENTS = "/", "/v1/models/reload", "/v1/recommend/batch", "/v1/events"
 TICK = 0.05  # seconds between looks for clients that have hung up, and between writes of the log
 REQUEST_ID = re.compile(rb"[\w.:/+=-]{1,128}")
 
@@ -166,7 +166,7 @@ class Exchange:
         self.start = time.perf_counter()
         self.status = 499  # the client hung up before an answer began
         self.has_hung_up = False
-        self._limit = MAX_BATCH_BODY if scope["path"] == BATCH else MAX_BODY
+        self._limit = MAX_BATCH_BODY if scope["path"] in (BATCH, EVENTS) else MAX_BODY
         self._received = 0  # bytes of the body
         self.is_read = scope["method"] in ("GET", "HEAD")  # whether its whole body has been read
         self.task = asyncio.current_task()

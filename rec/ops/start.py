@@ -92,14 +92,17 @@ def work(
     # A session of its own: Ctrl-C reaches the parent only, which ends this process. And where the kernel shares out
     # processor time by session (sched_autogroup), a process that loads takes none from those that answer.
     os.setsid()
+    from rec.ops.loop.events import open_store
+    from rec.ops.loop.intake import events_router
+    from rec.ops.loop.service import LoopService
     from rec.ops.serving import worker
     from rec.ops.serving.front import guarded_app
     from rec.ops.serving.gate import Tokens
     from rec.ops.serving.lanes import Lanes
     from rec.ops.serving.metrics import Prometheus
-    from rec.serving.service import Service
 
-    service = Service(partial(load, args, pair), Lanes(), Prometheus())
+    store = open_store(args.events) if args.events else None
+    service = LoopService(partial(load, args, pair), Lanes(), Prometheus(), store)
     supervision = worker.Supervision(connection, service, pair)
     app = guarded_app(
         service,
@@ -107,6 +110,7 @@ def work(
         supervision.reload,
         origins=tuple(args.cors_origin),
         access_log=not args.no_access_log,
+        more=[events_router(store)] if store else [],
     )
     worker.run(supervision, app, listener, at_once)
 
@@ -122,9 +126,12 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def _supervise(args: argparse.Namespace) -> None:
+    from rec.ops.loop.events import open_store
     from rec.ops.serving.gate import Tokens
     from rec.ops.serving.supervisor import Supervisor
 
+    if args.events:
+        open_store(args.events)  # so that the command ends if it cannot be used
     warning = Tokens.from_environment(args.require_auth).warning()
     if warning is not None:
         warn(warning)
