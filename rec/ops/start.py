@@ -15,10 +15,22 @@ from rec.config import load_config
 from rec.errors import UserError, warn
 from rec.ops.registry import WandbStore, built_from
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the metrics must not be made before `serve` says where
+    from rec.ops.serving.reload import Bundles
     from rec.serving.answer import Backend
 
 SHORTEST_WANDB = 60.0  # seconds between looks at W&B
+
+
+def find_bundles(args: argparse.Namespace) -> "Bundles":
+    """The bundles of each variant, or the pair that the command line means now."""
+    from rec.ops.loop.variants import parse_variants
+
+    if not args.variant:
+        return find_pair(args)
+    savedmodels = Path(load_config(args.config, args.overrides).output.savedmodels)
+    pairs = [files.find_pair(savedmodels, each.alias) for each in parse_variants(args.variant)]
+    return tuple(bundle for pair in pairs for bundle in pair)
 
 
 def find_pair(args: argparse.Namespace) -> files.Pair:
@@ -64,6 +76,11 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
+def load_all(args: argparse.Namespace, bundles: "Bundles") -> list["Backend"]:
+    """The models of each variant."""
+    return [load(args, pair) for pair in zip(bundles[::2], bundles[1::2], strict=True)]
+
+
 def load(args: argparse.Namespace, pair: files.Pair) -> "Backend":
     """The models of the bundles, here or in TF Serving."""
     print(f"loading {' and '.join(str(path) for path in pair if path)}", file=sys.stderr)
@@ -83,7 +100,7 @@ def load(args: argparse.Namespace, pair: files.Pair) -> "Backend":
 
 def work(
     args: argparse.Namespace,
-    pair: files.Pair,
+    bundles: "Bundles",
     listener: socket.socket,
     connection: Connection,
     at_once: bool,
@@ -95,6 +112,8 @@ def work(
     from rec.ops.loop.events import open_store
     from rec.ops.loop.intake import events_router
     from rec.ops.loop.service import LoopService
+    from rec.ops.loop.shown import ShownLog
+    from rec.ops.loop.variants import parse_variants
     from rec.ops.serving import worker
     from rec.ops.serving.front import guarded_app
     from rec.ops.serving.gate import Tokens
@@ -102,8 +121,17 @@ def work(
     from rec.ops.serving.metrics import Prometheus
 
     store = open_store(args.events) if args.events else None
-    service = LoopService(partial(load, args, pair), Lanes(), Prometheus(), store)
-    supervision = worker.Supervision(connection, service, pair)
+    shown = ShownLog(args.shown, args.shown_days) if args.shown else None
+    service = LoopService(
+        partial(load_all, args, bundles),
+        Lanes(),
+        Prometheus(),
+        store=store,
+        shown=shown,
+        variants=parse_variants(args.variant),
+        salt=args.salt,
+    )
+    supervision = worker.Supervision(connection, service, bundles)
     app = guarded_app(
         service,
         Tokens.from_environment(args.require_auth),
@@ -112,6 +140,8 @@ def work(
         access_log=not args.no_access_log,
         more=[events_router(store)] if store else [],
     )
+    if shown is not None:
+        supervision.at_end = shown.close
     worker.run(supervision, app, listener, at_once)
 
 
@@ -130,6 +160,8 @@ def _supervise(args: argparse.Namespace) -> None:
     from rec.ops.serving.gate import Tokens
     from rec.ops.serving.supervisor import Supervisor
 
+    if args.variant:
+        _check_variants(args)
     if args.events:
         open_store(args.events)  # so that the command ends if it cannot be used
     warning = Tokens.from_environment(args.require_auth).warning()
@@ -141,5 +173,17 @@ def _supervise(args: argparse.Namespace) -> None:
     follow = args.follow
     if follow and (args.retrieval_wandb or args.ranking_wandb):
         follow = max(follow, SHORTEST_WANDB)
-    find = partial(find_pair, args)
+    find = partial(find_bundles, args)
     Supervisor(find, partial(work, args), listener, args.workers, follow).run()
+
+
+def _check_variants(args: argparse.Namespace) -> None:
+    """Raises UserError if --variant is not well-formed, or meets an option that names other bundles."""
+    from rec.ops.loop.variants import parse_variants
+
+    parse_variants(args.variant)
+    others = ("retrieval_bundle", "ranking_bundle", "retrieval_wandb", "ranking_wandb")
+    for name in others:
+        if getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            raise UserError(f"--variant names bundles by their alias: leave out --{option}")

@@ -85,6 +85,8 @@ class Recommendations(Items):
         description="Nothing is known of the user: these are the popular items."
     )
     model: Versions
+    variant: str | None = Field(default=None, description="That answered, if there are several.")
+    request_id: str | None = Field(default=None, description="For events that it leads to.")
     history: list[Item] | None = Field(
         default=None, description="With explain: what it rests on, oldest first."
     )

@@ -18,6 +18,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from urllib.parse import unquote_to_bytes
@@ -155,6 +156,14 @@ def _problem(status: int, sentence: str) -> JSONResponse:
     return JSONResponse({"detail": sentence}, status)
 
 
+_current: ContextVar["Exchange"] = ContextVar("exchange")
+
+
+def current_exchange() -> "Exchange":
+    """The one that this task answers."""
+    return _current.get()
+
+
 class Exchange:
     """One request and its answer, as they pass the gate."""
 
@@ -166,6 +175,7 @@ class Exchange:
         self.start = time.perf_counter()
         self.status = 499  # the client hung up before an answer began
         self.has_hung_up = False
+        self.variant: str | None = None  # that answered it, if there are several
         self._limit = MAX_BATCH_BODY if scope["path"] in (BATCH, EVENTS) else MAX_BODY
         self._received = 0  # bytes of the body
         self.is_read = scope["method"] in ("GET", "HEAD")  # whether its whole body has been read
@@ -211,6 +221,8 @@ class Exchange:
             "status": self.status,
             "ms": round(seconds * 1000, 2),
         }
+        if self.variant is not None:
+            line["variant"] = self.variant
         return json.dumps(line) + "\n"
 
 
@@ -233,6 +245,7 @@ class Gate:
             request_id = os.urandom(8).hex().encode()
         exchange = Exchange(scope, receive, send, request_id)
         self._open.add(exchange)
+        _current.set(exchange)
         try:
             refusal = malformed(scope, headers) or self._tokens.refusal(
                 scope["path"], headers.get(b"authorization", b"")

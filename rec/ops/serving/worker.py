@@ -26,11 +26,10 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
-from rec.bundles.files import Pair
 from rec.errors import UserError
 from rec.ops.serving.connections import http_settings
 from rec.ops.serving.metrics import DIRECTORY
-from rec.ops.serving.reload import names
+from rec.ops.serving.reload import Bundles, names
 from rec.serving.schemas import UnavailableError
 from rec.serving.service import Service
 
@@ -68,10 +67,11 @@ class Server(uvicorn.Server):
 class Supervision:
     """The worker's end of its connection to the supervisor."""
 
-    def __init__(self, connection: Connection, service: Service, pair: Pair) -> None:
+    def __init__(self, connection: Connection, service: Service, bundles: Bundles) -> None:
         self._connection = connection
         self._service = service
-        self._pair = pair
+        self._bundles = bundles
+        self.at_end: Callable[[], None] | None = None  # called once all requests have their answer
         self._sending = threading.Lock()
         self._preparing = threading.Lock()
         self._missing = {"models", "listening"}  # until it is ready
@@ -120,7 +120,7 @@ class Supervision:
         if not isinstance(error, UnavailableError):
             traceback.print_exception(error)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"{names(self._pair)} cannot be taken into service: {reason}"
+        return f"{names(self._bundles)} cannot be taken into service: {reason}"
 
     def note(self, part: str) -> None:
         """Notes one of the two things that make a process ready, and reports the second one."""
@@ -193,5 +193,7 @@ def run(supervision: Supervision, app: ASGIApp, listener: socket.socket, at_once
         **http_settings(),
     )
     Server(config, lambda: supervision.note("listening")).run(sockets=[listener])
+    if supervision.at_end is not None:
+        supervision.at_end()
     _weigh(BACKGROUND)  # freeing gigabytes takes a while
     os._exit(0)  # a thread may still be loading, which must not keep the process

@@ -1,4 +1,4 @@
-"""Stores of events: SQLite, and a Redis that is started for the tests."""
+"""Stores of events: SQLite, and a Redis that is started for the tests. And a loaded pair."""
 
 import shutil
 import signal
@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from rec.bundles.files import find_pair
+from rec.bundles.recommender import Recommender
 from rec.ops.loop.events import EventStore, open_store
+from tests.conftest import Trained
+
+
+@pytest.fixture(scope="session")
+def backend(trained: Trained) -> Recommender:
+    return Recommender.load(*find_pair(trained.savedmodels))
 
 
 class Redis:

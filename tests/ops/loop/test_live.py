@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from rec.bundles.files import find_pair
 from rec.bundles.metadata import Coverage, read_metadata
 from rec.bundles.recommender import Recommender
 from rec.data_prep.dataset import open_dataset
@@ -32,14 +31,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def backend(trained: Trained) -> Recommender:
-    return Recommender.load(*find_pair(trained.savedmodels))
-
-
-@pytest.fixture(scope="module")
 def client(backend: Recommender, place: Path) -> TestClient:
     store = open_store(str(place))
-    service = LoopService(lambda: backend, Lanes(), SILENT, store)
+    service = LoopService(lambda: [backend], Lanes(), SILENT, store)
     service.load()
     app = guarded_app(service, Tokens(api=("secret",)), more=[events_router(store)])
     client = TestClient(app, raise_server_exceptions=False)
@@ -145,8 +139,14 @@ def test_events_count_that_are_new_and_of_the_bundles_kinds(
         ({"user_id": "u"}, "events[0]['item_id']: field required"),
         ({"user_id": "u", "item_id": 5}, "events[0]['item_id']: input should be a valid string"),
         ({"user_id": "u", "item_id": "i", "time": -1}, "events[0]['time']: input should be great"),
-        ({"user_id": "u", "item_id": "i", "time": 1e13}, "events[0].time: 10000000000000 is in the"),
-        ({"user_id": "u", "item_id": "i", "itemid": "i"}, "'itemid': unknown key; did you mean ite"),
+        (
+            {"user_id": "u", "item_id": "i", "time": 1e13},
+            "events[0].time: 10000000000000 is in the",
+        ),
+        (
+            {"user_id": "u", "item_id": "i", "itemid": "i"},
+            "'itemid': unknown key; did you mean ite",
+        ),
     ],
 )
 def test_a_bad_event_is_refused_in_one_sentence_and_nothing_is_kept(
