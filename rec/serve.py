@@ -25,7 +25,7 @@ from pathlib import Path
 
 from rec.config import add_config_arguments
 from rec.errors import UserError, command_parser, run_command
-from rec.ops.start import serve
+from rec.ops.start import add_loop_arguments, serve
 
 
 def parse() -> argparse.Namespace:
@@ -66,23 +66,6 @@ def parse() -> argparse.Namespace:
         help="let TF Serving compute: http://host:8501",
     )
     parser.add_argument(
-        "--events", metavar="STORE", help="take events: a file of SQLite, or redis://HOST:PORT/0"
-    )
-    parser.add_argument(
-        "--shown", type=Path, metavar="DIR", help="keep what was shown, as Parquet by hour"
-    )
-    parser.add_argument(
-        "--shown-days", type=float, default=90, help="how long to keep it (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--variant",
-        action="append",
-        default=[],
-        metavar="NAME=ALIAS:SHARE",
-        help="serve these bundles to this share of the users; once per variant",
-    )
-    parser.add_argument("--salt", default="", help="another one splits the users anew")
-    parser.add_argument(
         "--require-auth", action="store_true", help="refuse every request while no token is set"
     )
     parser.add_argument(
@@ -94,6 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--allow-mismatch", action="store_true", help="serve a pair that was not trained together"
     )
+    add_loop_arguments(parser)
     add_config_arguments(parser)
     return parser.parse_args()
 
@@ -104,8 +88,6 @@ def main() -> None:
         raise UserError(f"--workers {args.workers}: must be at least 1")
     if args.follow < 0:
         raise UserError(f"--follow {args.follow}: must be 0 (never) or a number of seconds")
-    if args.shown_days <= 0:
-        raise UserError(f"--shown-days {args.shown_days:g}: must be above 0")
     serve(args)
 
 

@@ -22,6 +22,18 @@ if TYPE_CHECKING:  # the metrics must not be made before `serve` says where
 SHORTEST_WANDB = 60.0  # seconds between looks at W&B
 
 
+def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of rec/ops/loop/."""
+    add = parser.add_argument
+    events = "take events: a file of SQLite, or redis://HOST:PORT/0"
+    add("--events", metavar="STORE", help=events)
+    add("--shown", type=Path, metavar="DIR", help="keep what was shown, as Parquet by hour")
+    add("--shown-days", type=float, default=90, help="how long (default: %(default)s)")
+    variant = "serve these bundles to this share of the users; once per variant"
+    add("--variant", action="append", default=[], metavar="NAME=ALIAS:SHARE", help=variant)
+    add("--salt", default="", help="another one splits the users anew")
+
+
 def find_bundles(args: argparse.Namespace) -> "Bundles":
     """The bundles of each variant, or the pair that the command line means now."""
     from rec.ops.loop.variants import parse_variants
@@ -117,19 +129,15 @@ def work(
     from rec.ops.serving import worker
     from rec.ops.serving.front import guarded_app
     from rec.ops.serving.gate import Tokens
-    from rec.ops.serving.lanes import Lanes
-    from rec.ops.serving.metrics import Prometheus
 
     store = open_store(args.events) if args.events else None
     shown = ShownLog(args.shown, args.shown_days) if args.shown else None
     service = LoopService(
         partial(load_all, args, bundles),
-        Lanes(),
-        Prometheus(),
-        store=store,
-        shown=shown,
         variants=parse_variants(args.variant),
         salt=args.salt,
+        store=store,
+        shown=shown,
     )
     supervision = worker.Supervision(connection, service, bundles)
     app = guarded_app(
@@ -160,8 +168,7 @@ def _supervise(args: argparse.Namespace) -> None:
     from rec.ops.serving.gate import Tokens
     from rec.ops.serving.supervisor import Supervisor
 
-    if args.variant:
-        _check_variants(args)
+    _check_loop(args)
     if args.events:
         open_store(args.events)  # so that the command ends if it cannot be used
     warning = Tokens.from_environment(args.require_auth).warning()
@@ -177,13 +184,14 @@ def _supervise(args: argparse.Namespace) -> None:
     Supervisor(find, partial(work, args), listener, args.workers, follow).run()
 
 
-def _check_variants(args: argparse.Namespace) -> None:
-    """Raises UserError if --variant is not well-formed, or meets an option that names other bundles."""
+def _check_loop(args: argparse.Namespace) -> None:
+    """Raises UserError for an option of the loop that is wrong, or meets one that names other bundles."""
     from rec.ops.loop.variants import parse_variants
 
     parse_variants(args.variant)
-    others = ("retrieval_bundle", "ranking_bundle", "retrieval_wandb", "ranking_wandb")
-    for name in others:
-        if getattr(args, name) is not None:
+    if args.shown_days <= 0:
+        raise UserError(f"--shown-days {args.shown_days:g}: must be above 0")
+    for name in ("retrieval_bundle", "ranking_bundle", "retrieval_wandb", "ranking_wandb"):
+        if args.variant and getattr(args, name) is not None:
             option = name.replace("_", "-")
             raise UserError(f"--variant names bundles by their alias: leave out --{option}")

@@ -9,7 +9,10 @@
   difference of two ratios, by the delta method. Answers without a user are left out.
 """
 
+import argparse
+import json
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -20,8 +23,8 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from rec.errors import UserError
-from rec.ops.loop.events import Event, EventStore
+from rec.errors import UserError, note
+from rec.ops.loop.events import Event, EventStore, open_store
 
 Z = 1.959964  # 95 %
 DIMENSIONS = {
@@ -191,5 +194,26 @@ def table_of(rates: Iterable[Rate]) -> str:
     return "\n".join(lines)
 
 
-def to_json(rates: Iterable[Rate]) -> list[dict[str, object]]:
-    return [asdict(each) for each in rates]
+def report(args: argparse.Namespace) -> None:
+    """Prints what `python -m rec.feedback` prints."""
+    now = time.time()
+    begin = now - args.days * 86_400
+    feedback = Feedback(args.shown, open_store(args.events), begin, now, args.kinds)
+    found: dict[str, object] = {"all": asdict(feedback.total())}
+    for dimension in DIMENSIONS:
+        rates = feedback.rates(dimension)
+        note(f"by {dimension}\n{table_of(rates)}\n")
+        found[dimension] = [asdict(rate) for rate in rates]
+    found["unattributed"] = feedback.unattributed
+    if args.compare:
+        found["comparison"] = _report_comparison(feedback, *args.compare)
+    print(json.dumps(found))
+
+
+def _report_comparison(feedback: Feedback, first: str, second: str) -> dict[str, object]:
+    found = compare(feedback.counts(first), feedback.counts(second))
+    better = {"first": first, "second": second, "neither": "neither"}[found.verdict]
+    interval = f"{found.low:+.4f} to {found.high:+.4f}"
+    note(f"{second} less {first}: {found.difference:+.4f}, 95 %: {interval}")
+    note(f"better: {better}")
+    return {**asdict(found), "better": better}

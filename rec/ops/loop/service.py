@@ -15,9 +15,11 @@ from rec.ops.loop.live import LiveHistories
 from rec.ops.loop.shown import Shown, ShownLog
 from rec.ops.loop.variants import SplitEngine, Variant
 from rec.ops.serving.gate import current_exchange
-from rec.serving.answer import STORED, Backend, Engine, Histories, Json, Observer
+from rec.ops.serving.lanes import Lanes
+from rec.ops.serving.metrics import Prometheus
+from rec.serving.answer import STORED, Backend, Engine, Histories, Json
 from rec.serving.schemas import RecommendRequest
-from rec.serving.service import Queue, Service
+from rec.serving.service import Service
 
 ANSWERS = Counter("rec_answers", "Recommendations, by variant.", ["variant"])
 
@@ -26,15 +28,13 @@ class LoopService(Service):
     def __init__(
         self,
         load: Callable[[], Sequence[Backend]],
-        queue: Queue,
-        observer: Observer,
         store: EventStore | None = None,
         shown: ShownLog | None = None,
         variants: Sequence[Variant] = (),
         salt: str = "",
     ) -> None:
         """`load` loads the models of each variant; without variants, of one pair."""
-        super().__init__(lambda: load()[0], queue, observer)
+        super().__init__(lambda: load()[0], Lanes(), Prometheus())
         self._load_all = load
         self._store = store
         self._shown = shown

@@ -17,8 +17,6 @@ from rec.ops.loop.live import LiveHistories
 from rec.ops.loop.service import LoopService
 from rec.ops.serving.front import guarded_app
 from rec.ops.serving.gate import Tokens
-from rec.ops.serving.lanes import Lanes
-from rec.serving.answer import SILENT
 from tests.conftest import Trained
 from tests.serving.test_app import assert_refused
 
@@ -33,7 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(backend: Recommender, place: Path) -> TestClient:
     store = open_store(str(place))
-    service = LoopService(lambda: [backend], Lanes(), SILENT, store)
+    service = LoopService(lambda: [backend], store)
     service.load()
     app = guarded_app(service, Tokens(api=("secret",)), more=[events_router(store)])
     client = TestClient(app, raise_server_exceptions=False)

@@ -15,8 +15,6 @@ from rec.ops.loop.shown import ShownLog
 from rec.ops.loop.variants import choose, parse_variants
 from rec.ops.serving.front import guarded_app
 from rec.ops.serving.gate import Tokens
-from rec.ops.serving.lanes import Lanes
-from rec.ops.serving.metrics import Prometheus
 
 VARIANTS = parse_variants(["stable=production:50", "canary=canary:50"])
 USERS = [f"u{number}" for number in range(12)]
