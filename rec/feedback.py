@@ -3,8 +3,8 @@
     python -m rec.feedback --shown shown --events events.sqlite
     python -m rec.feedback --shown shown --events events.sqlite --days 7 --kinds purchase --compare stable canary
 
-`rec.serve --shown DIR --events STORE` keeps both. Tables go to stderr. The last line of stdout is JSON: {"all": {"name",
-"shown", "chosen", "rate", "low", "high"}, "variant", "position", "segment": [{the same}, ..], "unattributed",
+`rec.serve --shown DIR --events STORE` keeps both. Tables go to stderr. The last line of stdout is JSON: {"all":
+{"name", "shown", "chosen", "rate", "low", "high"}, "variant": [{the same}, ..], "position", "segment", "unattributed",
 "comparison"}.
 """
 

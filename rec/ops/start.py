@@ -16,6 +16,7 @@ from rec.errors import UserError, warn
 from rec.ops.registry import WandbStore, built_from
 
 if TYPE_CHECKING:  # the metrics must not be made before `serve` says where
+    from rec.ops.loop.service import LoopService
     from rec.ops.serving.reload import Bundles
     from rec.serving.answer import Backend
 
@@ -121,24 +122,11 @@ def work(
     # A session of its own: Ctrl-C reaches the parent only, which ends this process. And where the kernel shares out
     # processor time by session (sched_autogroup), a process that loads takes none from those that answer.
     os.setsid()
-    from rec.ops.loop.events import open_store
-    from rec.ops.loop.intake import events_router
-    from rec.ops.loop.service import LoopService
-    from rec.ops.loop.shown import ShownLog
-    from rec.ops.loop.variants import parse_variants
     from rec.ops.serving import worker
     from rec.ops.serving.front import guarded_app
     from rec.ops.serving.gate import Tokens
 
-    store = open_store(args.events) if args.events else None
-    shown = ShownLog(args.shown, args.shown_days) if args.shown else None
-    service = LoopService(
-        partial(load_all, args, bundles),
-        variants=parse_variants(args.variant),
-        salt=args.salt,
-        store=store,
-        shown=shown,
-    )
+    service = _make_service(args, bundles)
     supervision = worker.Supervision(connection, service, bundles)
     app = guarded_app(
         service,
@@ -146,11 +134,25 @@ def work(
         supervision.reload,
         origins=tuple(args.cors_origin),
         access_log=not args.no_access_log,
-        more=[events_router(store)] if store else [],
+        more=service.addresses,
     )
-    if shown is not None:
-        supervision.at_end = shown.close
+    supervision.at_end = service.close
     worker.run(supervision, app, listener, at_once)
+
+
+def _make_service(args: argparse.Namespace, bundles: "Bundles") -> "LoopService":
+    from rec.ops.loop.events import open_store
+    from rec.ops.loop.service import LoopService
+    from rec.ops.loop.shown import ShownLog
+    from rec.ops.loop.variants import parse_variants
+
+    return LoopService(
+        partial(load_all, args, bundles),
+        variants=parse_variants(args.variant),
+        salt=args.salt,
+        store=open_store(args.events) if args.events else None,
+        shown=ShownLog(args.shown, args.shown_days) if args.shown else None,
+    )
 
 
 def serve(args: argparse.Namespace) -> None:

@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fastapi import APIRouter
 from prometheus_client import Counter
 
 from rec.ops.loop.events import EventStore
+from rec.ops.loop.intake import events_router
 from rec.ops.loop.live import LiveHistories
 from rec.ops.loop.shown import Shown, ShownLog
 from rec.ops.loop.variants import SplitEngine, Variant
@@ -40,6 +42,16 @@ class LoopService(Service):
         self._shown = shown
         self._variants = variants
         self._salt = salt
+
+    @property
+    def addresses(self) -> list[APIRouter]:
+        """What the service takes beside requests."""
+        return [] if self._store is None else [events_router(self._store)]
+
+    def close(self) -> None:
+        """Writes what has not been written yet. Called once all requests have their answer."""
+        if self._shown is not None:
+            self._shown.close()
 
     def load(self) -> None:
         engines = [

@@ -12,7 +12,6 @@ from rec.bundles.metadata import Coverage, read_metadata
 from rec.bundles.recommender import Recommender
 from rec.data_prep.dataset import open_dataset
 from rec.ops.loop.events import Event, open_store
-from rec.ops.loop.intake import events_router
 from rec.ops.loop.live import LiveHistories
 from rec.ops.loop.service import LoopService
 from rec.ops.serving.front import guarded_app
@@ -33,7 +32,7 @@ def client(backend: Recommender, place: Path) -> TestClient:
     store = open_store(str(place))
     service = LoopService(lambda: [backend], store)
     service.load()
-    app = guarded_app(service, Tokens(api=("secret",)), more=[events_router(store)])
+    app = guarded_app(service, Tokens(api=("secret",)), more=service.addresses)
     client = TestClient(app, raise_server_exceptions=False)
     client.headers["Authorization"] = "Bearer secret"
     return client

@@ -9,7 +9,6 @@ from fastapi.testclient import TestClient
 from rec.bundles.recommender import Recommender
 from rec.ops.loop.events import open_store
 from rec.ops.loop.feedback import Feedback
-from rec.ops.loop.intake import events_router
 from rec.ops.loop.service import LoopService
 from rec.ops.loop.shown import ShownLog
 from rec.ops.loop.variants import choose, parse_variants
@@ -25,11 +24,9 @@ def test_variants_answer_what_they_are_shown_and_chosen(
 ) -> None:
     store = open_store(str(tmp_path / "events.sqlite"))
     log = ShownLog(tmp_path / "shown", days=1)
-    service = LoopService(
-        lambda: [backend, backend], Lanes(), Prometheus(), store=store, shown=log, variants=VARIANTS
-    )
+    service = LoopService(lambda: [backend, backend], store=store, shown=log, variants=VARIANTS)
     service.load()
-    app = guarded_app(service, Tokens(), access_log=True, more=[events_router(store)])
+    app = guarded_app(service, Tokens(), access_log=True, more=service.addresses)
     with TestClient(app) as client:
         headers = {"X-Request-ID": "page-1"}
         single = client.get("/v1/users/u7/recommendations?k=3", headers=headers).json()
@@ -40,7 +37,7 @@ def test_variants_answer_what_they_are_shown_and_chosen(
         client.post("/v1/events", json={"events": [event]})
         metrics = client.get("/metrics").text
         assert client.get("/readyz").json()["model"]["canary/ranking"] == 1
-    log.close()
+    service.close()
 
     names = [VARIANTS[choose(VARIANTS, user, "")].name for user in USERS]
     assert {*names} == {"stable", "canary"}
