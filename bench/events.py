@@ -42,7 +42,7 @@ import numpy as np
 
 from bench.serving import ITEMS, USERS, Server, ask, make_model, processor
 from rec.errors import UserError, run_command
-from rec.ops.loop.events import open_store
+from rec.ops.loop.stores import open_store
 
 RECOMMENDATIONS = 500  # per second
 EVENTS = 1000  # per second

@@ -141,9 +141,9 @@ def work(
 
 
 def _make_service(args: argparse.Namespace, bundles: "Bundles") -> "LoopService":
-    from rec.ops.loop.events import open_store
     from rec.ops.loop.service import LoopService
     from rec.ops.loop.shown import ShownLog
+    from rec.ops.loop.stores import open_store
     from rec.ops.loop.variants import parse_variants
 
     return LoopService(
@@ -166,7 +166,7 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def _supervise(args: argparse.Namespace) -> None:
-    from rec.ops.loop.events import open_store
+    from rec.ops.loop.stores import open_store
     from rec.ops.serving.gate import Tokens
     from rec.ops.serving.supervisor import Supervisor
 

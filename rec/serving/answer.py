@@ -250,6 +250,15 @@ def is_among(rows: ArrayLike, among: np.ndarray) -> np.ndarray:
     return among[at] == rows
 
 
+def _extend(request: RecommendRequest, stored: list[str], done: list[str]) -> RecommendRequest:
+    """The request of a user who has `done` something since the bundle was made, or sends recent items."""
+    if not done and not request.recent:
+        return request
+    history = [*stored, *done] if request.history is None else request.history
+    changes = {"history": [*history, *request.recent], "exclude": [*request.exclude, *done]}
+    return request.model_copy(update=changes)
+
+
 @dataclass(frozen=True, eq=False)
 class Engine:
     """A loaded pair and its catalogue."""
@@ -329,24 +338,9 @@ class Engine:
     def _complete(self, requests: Sequence[RecommendRequest]) -> list[RecommendRequest]:
         """The requests, with the whole history of those that do not rest on what the bundle stores alone."""
         live = self.live.since([request.user_id or "" for request in requests])
-        changed = [
-            bool(done or request.recent) for request, done in zip(requests, live, strict=True)
-        ]
-        stored = self._stored(itertools.compress(requests, changed))
-        complete = []
-        for request, done, is_changed in zip(requests, live, changed, strict=True):
-            if is_changed:
-                history = request.history
-                if history is None:
-                    history = [*stored.get(request.user_id, ()), *done]
-                request = request.model_copy(
-                    update={
-                        "history": [*history, *request.recent],
-                        "exclude": [*request.exclude, *done],
-                    }
-                )
-            complete.append(request)
-        return complete
+        pairs = list(zip(requests, live, strict=True))
+        stored = self._stored(request for request, done in pairs if done or request.recent)
+        return [_extend(request, stored.get(request.user_id, []), done) for request, done in pairs]
 
     def _choose(
         self,

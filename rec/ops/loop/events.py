@@ -116,17 +116,6 @@ class EventStore(Protocol):
         """All events of a time from `begin` up to `end`."""
 
 
-def open_store(place: str) -> EventStore:
-    """The store at redis://HOST:PORT/NUMBER, or in a file of SQLite. Raises UserError if it cannot be used."""
-    if place.startswith(("redis://", "rediss://", "unix://")):
-        from rec.ops.loop.redis_store import RedisStore
-
-        return RedisStore(place)
-    from rec.ops.loop.sqlite_store import SqliteStore
-
-    return SqliteStore(place)
-
-
 def receive(posted: Sequence[PostedEvent]) -> list[Event]:
     """The events with their times and ids. Raises UserError that names the event that is wrong."""
     now = time.time()

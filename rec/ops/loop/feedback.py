@@ -24,7 +24,8 @@ import numpy as np
 import pyarrow as pa
 
 from rec.errors import UserError, note
-from rec.ops.loop.events import Event, EventStore, open_store
+from rec.ops.loop.events import Event, EventStore
+from rec.ops.loop.stores import open_store
 
 Z = 1.959964  # 95 %
 DIMENSIONS = {

@@ -11,7 +11,8 @@ import pytest
 
 from rec.bundles.files import find_pair
 from rec.bundles.recommender import Recommender
-from rec.ops.loop.events import EventStore, open_store
+from rec.ops.loop.events import EventStore
+from rec.ops.loop.stores import open_store
 from tests.conftest import Trained
 
 

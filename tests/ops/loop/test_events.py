@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from rec.errors import UserError
-from rec.ops.loop.events import LATEST, Event, EventStore, PostedEvent, open_store, receive
+from rec.ops.loop.events import LATEST, Event, EventStore, PostedEvent, receive
+from rec.ops.loop.stores import open_store
 from rec.serving.schemas import UnavailableError
 from tests.conftest import ROOT, environment
 from tests.ops.loop.conftest import Redis
@@ -53,7 +54,8 @@ def test_only_the_latest_events_of_a_user_are_read(store: EventStore) -> None:
 
 WRITE = """
 import sys
-from rec.ops.loop.events import Event, open_store
+from rec.ops.loop.events import Event
+from rec.ops.loop.stores import open_store
 store = open_store(sys.argv[1])
 number = 0
 while True:

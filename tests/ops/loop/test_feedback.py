@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from rec.errors import UserError
-from rec.ops.loop.events import Event, open_store
+from rec.ops.loop.events import Event
 from rec.ops.loop.feedback import Counts, Feedback, compare, wilson
 from rec.ops.loop.shown import Shown, ShownLog
+from rec.ops.loop.stores import open_store
 from tests.conftest import run
 
 NOW = time.time()

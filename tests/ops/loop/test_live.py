@@ -11,9 +11,10 @@ from fastapi.testclient import TestClient
 from rec.bundles.metadata import Coverage, read_metadata
 from rec.bundles.recommender import Recommender
 from rec.data_prep.dataset import open_dataset
-from rec.ops.loop.events import Event, open_store
+from rec.ops.loop.events import Event
 from rec.ops.loop.live import LiveHistories
 from rec.ops.loop.service import LoopService
+from rec.ops.loop.stores import open_store
 from rec.ops.serving.front import guarded_app
 from rec.ops.serving.gate import Tokens
 from tests.conftest import Trained

@@ -7,10 +7,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from rec.bundles.recommender import Recommender
-from rec.ops.loop.events import open_store
 from rec.ops.loop.feedback import Feedback
 from rec.ops.loop.service import LoopService
 from rec.ops.loop.shown import ShownLog
+from rec.ops.loop.stores import open_store
 from rec.ops.loop.variants import choose, parse_variants
 from rec.ops.serving.front import guarded_app
 from rec.ops.serving.gate import Tokens
