@@ -20,6 +20,7 @@ import yaml
 from nbclient import NotebookClient
 
 from rec.config import load_config
+from rec.ops.loop.events import EventsRequest
 from rec.serving.schemas import BatchRequest, RecommendRequest
 from tests.conftest import ROOT, environment
 
@@ -27,6 +28,8 @@ PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 DOCUMENTS = [*sorted(path.name for path in ROOT.glob("*.md")), *PAGES]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "config").rglob("*.yaml"))
 RUN = ("docs/guide.md", "docs/serving.md", "docs/extend.md")
+
+MODELS = {"/v1/recommend/batch": BatchRequest, "/v1/events": EventsRequest}
 
 NOT_RUN = {
     "docker run": "TF Serving is not available here; test_bundle.py calls the bundles through its C API",
@@ -227,8 +230,7 @@ def test_requests_are_among_those_that_are_run_and_fit_the_schema(name: str) -> 
     for path, body in requests_of(name):
         assert path in run, f"{path}: show it in a console block of one of {RUN} too"
         if body is not None:
-            model = BatchRequest if path.endswith("/batch") else RecommendRequest
-            model.model_validate_json(body)
+            MODELS.get(path, RecommendRequest).model_validate_json(body)
 
 
 # ------------------------------------------------------------------------------------------------------------
