@@ -1,7 +1,7 @@
 """A dataset directory, encoded: strings become integers once, here. `Corpus` is everything that training reads."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -38,7 +38,9 @@ class Corpus:
     val: Sequences  # what val asks for
     test: Sequences  # what test asks for
     met_in_val: Sequences | None = None  # all of val, history for test; None: what val asks for
-    events: tuple[str, ...] | None = None  # the kinds that histories hold; None without kinds
+    events: tuple[str, ...] | None = field(
+        default=None, kw_only=True
+    )  # the kinds that histories hold; None without kinds
 
     @property
     def popularity(self) -> np.ndarray:

@@ -18,6 +18,7 @@ import nbformat
 import pytest
 import yaml
 from nbclient import NotebookClient
+from pydantic import BaseModel
 
 from rec.config import load_config
 from rec.ops.loop.events import EventsRequest
@@ -29,7 +30,10 @@ DOCUMENTS = [*sorted(path.name for path in ROOT.glob("*.md")), *PAGES]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "config").rglob("*.yaml"))
 RUN = ("docs/guide.md", "docs/serving.md", "docs/extend.md")
 
-MODELS = {"/v1/recommend/batch": BatchRequest, "/v1/events": EventsRequest}
+MODELS: dict[str, type[BaseModel]] = {
+    "/v1/recommend/batch": BatchRequest,
+    "/v1/events": EventsRequest,
+}
 
 NOT_RUN = {
     "docker run": "TF Serving is not available here; test_bundle.py calls the bundles through its C API",

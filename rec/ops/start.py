@@ -8,7 +8,7 @@ import tempfile
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rec.bundles import files
 from rec.config import load_config
@@ -91,7 +91,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 def load_all(args: argparse.Namespace, bundles: "Bundles") -> list["Backend"]:
     """The models of each variant."""
-    return [load(args, pair) for pair in zip(bundles[::2], bundles[1::2], strict=True)]
+    pairs = cast(list[files.Pair], list(zip(bundles[::2], bundles[1::2], strict=True)))
+    return [load(args, pair) for pair in pairs]
 
 
 def load(args: argparse.Namespace, pair: files.Pair) -> "Backend":

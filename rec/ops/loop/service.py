@@ -83,7 +83,8 @@ class LoopService(Service):
             answer["request_id"] = name
             variant = answer.get("variant")
             ANSWERS.labels(variant or "").inc()
-            exchange.variant = variant
+            if len(answers) == 1:
+                exchange.variant = variant
             if self._shown is not None:
                 self._shown.add(_row(answer, now))
 
