@@ -5,13 +5,13 @@
     python -m bench.events --savedmodels DIR --only kills --kills 50
 
 `python -m rec.serve --workers 2` is asked at a steady pace: RECOMMENDATIONS per second for known users, each another
-one, and EVENTS per second, one event per request. A latency counts from when the request was due. The
-client is one process of the same machine, and takes its share of the cores.
+one, and EVENTS per second, ten in a request. A latency counts from when the request was due. The client is one process
+of the same machine, and takes its share of the cores.
 
 - `load`: latencies `without` events (a server without --events), with a store that is `idle`, and beside the events. In
-  `sessions` each event is of another anonymous session, so that known users keep their precomputed answers. In
-  `same_users` the events are of the users who are recommended to, who are then answered from their live histories.
-  "p50_ratio" compares each with `without`.
+  `sessions` each event is of another anonymous session, so that known users keep their precomputed answers.
+  `one_by_one` sends the same with one event per request. In `same_users` the events are of the users who are recommended
+  to, who are then answered from their live histories. "p50_ratio" compares each with `without`.
 - `freshness`: beside that load, one event of a new user at a time; once it is acknowledged, the user's recommendations
   over another connection. "stale" counts answers that do not know of the event.
 - `kills`: clients send events while the server is killed with SIGKILL and started again. "lost" counts events that were
@@ -46,6 +46,7 @@ from rec.ops.loop.stores import open_store
 
 RECOMMENDATIONS = 500  # per second
 EVENTS = 1000  # per second
+TOGETHER = 10  # events in one request: what a page sends
 CONNECTIONS = 16  # per stream
 SECONDS = 15.0
 WARM = 2.0  # seconds that are not measured
@@ -53,10 +54,17 @@ PROBES = 200
 WRITERS = 4  # clients that send events while the server is killed
 
 
-def post(user: str, number: int, **more: str) -> bytes:
-    """A request with one event."""
-    event = {"user_id": user, "item_id": f"i{number * 977 % ITEMS}", **more}
-    body = json.dumps({"events": [event]}).encode()
+def item_of(number: int) -> str:
+    """Ids begin with i1."""
+    return f"i{number * 977 % ITEMS + 1}"
+
+
+def event(user: str, number: int, **more: str) -> dict[str, str]:
+    return {"user_id": user, "item_id": item_of(number), **more}
+
+
+def post(*events: dict[str, str]) -> bytes:
+    body = json.dumps({"events": events}).encode()
     head = (
         "POST /v1/events HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
@@ -142,11 +150,17 @@ def user(number: int) -> str:
     return f"u{number * 7919 % USERS}"
 
 
-def streams_of(events_of: Callable[[int], str] | None) -> list[Stream]:
-    """Recommendations, and events of the users that a function names."""
+def streams_of(users: Callable[[int], str] | None, together: int) -> list[Stream]:
+    """Recommendations, and events of the users that a function names, several in one request."""
+
+    def request(number: int) -> bytes:
+        assert users is not None
+        numbers = range(number * together, (number + 1) * together)
+        return post(*(event(users(each), each) for each in numbers))
+
     streams = [Stream(RECOMMENDATIONS, partial(ask, "/v1/users/{}/recommendations"))]
-    if events_of is not None:
-        streams.append(Stream(EVENTS, lambda number: post(events_of(number), number)))
+    if users is not None:
+        streams.append(Stream(EVENTS / together, request))
     return streams
 
 
@@ -154,9 +168,9 @@ def streams_of(events_of: Callable[[int], str] | None) -> list[Stream]:
 # Load and freshness
 
 
-def measure(port: int, events_of: Callable[[int], str] | None) -> dict[str, Any]:
-    """The rates and latencies of each stream, and its answers other than 200 and 202."""
-    streams = streams_of(events_of)
+def measure(port: int, users: Callable[[int], str] | None, together: int = 1) -> dict[str, Any]:
+    """The rates and latencies of each stream's requests, and its answers other than 200 and 202."""
+    streams = streams_of(users, together)
     Paced(port, streams).run(SECONDS + WARM, WARM)
     report: dict[str, Any] = {}
     for name, stream in zip(("recommendations", "events"), streams, strict=False):
@@ -170,19 +184,19 @@ def probe(port: int, prefix: str) -> dict[str, Any]:
     """Whether an acknowledged event is in the next answer, under load; and the time to that answer."""
     seconds = []
     stale = 0
-    load = Paced(port, streams_of(lambda number: f"{prefix}{number}"))
+    load = Paced(port, streams_of(lambda number: f"{prefix}{number}", TOGETHER))
     loading = threading.Thread(target=load.run, args=(PROBES * 0.05,))
     loading.start()
     for number in range(PROBES):
         name = f"{prefix}probe{number}"
-        status, _ = call(port, post(name, number))
+        status, _ = call(port, post(event(name, number)))
         acknowledged = time.perf_counter()
         _, body = call(port, ask_for(name))  # over another connection, so of any worker
         seconds.append(time.perf_counter() - acknowledged)
         answer = json.loads(body)
         known = [item["item_id"] for item in answer["history"]]
         shown = [item["item_id"] for item in answer["items"]]
-        item = f"i{number * 977 % ITEMS}"
+        item = item_of(number)
         stale += status != 202 or item not in known or item in shown
     loading.join()
     return {"events": PROBES, "stale": stale, **milliseconds(seconds)}
@@ -229,7 +243,7 @@ class Writer(threading.Thread):
         while not self._stopped.is_set():
             name = f"w{self._number}-{number}"
             try:
-                status, _ = call(self._ports[-1], post(user(number), number, event_id=name))
+                status, _ = call(self._ports[-1], post(event(user(number), number, event_id=name)))
             except OSError:
                 status = 0
             if status == 202:
@@ -303,10 +317,11 @@ def run_all(savedmodels: Path, store: str, only: str | None, kills: int) -> dict
             report["without"] = measure(server.port, None)
         with Server(*two, "--events", store, savedmodels=savedmodels) as server:
             report["idle"] = measure(server.port, None)
-            report["sessions"] = measure(server.port, "s{}".format)
-            report["same_users"] = measure(server.port, user)
+            report["sessions"] = measure(server.port, "s{}".format, TOGETHER)
+            report["one_by_one"] = measure(server.port, "t{}".format)
+            report["same_users"] = measure(server.port, user, TOGETHER)
         base = report["without"]["recommendations"]["p50_ms"]
-        for name in ("idle", "sessions", "same_users"):
+        for name in ("idle", "sessions", "one_by_one", "same_users"):
             found = report[name]["recommendations"]
             found["p50_ratio"] = round(found["p50_ms"] / base, 2)
             print(name, report[name], file=sys.stderr)
