@@ -10,7 +10,7 @@ of the same machine, and takes its share of the cores.
 
 - `load`: latencies `without` events (a server without --events), with a store that is `idle`, and beside the events. In
   `sessions` each event is of another anonymous session, so that known users keep their precomputed answers.
-  `one_by_one` sends the same with one event per request. In `same_users` the events are of the users who are recommended
+  `one_by_one` sends the same with one event per request. In `same_users` the events are of users who are recommended
   to, who are then answered from their live histories. "p50_ratio" compares each with `without`.
 - `freshness`: beside that load, one event of a new user at a time; once it is acknowledged, the user's recommendations
   over another connection. "stale" counts answers that do not know of the event.
