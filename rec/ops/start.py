@@ -137,8 +137,7 @@ def work(
         access_log=not args.no_access_log,
         more=service.addresses,
     )
-    supervision.at_end = service.close
-    worker.run(supervision, app, listener, at_once)
+    worker.run(supervision, app, listener, at_once, service.close)
 
 
 def _make_service(args: argparse.Namespace, bundles: "Bundles") -> "LoopService":

@@ -45,9 +45,13 @@ SWITCH = 0.0002
 class Server(uvicorn.Server):
     """uvicorn that reports when it listens. When it ends, clients that have just sent a request get their answer."""
 
-    def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, listening: Callable[[], None], ended: Callable[[], None]
+    ) -> None:
+        """`ended` is called once all requests have their answer; then the signal that ends the process takes effect."""
         super().__init__(config)
         self._listening = listening
+        self._ended = ended
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -62,6 +66,7 @@ class Server(uvicorn.Server):
         while state.connections and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         await super().shutdown(sockets)
+        self._ended()
 
 
 class Supervision:
@@ -71,7 +76,6 @@ class Supervision:
         self._connection = connection
         self._service = service
         self._bundles = bundles
-        self.at_end: Callable[[], None] | None = None  # called once all requests have their answer
         self._sending = threading.Lock()
         self._preparing = threading.Lock()
         self._missing = {"models", "listening"}  # until it is ready
@@ -167,11 +171,18 @@ def _weigh(nice: int) -> None:
         Path("/proc/self/autogroup").write_text(str(nice))
 
 
-def run(supervision: Supervision, app: ASGIApp, listener: socket.socket, at_once: bool) -> None:
+def run(
+    supervision: Supervision,
+    app: ASGIApp,
+    listener: socket.socket,
+    at_once: bool,
+    ended: Callable[[], None],
+) -> None:
     """Loads and answers until SIGTERM.
 
     Args:
       listener: a socket that listens, which other processes may share.
+      ended: called once all requests have their answer.
       at_once: answer while loading too, with 503 and a healthy /healthz; otherwise connections wait for the models.
     """
     sys.setswitchinterval(SWITCH)
@@ -192,8 +203,6 @@ def run(supervision: Supervision, app: ASGIApp, listener: socket.socket, at_once
         timeout_notify=BEAT,
         **http_settings(),
     )
-    Server(config, lambda: supervision.note("listening")).run(sockets=[listener])
-    if supervision.at_end is not None:
-        supervision.at_end()
+    Server(config, lambda: supervision.note("listening"), ended).run(sockets=[listener])
     _weigh(BACKGROUND)  # freeing gigabytes takes a while
     os._exit(0)  # a thread may still be loading, which must not keep the process
