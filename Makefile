@@ -58,7 +58,7 @@ dist: $(VENV)/.uv ## build the wheel and the source archive of the package, into
 	$(BIN)/uv build --quiet
 
 # NAME=EXTRAS: requirements-NAME.lock is for the package with these extras. The first is requirements.lock.
-LOCKS := =serve,wandb -spark=serve,wandb,spark -dev=dev -bench=serve,wandb,bench
+LOCKS := =serve,wandb,redis -spark=serve,wandb,redis,spark -dev=dev -bench=serve,wandb,redis,bench
 
 lock: $(VENV)/.uv ## resolve the requirements of pyproject.toml anew, into requirements*.lock
 	@for lock in $(LOCKS); do \

@@ -43,6 +43,7 @@ class Corpus:
     exclude_seen: bool = True  # whether what a user has met is not recommended again
     # Negative events before val and before test, by the name of the split
     dislikes: dict[str, Sequences] = field(default_factory=dict)
+    events: tuple[str, ...] | None = None  # the kinds that histories hold; None without kinds
 
     @property
     def popularity(self) -> np.ndarray:
@@ -60,6 +61,13 @@ class Corpus:
             items=len(self.items.ids),
             has_user_features=bool(self.user_columns),
         )
+
+    @property
+    def until(self) -> int | None:
+        """The time of the latest interaction in the histories for test; None without times."""
+        parts = (self.train, self.met_in_val or self.val)
+        times = [part.times.max(initial=0) for part in parts if part.times is not None]
+        return int(max(times)) if times else None
 
     def history(self, split: str) -> Sequences:
         """What is known of each user before `split`: train for val; train and val for test."""
@@ -161,6 +169,7 @@ def load_corpus(
         has_repeats=dataset.has_repeats,
         exclude_seen=not dataset.keeps_repeats,
         dislikes=dislikes,
+        events=dataset.history_events,
     )
     check_unchanged(dataset)
     return corpus

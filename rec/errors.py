@@ -43,7 +43,7 @@ def run_command(main: Callable[[], None]) -> None:
         if str(error.name).startswith("rec"):  # a programming mistake
             raise
         sys.exit(
-            f"error: the package {error.name} is not installed; pip install 'rec-two-tower[serve,wandb,spark]' "
+            f"error: the package {error.name} is not installed; pip install 'rec-two-tower[serve,wandb,redis,spark]' "
             "installs everything that a command of rec can need"
         )
     except KeyboardInterrupt:

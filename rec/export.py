@@ -32,7 +32,15 @@ from tensorflow_serving.apis import model_pb2, predict_pb2, prediction_log_pb2
 import rec.ops.ratings  # noqa: F401  (registers the objective rating)
 from rec.bundles import files
 from rec.bundles.aliases import STAGES
-from rec.bundles.metadata import BundleMetadata, Json, Stage, check_pair, read_metadata, verify
+from rec.bundles.metadata import (
+    BundleMetadata,
+    Coverage,
+    Json,
+    Stage,
+    check_pair,
+    read_metadata,
+    verify,
+)
 from rec.bundles.recommender import RecommenderModule, load_bundle
 from rec.bundles.signatures import Lookup, RankingModule, RetrievalModule
 from rec.checkpoint import write_run
@@ -163,6 +171,7 @@ def _metadata(
         config=replace(trained.description.config_over(config), index=index),
         run=json.loads(write_run(trained.description)),
         history=trained.state.history,
+        covers=Coverage(corpus.until, corpus.events),
     )
 
 

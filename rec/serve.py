@@ -27,46 +27,35 @@ from pathlib import Path
 
 from rec.config import add_config_arguments
 from rec.errors import UserError, command_parser, run_command
-from rec.ops.serving.start import serve
+from rec.ops.start import add_loop_arguments, serve
 
 
 def parse() -> argparse.Namespace:
     parser = command_parser("rec.serve", __doc__)
     _add_bundles(parser)
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="0.0.0.0 for everyone who reaches this machine"
-    )
-    parser.add_argument(
-        "--port", type=int, default=8000, help="0 for any free one (default: %(default)s)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="0.0.0.0 for everyone who reaches this machine")
+    add("--port", type=int, default=8000, help="0 for any free one (default: %(default)s)")
+    add(
         "--workers",
         type=int,
         default=1,
         help="processes, each with its models (default: %(default)s)",
     )
-    parser.add_argument(
-        "--follow", type=float, default=5, help="seconds between looks for newer bundles; 0: never"
-    )
-    parser.add_argument(
+    add("--follow", type=float, default=5, help="seconds between looks for newer bundles; 0: never")
+    add(
         "--tf-serving",
         action="append",
         metavar="URL",
         help="let TF Serving compute: http://host:8501",
     )
-    parser.add_argument(
-        "--require-auth", action="store_true", help="refuse every request while no token is set"
-    )
-    parser.add_argument(
-        "--cors-origin", action="append", default=[], help="a page's origin that may call the API"
-    )
-    parser.add_argument(
-        "--no-access-log", action="store_true", help="no line per request on stdout"
-    )
-    parser.add_argument(
-        "--log-format", choices=("json", "text"), default="json", help="of these (%(default)s)"
-    )
-    parser.add_argument("--openapi", action="store_true", help="print the API's schema, and exit")
+    add("--require-auth", action="store_true", help="refuse every request while no token is set")
+    add("--cors-origin", action="append", default=[], help="a page's origin that may call the API")
+    add("--no-access-log", action="store_true", help="no line per request on stdout")
+    add("--log-format", choices=("json", "text"), default="json", help="of these (%(default)s)")
+    add("--openapi", action="store_true", help="print the API's schema, and exit")
+    add_loop_arguments(parser)
+    add_config_arguments(parser)
     return parser.parse_args()
 
 
@@ -83,13 +72,9 @@ def _add_bundles(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             f"--{stage}-wandb", metavar="REF", help="a W&B artifact: ENTITY/PROJECT/NAME:ALIAS"
         )
-    parser.add_argument(
-        "--alias", default="latest", help="of the config's bundles (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--allow-mismatch", action="store_true", help="serve a pair that was not trained together"
-    )
-    add_config_arguments(parser)
+    add = parser.add_argument
+    add("--alias", default="latest", help="of the config's bundles (default: %(default)s)")
+    add("--allow-mismatch", action="store_true", help="serve a pair that was not trained together")
 
 
 def main() -> None:

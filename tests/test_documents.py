@@ -19,9 +19,11 @@ import nbformat
 import pytest
 import yaml
 from nbclient import NotebookClient
+from pydantic import BaseModel
 
 from rec.__main__ import COMMANDS
 from rec.config import load_config
+from rec.ops.loop.events import EventsRequest
 from rec.serving.schemas import BatchRequest, RecommendRequest
 from tests.conftest import ROOT, environment
 
@@ -29,6 +31,11 @@ PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 DOCUMENTS = [*sorted(path.name for path in ROOT.glob("*.md")), *PAGES]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "config").rglob("*.yaml"))
 RUN = ("docs/guide.md", "docs/serving.md", "docs/recipes.md", "docs/extend.md")
+
+MODELS: dict[str, type[BaseModel]] = {
+    "/v1/recommend/batch": BatchRequest,
+    "/v1/events": EventsRequest,
+}
 
 NOT_RUN = {
     "docker run": "containers cannot be started here; test_deploy.py checks the files, and "
@@ -242,8 +249,7 @@ def test_requests_are_among_those_that_are_run_and_fit_the_schema(name: str) -> 
     for path, body in requests_of(name):
         assert path in run, f"{path}: show it in a console block of one of {RUN} too"
         if body is not None:
-            model = BatchRequest if path.endswith("/batch") else RecommendRequest
-            model.model_validate_json(body)
+            MODELS.get(path, RecommendRequest).model_validate_json(body)
 
 
 # ------------------------------------------------------------------------------------------------------------

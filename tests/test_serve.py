@@ -11,11 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from rec import serve
 from rec.errors import UserError
-from rec.ops.serving.start import find_pair
+from rec.ops.loop.stores import open_store
+from rec.ops.start import find_pair
 from tests.conftest import ROOT, Trained, environment, rewrite
 
 
@@ -34,6 +36,7 @@ def test_the_command_serves_until_it_is_terminated(trained: Trained, tmp_path: P
     # From a directory without a config: a server needs the bundles and nothing else.
     command = [sys.executable, "-m", "rec.serve", "--port", "0", "--require-auth"]
     command += ["--ranking-bundle", str(trained.savedmodels / "ranking" / "latest")]
+    command += ["--events", "events.sqlite", "--shown", "shown"]
     env = environment(REC_API_TOKENS="secret,other")
     server = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
     try:
@@ -57,6 +60,9 @@ def test_the_command_serves_until_it_is_terminated(trained: Trained, tmp_path: P
             port, "/v1/recommend", {"history": ["i1", "i2"], "k": 3}, token="other"
         )
         assert (status, len(content["items"])) == (200, 3)  # type: ignore[arg-type]
+        event = {"user_id": "u7", "item_id": "i1", "request_id": content["request_id"]}
+        status, counts, _ = answer(port, "/v1/events", {"events": [event]})
+        assert (status, counts) == (202, {"accepted": 1, "duplicates": 0})
         status, content, _ = answer(port, "/v1/recommend", b"x" * 10_000_000)
         assert status == 413 and "too long" in str(content["detail"])
 
@@ -70,6 +76,9 @@ def test_the_command_serves_until_it_is_terminated(trained: Trained, tmp_path: P
             assert server.wait(timeout=30) == 0
     finally:
         server.kill()
+    (kept,) = tmp_path.glob("shown/*/*.parquet")  # both answers
+    assert len(pq.read_table(kept)) == 2
+    assert len(list(open_store(str(tmp_path / "events.sqlite")).read(0, 2e9))) == 1
 
 
 def test_a_server_imports_nothing_of_the_training_code() -> None:

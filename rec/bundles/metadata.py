@@ -31,6 +31,14 @@ class Reference:
     id: str
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """What is in the stored histories."""
+
+    until: int | None = None  # the time of the latest interaction; None without times
+    events: tuple[str, ...] | None = None  # the kinds of interactions; None without kinds
+
+
 @dataclass(frozen=True, kw_only=True, config=LENIENT)
 class BundleMetadata:
     """What metadata.json says. Exporting sets what has a default."""
@@ -47,6 +55,7 @@ class BundleMetadata:
     built_from: dict[str, Reference]  # by stage
     run: Json | None = None  # the checkpoint's run.json; a recommender has none
     history: list[dict[str, float]] | None = None  # the metrics after each epoch
+    covers: Coverage = Coverage()
     index: Json | None = None  # its kind and measured recall; a ranking bundle has none
     libraries: dict[str, str] = Field(default_factory=dict)  # {package: version}
     git_commit: str | None = None  # None outside a checkout

@@ -62,6 +62,12 @@ class Dataset:
         return self.manifest.get("repeats") == "keep"
 
     @property
+    def history_events(self) -> tuple[str, ...] | None:
+        """The events that are not negative, by name; None if interactions have no kinds."""
+        names = self.positive_events or self.manifest.get("events")
+        return None if names is None else tuple(names)
+
+    @property
     def has_repeats(self) -> bool:
         """Whether a user may interact with an item more than once."""
         return self.keeps_repeats or len(self.manifest.get("events", [])) > 1

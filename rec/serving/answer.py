@@ -12,12 +12,13 @@ All of it runs in the one thread that calls the models.
 """
 
 import difflib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -65,6 +66,23 @@ SILENT = Observer()
 
 def do_nothing() -> None:
     """There is nothing else to do between two steps."""
+
+
+class Histories(Protocol):
+    """What users have done since their bundle was made. A server that does not know it uses `StoredHistories`."""
+
+    def since(self, users: Sequence[str]) -> Sequence[list[str]]:
+        """Each user's items, oldest first. The thread of the models calls it once per batch."""
+
+
+class StoredHistories:
+    """What the bundle stores is all."""
+
+    def since(self, users: Sequence[str]) -> Sequence[list[str]]:
+        return [[]] * len(users)
+
+
+STORED = StoredHistories()
 
 
 def score_or_none(value: float | None) -> float | None:
@@ -259,6 +277,15 @@ def is_among(rows: ArrayLike, among: np.ndarray) -> np.ndarray:
     return among[at] == rows
 
 
+def _extend(request: RecommendRequest, stored: list[str], done: list[str]) -> RecommendRequest:
+    """The request of a user who has `done` something since the bundle was made, or sends recent items."""
+    if not done and not request.recent:
+        return request
+    history = [*stored, *done] if request.history is None else request.history
+    changes = {"history": [*history, *request.recent], "exclude": [*request.exclude, *done]}
+    return request.model_copy(update=changes)
+
+
 @dataclass(frozen=True, eq=False)
 class Engine:
     """A loaded pair and its catalogue."""
@@ -266,15 +293,18 @@ class Engine:
     backend: Backend
     catalogue: Catalogue
     observer: Observer = SILENT
+    live: Histories = STORED
 
     @classmethod
-    def warm(cls, backend: Backend, observer: Observer = SILENT) -> "Engine":
+    def warm(
+        cls, backend: Backend, observer: Observer = SILENT, live: Histories = STORED
+    ) -> "Engine":
         """An engine that has answered each kind of request: a model's first call takes a second.
 
         Raises:
           UserError: the answers are empty or not numbers.
         """
-        engine = cls(backend, Catalogue(backend.items), observer)
+        engine = cls(backend, Catalogue(backend.items), observer, live)
         first = engine.catalogue.ids[0]
         user = backend.users[0] if backend.users else None
         requests = [
@@ -322,6 +352,7 @@ class Engine:
         Args:
           between: called before each step that takes long, for what else the thread has to do.
         """
+        requests = self._complete(requests)
         chosen = zip(requests, self.choose(requests, between), strict=True)
         return [self._describe(request, choice) for request, choice in chosen]
 
@@ -341,6 +372,13 @@ class Engine:
         self.observer.cold_starts(int(found.cold.sum()))
         yield from self._choose(requests, found, between or do_nothing)
         self.observer.stage("answer", time.perf_counter() - called)
+
+    def _complete(self, requests: Sequence[RecommendRequest]) -> list[RecommendRequest]:
+        """The requests, with the whole history of those that do not rest on what the bundle stores alone."""
+        live = self.live.since([request.user_id or "" for request in requests])
+        pairs = list(zip(requests, live, strict=True))
+        stored = self._stored(request for request, done in pairs if done or request.recent)
+        return [_extend(request, stored.get(request.user_id, []), done) for request, done in pairs]
 
     def _choose(
         self, requests: Sequence[RecommendRequest], found: Candidates, between: Callable[[], None]
@@ -418,13 +456,13 @@ class Engine:
         return answers
 
     def histories(self, users: Sequence[str]) -> list[Json]:
-        """The answers: what the bundle stores of each user."""
-        return [
-            {"user_id": user, "items": [self.catalogue.show(row) for row in rows]}
-            for user, rows in zip(
-                users, map(self.catalogue.rows, self.backend.histories(list(users))), strict=True
-            )
-        ]
+        """The answers: what the bundle stores of each user, and what the user has done since."""
+        answers = []
+        stored = self.backend.histories(list(users))
+        for user, *items in zip(users, stored, self.live.since(users), strict=True):
+            rows = self.catalogue.rows(itertools.chain(*items))
+            answers.append({"user_id": user, "items": [self.catalogue.show(row) for row in rows]})
+        return answers
 
     def _excludes_seen(self, request: RecommendRequest) -> bool:
         """Whether what the user has met is left out of the answer."""

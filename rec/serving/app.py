@@ -13,7 +13,7 @@ rec/ops/serving/.
 
 import difflib
 from pathlib import Path as FilePath
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import orjson
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
@@ -223,13 +223,25 @@ async def refused(_: Request | None, error: Any) -> JSONResponse:
     return JSONResponse({"detail": sentence or error.detail}, error.status_code, error.headers)
 
 
-async def _invalid(_: Request, error: Any) -> JSONResponse:
+async def _invalid(request: Request, error: Any) -> JSONResponse:
     """The first thing that is wrong with a request."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         reason = f"{first['ctx']['error']} at character {first['loc'][1]}"
         return JSONResponse({"detail": f"the body is not JSON: {reason}"}, 400)
+    if first["type"] == "extra_forbidden":
+        return JSONResponse({"detail": _unknown_key(request, first["loc"][1:])}, 422)
     return JSONResponse({"detail": _sentence(first)}, 422)
+
+
+def _unknown_key(request: Request, place: tuple[str | int, ...]) -> str:
+    body = get_type_hints(request.scope["route"].endpoint)["body"]
+    schema = body.model_json_schema()
+    objects = (schema, *schema.get("$defs", {}).values())
+    known = [name for each in objects for name in each["properties"]]
+    key = str(place[-1])[:64]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+    return f"{key!r}: unknown key; did you mean {near}?"
 
 
 def _sentence(error: dict[str, Any]) -> str:
@@ -237,10 +249,6 @@ def _sentence(error: dict[str, Any]) -> str:
     place = error["loc"][1:4]  # without the type of a union
     if not place:
         return "the body must be a JSON object, sent with the header Content-Type: application/json"
-    key = str(place[0])[:64]
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, RecommendRequest.model_fields, n=1, cutoff=0.0)
-        return f"{key!r}: unknown key; did you mean {near[0]}?"
     where = "".join(f"[{at if isinstance(at, int) else at[:64]!r}]" for at in place[1:])
     message = error["msg"]
     return f"{place[0]}{where}: {message[0].lower()}{message[1:]}"

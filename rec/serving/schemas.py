@@ -37,6 +37,10 @@ class RecommendRequest(BaseModel):
         default=None,
         description="Items, oldest first, instead of the stored history; unknown ids are ignored.",
     )
+    recent: Ids = Field(
+        default_factory=list,
+        description="Items, oldest first, that come after the history, given or stored.",
+    )
     k: int = Field(default=10, ge=1, description="How many items; at most max_k of /v1/models.")
     exclude: Ids = Field(default_factory=list, description="Items that must not be in the answer.")
     exclude_seen: bool | None = Field(
@@ -95,6 +99,8 @@ class Recommendations(Items):
         description="Nothing is known of the user: these are the popular items."
     )
     model: Versions
+    variant: str | None = Field(default=None, description="That answered, if there are several.")
+    request_id: str | None = Field(default=None, description="For events that it leads to.")
     history: list[Item] | None = Field(
         default=None, description="With explain: what it rests on, oldest first."
     )

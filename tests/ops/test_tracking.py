@@ -16,7 +16,7 @@ from rec.config import Config
 from rec.errors import UserError
 from rec.ops import promotion
 from rec.ops.registry import WandbStore
-from rec.ops.serving.start import find_pair
+from rec.ops.start import find_pair
 from rec.ops.tracking import track
 from tests.conftest import Trained, run, run_here
 from tests.small import bundle_metadata

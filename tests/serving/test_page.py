@@ -18,7 +18,7 @@ from rec.bundles import files
 from rec.bundles.recommender import Recommender
 from rec.ops.serving.front import guarded_app
 from rec.ops.serving.gate import Tokens
-from rec.ops.serving.start import listen
+from rec.ops.start import listen
 from rec.serving.service import Service
 from tests.conftest import Trained, rewrite
 

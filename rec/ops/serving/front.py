@@ -1,7 +1,7 @@
 """The application that `python -m rec.serve` runs: rec/serving/app.py behind the gate, with /metrics and the reload."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -35,14 +35,16 @@ def guarded_app(
     reload: Reload = never_reload,
     origins: tuple[str, ...] = (),
     access_log: Format | None = None,
+    more: Sequence[APIRouter] = (),
 ) -> ASGIApp:
     """The application of a service.
 
     Args:
       origins: of pages elsewhere whose scripts may call the API (CORS).
       access_log: makes a line per request for stdout. None: no lines.
+      more: further addresses.
     """
-    app = create_app(service, operations(reload))
+    app = create_app(service, operations(reload), *more)
     gate = Gate(Shortcut(app, service), tokens, access_log)
     if not origins:
         return gate

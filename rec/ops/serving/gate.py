@@ -18,6 +18,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -37,7 +38,7 @@ from rec.serving.schemas import MAX_BATCH_BODY, MAX_BODY
 HEALTH = ("/healthz", "/readyz")
 TOKENS = ("REC_API_TOKENS", "API_TOKENS", "REC_ADMIN_TOKENS")
 MAX_URL = 8 * 1024  # bytes: room for an id of 512 characters, each of them four bytes and escaped
-PAGE, RELOAD, BATCH = "/", "/v1/models/reload", "/v1/recommend/batch"
+PAGE, RELOAD, BATCH, EVENTS = "/", "/v1/models/reload", "/v1/recommend/batch", "/v1/events"
 TICK = 0.05  # seconds between looks for clients that have hung up, and between writes of the log
 REQUEST_ID = re.compile(rb"[\w.:/+=-]{1,128}")
 
@@ -163,10 +164,17 @@ Format = Callable[[Line], str]
 def as_text(line: Line) -> str:
     """For people: `2026-11-30T16:41:07.120+00:00 127.0.0.1 GET "/v1/items" 200 1.52 ms 5f0c2a9be1d34788`."""
     path = json.dumps(line["path"])  # a line break in a path makes no second line
-    return "{time} {client} {method} {path} {status} {ms} ms {id}".format(**line | {"path": path})
+    text = "{time} {client} {method} {path} {status} {ms} ms {id}".format(**line | {"path": path})
+    return f"{text} {line['variant']}" if "variant" in line else text
 
 
 LOG_FORMATS: dict[str, Format] = {"json": json.dumps, "text": as_text}
+_current: ContextVar["Exchange"] = ContextVar("exchange")
+
+
+def current_exchange() -> "Exchange":
+    """The one that this task answers."""
+    return _current.get()
 
 
 class Exchange:
@@ -180,7 +188,8 @@ class Exchange:
         self.start = time.perf_counter()
         self.status = 499  # the client hung up before an answer began
         self.has_hung_up = False
-        self._limit = MAX_BATCH_BODY if scope["path"] == BATCH else MAX_BODY
+        self.variant: str | None = None  # that answered it, if there are several
+        self._limit = MAX_BATCH_BODY if scope["path"] in (BATCH, EVENTS) else MAX_BODY
         self._received = 0  # bytes of the body
         self.is_read = scope["method"] in ("GET", "HEAD")  # whether its whole body has been read
         self.task = asyncio.current_task()
@@ -216,7 +225,7 @@ class Exchange:
         address = self.scope.get("address") or getattr(self.scope.get("route"), "path", "other")
         REQUESTS.labels(address, self.status).inc()
         REQUEST_SECONDS.labels(address).observe(seconds)
-        return {
+        line = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "id": self.id.decode(),
             "client": (self.scope.get("client") or ("",))[0],
@@ -225,6 +234,9 @@ class Exchange:
             "status": self.status,
             "ms": round(seconds * 1000, 2),
         }
+        if self.variant is not None:
+            line["variant"] = self.variant
+        return line
 
 
 class Gate:
@@ -246,6 +258,7 @@ class Gate:
             request_id = os.urandom(8).hex().encode()
         exchange = Exchange(scope, receive, send, request_id)
         self._open.add(exchange)
+        _current.set(exchange)
         try:
             refusal = malformed(scope, headers) or self._tokens.refusal(
                 scope["path"], headers.get(b"authorization", b"")

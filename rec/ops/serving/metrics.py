@@ -64,8 +64,8 @@ class Prometheus(Observer):
     """Counts what a service does."""
 
     def loaded(self, versions: dict[str, int]) -> None:
-        for stage in ("retrieval", "ranking"):
-            VERSION.labels(stage).set(versions.get(stage, 0))
+        for stage, version in {"ranking": 0, **versions}.items():
+            VERSION.labels(stage).set(version)
 
     def waiting(self, requests: int) -> None:
         QUEUE.set(requests)

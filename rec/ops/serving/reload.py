@@ -15,15 +15,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from rec.bundles.files import Pair
 from rec.errors import UserError
 from rec.ops.serving.metrics import FOLLOWED, LOOKS_FAILED, RELOADS
 
 SETTLE = 2.0  # seconds at most between the two looks that must see the same files
 LONGEST_DELAY = 60.0  # seconds
 
+Bundles = tuple[Path | None, ...]  # a retrieval and a ranking bundle, or a pair for each variant
 Files = frozenset[
     tuple[str, int, int]
 ]  # path, size in bytes, and time of the last change in nanoseconds
@@ -33,11 +34,11 @@ Files = frozenset[
 class Seen:
     """What the references meant at a look, and the files there."""
 
-    pair: Pair
+    pair: Bundles
     files: Files
 
 
-def look(find: Callable[[], Pair]) -> Seen:
+def look(find: Callable[[], Bundles]) -> Seen:
     """Finds the bundles and lists their files. Raises whatever `find` and the file system raise."""
     pair = find()
     files = set()
@@ -49,7 +50,7 @@ def look(find: Callable[[], Pair]) -> Seen:
     return Seen(pair, frozenset(files))
 
 
-def names(pair: Pair) -> str:
+def names(pair: Bundles) -> str:
     return ", ".join(str(path) for path in pair if path)
 
 
@@ -64,7 +65,7 @@ class Follower:
     """Decides what to load. Every `now` is a time.monotonic()."""
 
     seconds: float  # between looks; 0: only when asked
-    serving: Pair | None = None
+    serving: Bundles | None = None
     failed: dict[str, Any] | None = None
     next_look: float = float("inf")
     _seen: Seen | None = None
@@ -72,7 +73,7 @@ class Follower:
     _retry: float = 0.0  # when the refused bundles are tried again although they have not changed
     _failed_looks: int = field(default=0)
 
-    def saw(self, seen: Seen, now: float) -> Pair | None:
+    def saw(self, seen: Seen, now: float) -> Bundles | None:
         """The bundles to load after this look, if any."""
         FOLLOWED.set(time.time())
         self._failed_looks = 0
@@ -96,7 +97,7 @@ class Follower:
         self._report("", error, self._failed_looks)
         self._plan(now, self._delay(self._failed_looks))
 
-    def accepted(self, pair: Pair) -> None:
+    def accepted(self, pair: Bundles) -> None:
         """The bundles are in service."""
         RELOADS.labels("done").inc()
         self.serving = pair

@@ -22,10 +22,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from rec.bundles.files import Pair
 from rec.errors import UserError
 from rec.ops.serving.metrics import SLOT, WORKERS, forget
-from rec.ops.serving.reload import LONGEST_DELAY, Follower, Seen, look, names, say
+from rec.ops.serving.reload import LONGEST_DELAY, Bundles, Follower, Seen, look, names, say
 from rec.ops.serving.worker import GRACE
 
 TICK = 0.5  # seconds between looks at the clock
@@ -34,7 +33,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 BUSY = "another reload is under way"
 
 # Called in a new process: the bundles to load, where to listen, the connection to here, and whether to answer at once.
-Target = Callable[[Pair, socket.socket, Connection, bool], None]
+Target = Callable[[Bundles, socket.socket, Connection, bool], None]
 
 
 @dataclass(eq=False)
@@ -42,7 +41,7 @@ class Worker:
     process: SpawnProcess
     connection: Connection
     slot: str  # of the metrics
-    pair: Pair
+    pair: Bundles
     generation: int
     heard: float  # the time of its last sign of life
     versions: dict[str, int] | None = None  # once it is ready
@@ -70,7 +69,7 @@ def wakeups() -> Iterator[tuple[socket.socket, socket.socket]]:
 class Supervisor:
     def __init__(
         self,
-        find: Callable[[], Pair],
+        find: Callable[[], Bundles],
         target: Target,
         listener: socket.socket,
         count: int = 1,
@@ -147,7 +146,7 @@ class Supervisor:
     # Processes
 
     @property
-    def _serving(self) -> Pair:
+    def _serving(self) -> Bundles:
         assert self._follower.serving is not None
         return self._follower.serving
 
@@ -187,7 +186,7 @@ class Supervisor:
                 say(f"process {worker.process.pid} does not answer, and is killed")
                 worker.process.kill()
 
-    def _start(self, pair: Pair, generation: int) -> None:
+    def _start(self, pair: Bundles, generation: int) -> None:
         taken = {worker.slot for worker in self._workers}
         slot = next(str(n) for n in range(len(taken) + 1) if str(n) not in taken)
         os.environ[SLOT] = slot

@@ -26,11 +26,10 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
-from rec.bundles.files import Pair
 from rec.errors import UserError
 from rec.ops.serving.connections import http_settings
 from rec.ops.serving.metrics import DIRECTORY
-from rec.ops.serving.reload import names
+from rec.ops.serving.reload import Bundles, names
 from rec.serving.schemas import UnavailableError
 from rec.serving.service import Service
 
@@ -46,9 +45,13 @@ SWITCH = 0.0002
 class Server(uvicorn.Server):
     """uvicorn that reports when it listens. When it ends, clients that have just sent a request get their answer."""
 
-    def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, listening: Callable[[], None], ended: Callable[[], None]
+    ) -> None:
+        """`ended` is called once all requests have their answer; then the signal that ends the process takes effect."""
         super().__init__(config)
         self._listening = listening
+        self._ended = ended
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -63,15 +66,16 @@ class Server(uvicorn.Server):
         while state.connections and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         await super().shutdown(sockets)
+        self._ended()
 
 
 class Supervision:
     """The worker's end of its connection to the supervisor."""
 
-    def __init__(self, connection: Connection, service: Service, pair: Pair) -> None:
+    def __init__(self, connection: Connection, service: Service, bundles: Bundles) -> None:
         self._connection = connection
         self._service = service
-        self._pair = pair
+        self._bundles = bundles
         self._sending = threading.Lock()
         self._preparing = threading.Lock()
         self._missing = {"models", "listening"}  # until it is ready
@@ -120,7 +124,7 @@ class Supervision:
         if not isinstance(error, UnavailableError):
             traceback.print_exception(error)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"{names(self._pair)} cannot be taken into service: {reason}"
+        return f"{names(self._bundles)} cannot be taken into service: {reason}"
 
     def note(self, part: str) -> None:
         """Notes one of the two things that make a process ready, and reports the second one."""
@@ -167,11 +171,18 @@ def _weigh(nice: int) -> None:
         Path("/proc/self/autogroup").write_text(str(nice))
 
 
-def run(supervision: Supervision, app: ASGIApp, listener: socket.socket, at_once: bool) -> None:
+def run(
+    supervision: Supervision,
+    app: ASGIApp,
+    listener: socket.socket,
+    at_once: bool,
+    ended: Callable[[], None],
+) -> None:
     """Loads and answers until SIGTERM.
 
     Args:
       listener: a socket that listens, which other processes may share.
+      ended: called once all requests have their answer.
       at_once: answer while loading too, with 503 and a healthy /healthz; otherwise connections wait for the models.
     """
     sys.setswitchinterval(SWITCH)
@@ -192,6 +203,6 @@ def run(supervision: Supervision, app: ASGIApp, listener: socket.socket, at_once
         timeout_notify=BEAT,
         **http_settings(),
     )
-    Server(config, lambda: supervision.note("listening")).run(sockets=[listener])
+    Server(config, lambda: supervision.note("listening"), ended).run(sockets=[listener])
     _weigh(BACKGROUND)  # freeing gigabytes takes a while
     os._exit(0)  # a thread may still be loading, which must not keep the process

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from rec.bundles.files import Pair, find_pair
+from rec.bundles.files import find_pair
 from rec.bundles.metadata import verify
 from rec.errors import UserError
 from rec.ops.serving.metrics import exposition
-from rec.ops.serving.reload import LONGEST_DELAY, Follower, look
+from rec.ops.serving.reload import LONGEST_DELAY, Bundles, Follower, look
 from tests.conftest import Trained, rewrite
 from tests.ops.serving.test_front import publish_ranking
 
@@ -29,7 +29,7 @@ class Following:
         self.follower.next_look = 0.0
         self.looks = 0
 
-    def step(self) -> Pair | None:
+    def step(self) -> Bundles | None:
         """What is to be loaded after this second."""
         self.now += 1
         if self.now < self.follower.next_look:
@@ -43,7 +43,7 @@ class Following:
         self.seen = seen
         return self.follower.saw(seen, self.now)
 
-    def wait(self, seconds: int) -> Pair | None:
+    def wait(self, seconds: int) -> Bundles | None:
         for _ in range(seconds):
             pair = self.step()
             if pair is not None:
