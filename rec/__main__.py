@@ -1,12 +1,14 @@
 """A recommender system, from raw interactions to an API. Its commands, each with --help and examples:
 
-    rec prep tabular, movielens, dummy    raw files -> a dataset directory
+    rec prep tabular                      raw files -> a dataset directory; or movielens, public, dummy
+    rec prep embed                        texts -> vectors, as a feature
     rec train                             -> bundles
     rec evaluate                          what they are worth on held-out data
     rec recommend                         recommendations on the terminal, or as a file
     rec export                            bundles anew, without training
     rec promote                           which of them is in production
     rec serve                             answers HTTP requests with them
+    rec feedback                          how often what was shown is chosen
     rec doctor                            whether rec works on this machine
 
 `rec train` and `python -m rec.train` are the same, and so are `rec prep dummy` and `python -m rec.data_prep.dummy`.
@@ -23,12 +25,15 @@ COMMANDS = (
     "prep tabular",
     "prep movielens",
     "prep dummy",
+    "prep public",
+    "prep embed",
     "train",
     "evaluate",
     "recommend",
     "export",
     "promote",
     "serve",
+    "feedback",
     "doctor",
 )
 

@@ -40,10 +40,12 @@ class Neighbours(tf.Module):
         shape = tf.shape(neighbours)
         each = tf.reshape(neighbours, [shape[0], -1])
         ascending = tf.sort(tf.pad(history, [[0, 0], [0, 1]]))  # never empty
-        place = tf.minimum(tf.searchsorted(ascending, each), tf.shape(ascending)[1] - 1)
-        is_met = (tf.gather(ascending, place, batch_dims=1) == each) & (each != PAD)
+        last_place = tf.shape(ascending)[1] - 1
+        place = tf.minimum(tf.searchsorted(ascending, each), last_place)
+        is_same = tf.gather(ascending, place, batch_dims=1) == each
+        is_met = tf.reshape(is_same & (each != PAD), shape)
         weights = tf.gather(self._weights, items)
-        return tf.reduce_sum(tf.where(tf.reshape(is_met, shape), weights, 0.0), 2)
+        return tf.reduce_sum(tf.where(is_met, weights, 0.0), 2)
 
 
 def fit_neighbours(interactions: Sequences, item_rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -52,18 +54,23 @@ def fit_neighbours(interactions: Sequences, item_rows: int) -> tuple[np.ndarray,
     The weights are scaled so that the largest of an item is 1 on average.
     """
     users = _some_users(interactions)
-    history = binary(interactions.matrix(users, item_rows))
+    matrix = interactions.matrix(users, item_rows)
+    history = binary(matrix)
     common = csr_matrix(history.T @ history)
     common.sort_indices()
     neighbours = np.full((item_rows, NEIGHBOURS), PAD, np.int32)
     weights = np.zeros((item_rows, NEIGHBOURS), np.float32)
+    items = tqdm(range(item_rows), desc="neighbours", unit="item", leave=False)
     with threadpool_limits(1):  # the systems are small
-        for item in tqdm(range(item_rows), desc="neighbours", unit="item", leave=False):
+        for item in items:
             around = _most_in_common(common, item)
             neighbours[item, : len(around)] = around
             weights[item, : len(around)] = _solve(common, item, around)
     largest = weights.max(1)
-    return neighbours, weights / (largest[largest > 0].mean() if largest.any() else 1.0)
+    largest = largest[largest > 0]
+    if len(largest):
+        weights /= largest.mean()
+    return neighbours, weights
 
 
 def _some_users(interactions: Sequences) -> np.ndarray:
@@ -71,7 +78,8 @@ def _some_users(interactions: Sequences) -> np.ndarray:
     users = np.flatnonzero(interactions.lengths)
     users = np.random.default_rng(0).permutation(users)
     pairs = np.cumsum(interactions.lengths[users] ** 2)
-    return np.sort(users[: np.searchsorted(pairs, MAX_PAIRS) + 1])
+    count = np.searchsorted(pairs, MAX_PAIRS) + 1
+    return np.sort(users[:count])
 
 
 def _most_in_common(common: csr_matrix, item: int) -> np.ndarray:
@@ -89,4 +97,5 @@ def _solve(common: csr_matrix, item: int, around: np.ndarray) -> np.ndarray:
     """The weights of the items `around` an item: the equation of the module."""
     system = common[around][:, around].toarray()
     system[np.diag_indices(len(around))] += REGULARIZATION
-    return np.linalg.solve(system, common[around, item].toarray().ravel())
+    target = common[around, item].toarray()
+    return np.linalg.solve(system, target.ravel())

@@ -261,13 +261,16 @@ def best_weight(lists: CandidateLists, counts: CountFeatures) -> float:
     """The weight of the neighbours' scores with the best mean gain over retrieval's order, less one standard error."""
     gains = {0.0: 0.0}
     if len(lists):
-        batches = np.array_split(np.arange(len(lists)), len(lists) // 256 + 1)
-        parts = [lists.take(rows) for rows in batches]
+        rows = np.arange(len(lists))
+        batches = len(lists) // 256 + 1
+        parts = [lists.take(part) for part in np.array_split(rows, batches)]
         added = np.concatenate([counts.neighbours(part.history, part.items) for part in parts])
         for weight in WEIGHTS:
-            order = np.argsort(-(lists.scores + weight * added), axis=1, kind="stable")
+            scores = lists.scores + weight * added
+            order = np.argsort(-scores, axis=1, kind="stable")
             gain = ndcg_gain(lists, order)
-            gains[weight] = gain.mean() - gain.std() / len(gain) ** 0.5
+            standard_error = gain.std() / len(gain) ** 0.5
+            gains[weight] = gain.mean() - standard_error
     return max(gains, key=gains.__getitem__)
 
 
