@@ -45,7 +45,8 @@ class Neighbours(tf.Module):
         is_same = tf.gather(ascending, place, batch_dims=1) == each
         is_met = tf.reshape(is_same & (each != PAD), shape)
         weights = tf.gather(self._weights, items)
-        return tf.reduce_sum(tf.where(is_met, weights, 0.0), 2)
+        weights_of_history = tf.where(is_met, weights, 0.0)
+        return tf.reduce_sum(weights_of_history, 2)
 
 
 def fit_neighbours(interactions: Sequences, item_rows: int) -> tuple[np.ndarray, np.ndarray]:

@@ -264,7 +264,8 @@ def best_weight(lists: CandidateLists, counts: CountFeatures) -> float:
         rows = np.arange(len(lists))
         batches = len(lists) // 256 + 1
         parts = [lists.take(part) for part in np.array_split(rows, batches)]
-        added = np.concatenate([counts.neighbours(part.history, part.items) for part in parts])
+        of_parts = [counts.neighbours(part.history, part.items) for part in parts]
+        added = np.concatenate(of_parts)
         for weight in WEIGHTS:
             scores = lists.scores + weight * added
             order = np.argsort(-scores, axis=1, kind="stable")

@@ -13,6 +13,7 @@ Not covered: a cluster, in which the keys of one script must share a node.
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import redis
 
@@ -23,6 +24,7 @@ from rec.serving.schemas import UnavailableError
 STREAM, IDS, USER = "rec:events", "rec:event_ids", "rec:user:"
 DAYS = 90  # after which an idle user's latest events expire; the stream keeps them
 PAGE = 1000  # events that are read at once
+Entries = list[tuple[str, dict[str, str]]]  # of a stream: their ids and fields
 TIMEOUT = 2.0  # seconds
 DURABLE = {"appendonly": "yes", "appendfsync": "always"}
 # ARGV: how many, and for each event its id, its user's key, its occurrence and the whole event
@@ -91,7 +93,7 @@ class RedisStore:
     def read(self, begin: float, end: float) -> Iterator[Event]:
         first = "-"
         with _available():
-            while page := self._redis.xrange(STREAM, first, count=PAGE):
+            while page := cast(Entries, self._redis.xrange(STREAM, first, count=PAGE)):
                 for _, fields in page:
                     event = Event(*json.loads(fields["event"]))
                     if begin <= event.time < end:
