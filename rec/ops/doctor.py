@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rec import HAS_KERAS_3, KERAS_3
-from rec.ops.serving.start import listen
+from rec.ops.start import listen
 
 PYTHONS = ((3, 11), (3, 13))  # the oldest and the newest
 MEMORY = 2  # GiB; training the dummy data takes 1.5
