@@ -38,7 +38,7 @@ def test_a_command_of_rec_is_the_module_of_that_name() -> None:
     assert done.returncode == 0
     assert done.stdout == run("rec.data_prep.dummy", "--help").stdout
     done = rec_command("prep", "tabular", "--users")
-    assert done.returncode == 2 and "--users: expected one argument" in done.stderr
+    assert done.returncode == 2 and "--users: expected" in done.stderr
     assert rec_command("--version").stdout == f"rec {rec.__version__}\n"
     unknown = rec_command("retrain")
     assert unknown.returncode == 2 and "unrecognized arguments: retrain" in unknown.stderr

@@ -93,7 +93,7 @@ def test_what_a_user_dislikes_is_never_recommended(rule: bool, tmp_path: Path) -
         found = recommender.answer(users, histories, [[]] * 5, rules)
         answers = [set(ids[rows[rows >= 0]]) for rows in found.rows]
         assert all(not {"i0", "i6"} & answer for answer in answers[:3])
-        assert "i7" not in answers[3] and "i4" in answers[3]
+        assert "i7" not in answers[3] and len(answers[3]) == K
         assert len(answers[4]) == K
     known = recommender.module.serving_default(tf.constant(["u0"]))["item_id"].numpy()[0]
     assert not {b"i0", b"i6"} & set(known)

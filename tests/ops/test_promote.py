@@ -45,6 +45,8 @@ def prepared(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Conf
                 patch.setattr(rec.export, "build_index", that_is_poor(rec.export.build_index))
             first = rec.export.export_retrieval(retrieval, config)
         ranking = load_ranking(trained.checkpoints / "ranking", retrieval)
+        if is_spoilt:
+            ranking.model.neighbours_weight.assign(-10.0)
         second = rec.export.export_ranking(ranking, config, first)
         rec.export.export_recommender(first, second, config)
     return config

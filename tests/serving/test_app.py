@@ -170,12 +170,10 @@ def test_a_slash_in_an_id_may_be_left_as_it_is(client: TestClient) -> None:
     assert client.get("/v1/users/eu/42/recommendations").json()["user_id"] == "eu/42"
 
 
-def test_excluded_items_are_left_out_and_the_next_ones_move_up(client: TestClient) -> None:
-    whole = ids(asked(client, user_id=USER, k=20))
-    assert (
-        ids(asked(client, user_id=USER, k=10, exclude=[*whole[:10:2], "no such item"]))
-        == [item for item in whole if item not in whole[:10:2]][:10]
-    )
+def test_excluded_items_are_left_out_and_others_take_their_places(client: TestClient) -> None:
+    excluded = ids(asked(client, user_id=USER, k=10))[::2]
+    answer = ids(asked(client, user_id=USER, k=10, exclude=[*excluded, "no such item"]))
+    assert len(set(answer)) == 10 and not set(excluded) & set(answer)
 
 
 def test_a_filter_keeps_the_order_of_what_passes(client: TestClient, engine: Engine) -> None:

@@ -46,7 +46,14 @@ class Model:
             Lock(),
         )
         self._warm_up(
-            {"user_id": "", "history": [""], "item_id": [""], "is_given": True, "exclude": [""]}
+            {
+                "user_id": "",
+                "history": [""],
+                "item_id": [""],
+                "is_given": True,
+                "exclude": [""],
+                "exclude_seen": True,
+            }
         )
 
     def _warm_up(self, examples: dict[str, Any]) -> None:
