@@ -274,6 +274,22 @@ def free_of_tensorflow(pid: int) -> bool:
     return alone and all(free_of_tensorflow(int(child)) for child in children)
 
 
+def assert_alike(answer: Any, expected: Any) -> None:
+    """Equal but for the last bit of scores: the two sides compute them by graphs of their own."""
+    if isinstance(expected, dict):
+        assert answer.keys() == expected.keys()
+        for key in expected:
+            assert_alike(answer[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(answer) == len(expected)
+        for one, other in zip(answer, expected, strict=True):
+            assert_alike(one, other)
+    else:
+        assert answer == (
+            pytest.approx(expected, rel=1e-6) if isinstance(expected, float) else expected
+        )
+
+
 def test_the_command_answers_from_a_fleet_without_tensorflow(
     replica: str, nobody: str, pair: tuple[Path, Path], local: Recommender
 ) -> None:
@@ -304,7 +320,8 @@ def test_the_command_answers_from_a_fleet_without_tensorflow(
         for options in ({}, {"diversity": 0.5}):
             answer = httpx.post(f"{address}/v1/recommend", json=body | options, timeout=30).json()
             (expected,) = engine.recommend([RecommendRequest.model_validate(body | options)])
-            assert answer.pop("request_id") and answer == expected
+            assert answer.pop("request_id")
+            assert_alike(answer, expected)
         assert [item["item_id"] for item in answer["history"]] == local.histories(["u7"])[0]
         assert free_of_tensorflow(server.pid)
     finally:
