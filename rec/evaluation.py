@@ -330,8 +330,8 @@ def show_systems(report: Report) -> None:
         note(f"\n{name}, {segment['users']:,} users")
         _show_segment(segment, with_systems=name != "all")
     for name, items in report["items"].items():
-        note(f"\n{name} items: {items['items']:,}, and {items['held_out']:,} of what users met")
         if items["held_out"]:
+            note(f"\n{name} items: {items['items']:,}, and {items['held_out']:,} of what users met")
             _show_systems(items["systems"])
 
 
