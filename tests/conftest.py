@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 # The longest files run first: at the end, they would keep one process busy alone.
 LONGEST = (
     "test_documents.py",
+    "test_notebooks.py",
     "test_small_data.py",
     "test_distributed.py",
     "test_commands.py",
@@ -172,3 +174,13 @@ def wandb(server: WandbServer, tmp_path: Path) -> Iterator[Any]:
     """The wandb module as its client."""
     with server.client(tmp_path / "client") as client:
         yield client
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy to work in, which trains for a moment only."""
+    for name in ("rec", "config", "notebooks"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    config = tmp_path / "config" / "dummy" / "dummy_small.yaml"
+    config.write_text(config.read_text().replace("epochs: 10 ", "epochs: 2 "))
+    return tmp_path

@@ -5,20 +5,16 @@
   Makefile, or the API's schema. NOT_RUN lists the commands that cannot be checked here, with the reason.
 """
 
-import ast
 import json
 import re
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
 import yaml
-from nbclient import NotebookClient
 from pydantic import BaseModel
 
 from rec.__main__ import COMMANDS
@@ -321,16 +317,6 @@ def commands_of(page: str) -> str:
     return "\n".join(lines)
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A copy to work in, which trains for a moment only."""
-    for name in ("rec", "config", "notebooks"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    config = tmp_path / "config" / "dummy" / "dummy_small.yaml"
-    config.write_text(config.read_text().replace("epochs: 10 ", "epochs: 2 "))
-    return tmp_path
-
-
 def free_port() -> str:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return str(server.getsockname()[1])
@@ -347,22 +333,3 @@ def test_the_pages_commands_and_examples_run(project: Path) -> None:
         ["bash", "-c", text], cwd=project, env=env, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-
-
-def test_two_towers_take_100_lines_and_each_step_is_worth_what_the_text_says() -> None:
-    notebook = nbformat.read(ROOT / "notebooks" / "two_towers.ipynb", as_version=4)
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    lines = [line.strip() for cell in code for line in cell.splitlines()]
-    assert len([line for line in lines if line and not line.startswith("#")]) <= 100
-    NotebookClient(notebook, timeout=600).execute()
-    shown = ast.literal_eval(notebook.cells[-2].outputs[-1]["data"]["text/plain"])
-    steps = [re.findall(r"[\d.]+", text) for text in shown.values()]
-    _, table, softmax, logq, history = [(float(new), float(known)) for new, known in steps]
-    assert softmax[1] < table[1] < logq[1] < history[1]
-    assert history[0] > 0.1 > max(table[0], softmax[0], logq[0])
-
-
-def test_the_tour_runs_from_a_clean_kernel(project: Path) -> None:
-    tour = nbformat.read(project / "notebooks" / "tour.ipynb", as_version=4)
-    resources = {"metadata": {"path": str(project / "notebooks")}}
-    NotebookClient(tour, timeout=600, resources=resources).execute()
