@@ -47,10 +47,10 @@ LAYOUT = {
     tokenize.ENDMARKER,
 }
 LOCKS = {  # the extras in each lock, as `make lock` puts them there
-    "requirements": ("serve", "wandb"),
-    "requirements-spark": ("serve", "wandb", "spark"),
+    "requirements": ("serve", "wandb", "redis"),
+    "requirements-spark": ("serve", "wandb", "redis", "spark"),
     "requirements-dev": ("dev",),
-    "requirements-bench": ("serve", "wandb", "bench"),
+    "requirements-bench": ("serve", "wandb", "redis", "bench"),
 }
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 PACKAGES = {  # import name -> name in pyproject.toml, where they differ
@@ -225,6 +225,13 @@ def test_the_readme_says_how_large_the_code_is(name: str) -> None:
 def test_requirements_are_pinned() -> None:
     assert pins()["tensorflow"] == "2.20.0"
     assert pins("dev").keys() > pins("spark").keys() | pins("serve").keys()
+
+
+@pytest.mark.parametrize("name", ["requirements", "requirements-dev"])
+def test_pip_alone_installs_what_the_lock_is_for(name: str) -> None:
+    lines = (ROOT / f"{name}.txt").read_text().splitlines()
+    extras = ",".join(LOCKS[name])
+    assert [line for line in lines if not line.startswith("#")] == [f"-e .[{extras}]"]
 
 
 def locked(name: str) -> dict[str, set[str]]:
