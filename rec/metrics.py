@@ -45,6 +45,11 @@ def strongest(matrix: csr_matrix) -> csr_matrix:
     return largest
 
 
+def lower_bound(gains: np.ndarray) -> np.ndarray:
+    """[..] the mean of gains [.., U] over users, less one standard error: a gain that is luck is below 0."""
+    return gains.mean(-1) - gains.std(-1) / gains.shape[-1] ** 0.5
+
+
 def per_user(
     ranked: np.ndarray, relevant: csr_matrix, ks: Sequence[int] = KS
 ) -> dict[str, np.ndarray]:

@@ -261,17 +261,13 @@ def best_weight(lists: CandidateLists, counts: CountFeatures) -> float:
     """The weight of the neighbours' scores with the best mean gain over retrieval's order, less one standard error."""
     gains = {0.0: 0.0}
     if len(lists):
-        rows = np.arange(len(lists))
-        batches = len(lists) // 256 + 1
-        parts = [lists.take(part) for part in np.array_split(rows, batches)]
-        of_parts = [counts.neighbours(part.history, part.items) for part in parts]
-        added = np.concatenate(of_parts)
+        batches = np.array_split(np.arange(len(lists)), len(lists) // 256 + 1)
+        parts = [lists.take(rows) for rows in batches]
+        added = np.concatenate([counts.neighbours(part.history, part.items) for part in parts])
         for weight in WEIGHTS:
-            scores = lists.scores + weight * added
-            order = np.argsort(-scores, axis=1, kind="stable")
+            order = np.argsort(-(lists.scores + weight * added), axis=1, kind="stable")
             gain = ndcg_gain(lists, order)
-            standard_error = gain.std() / len(gain) ** 0.5
-            gains[weight] = gain.mean() - standard_error
+            gains[weight] = float(metrics.lower_bound(gain))
     return max(gains, key=gains.__getitem__)
 
 
@@ -308,8 +304,7 @@ class RankingValidation:
         holdout = self._mined.holdout
         holdout_order = ranked_order(model, holdout, self._mined.counts)
         gain = np.concatenate([ndcg_gain(holdout, holdout_order), ndcg_gain(val, order)])
-        lower_bound = gain.mean() - gain.std() / len(gain) ** 0.5
-        return mean_metrics(ranked, self._relevant) | {GAIN: float(lower_bound)}
+        return mean_metrics(ranked, self._relevant) | {GAIN: float(metrics.lower_bound(gain))}
 
 
 def ranked_order(model: RankingModel, lists: CandidateLists, counts: CountFeatures) -> np.ndarray:

@@ -13,6 +13,7 @@ import tensorflow as tf
 from rec.corpus import Corpus
 from rec.errors import note
 from rec.features import FIRST_ITEM
+from rec.metrics import lower_bound
 from rec.retrieval.model import ROW_LISTS, RetrievalModel
 from rec.retrieval.popularity import judges_of, ndcg_of_scores, validation_users
 from rec.retrieval.taste import Taste, TasteSetting
@@ -101,7 +102,7 @@ def _best_weight(model: RetrievalModel, corpus: Corpus, users: np.ndarray) -> fl
         parts.append([ndcg_of_scores(scores, part, DEPTH) for scores in sums])
     quality = np.concatenate(parts, axis=1)  # [weights, U]
     gain = quality - quality[0]
-    best = int(np.argmax(gain.mean(1) - gain.std(1) / len(users) ** 0.5))
+    best = int(np.argmax(lower_bound(gain)))
     before, after = quality.mean(1)[[0, best]]
     effect = f"val/ndcg@10 {before:.4f} without taste, {after:.4f} with it"
     if best == 0:

@@ -76,7 +76,7 @@ def fit_popularity_bias(model: RetrievalModel, corpus: Corpus) -> None:
     if len(users):
         quality = _ndcg_of_biases(model, corpus, users, choices)
         gain = quality - quality[0]
-        best = int(np.argmax(gain.mean(1) - gain.std(1) / len(users) ** 0.5))
+        best = int(np.argmax(metrics.lower_bound(gain)))
     share, weight = choices[best]
     set_popularity_bias(model, train, share=share, weight=weight)
 
@@ -95,7 +95,7 @@ def fit_answers_from_features(model: RetrievalModel, corpus: Corpus) -> None:
     by_popularity = _ndcg_without_history(model, corpus, judges, from_features=False)
     from_features = _ndcg_without_history(model, corpus, judges, from_features=True)
     gain = from_features - by_popularity
-    model.answers_from_features = bool(gain.mean() > gain.std() / len(judges) ** 0.5)
+    model.answers_from_features = bool(metrics.lower_bound(gain) > 0)
     note(
         f"users with features and no history: val/ndcg@100 {by_popularity.mean():.4f} by popularity, "
         f"{from_features.mean():.4f} from their features"
