@@ -198,6 +198,19 @@ def test_a_file_has_the_answers_of_the_api(
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([output.name, "users.txt"])
 
 
+def test_a_file_follows_the_rule_of_its_request(
+    recommender: Recommender, users: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "recs.csv"
+    rows = []
+    for rule in (True, False):
+        request = make_request({"k": 5, "exclude_seen": rule})
+        write_recommendations(recommender.engine, users, output, request)
+        rows.append(read(output))
+        assert rows[-1] == expected(recommender, request)
+    assert rows[0] != rows[1]
+
+
 class InterruptedByTestError(Exception):
     pass
 

@@ -50,9 +50,8 @@ class AnswersUsers(tf.Module):
     without a ranker), and `_show`, which makes the signatures' outputs of both.
     """
 
-    exclude_seen: (
-        tf.Variable
-    )  # bool: whether what a user has met is left out, unless a request says otherwise
+    # bool: whether what a user has met is left out, unless a request says otherwise
+    exclude_seen: tf.Variable
     SIGNATURES: tuple[str, ...] = ("serving_default", "from_history")
 
     @tf.function(input_signature=[IDS])

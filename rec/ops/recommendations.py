@@ -164,15 +164,16 @@ class Answers:
 
     def of(self, users: list[str]) -> pa.Table:
         """The answers to a batch of users."""
+        requests = [self._request.model_copy(update={"user_id": user_id}) for user_id in users]
         table = None
         if self._engine.is_plain(self._request):
-            table = self._first(users)
-        return self._chosen(users) if table is None else table
+            table = self._first(users, requests)
+        return self._chosen(users, requests) if table is None else table
 
-    def _first(self, users: list[str]) -> pa.Table | None:
+    def _first(self, users: list[str], requests: list[RecommendRequest]) -> pa.Table | None:
         """What the models find, if it is enough for everyone, without a Python object per item."""
         n = len(users)
-        found = self._engine.backend.answer(users, [None] * n, [self._request.exclude] * n)
+        found = self._engine.find(requests)
         rows = found.rows[:, : self._request.k]
         scores = found.scores[:, : self._request.k]
         if (rows < 0).any():
@@ -187,9 +188,8 @@ class Answers:
             cold=np.repeat(found.cold, len(places)),
         )
 
-    def _chosen(self, users: list[str]) -> pa.Table:
+    def _chosen(self, users: list[str], requests: list[RecommendRequest]) -> pa.Table:
         """What the engine chooses for each user."""
-        requests = [self._request.model_copy(update={"user_id": user_id}) for user_id in users]
         choices = list(self._engine.choose(requests))
         counts = [len(choice.places) for choice in choices]
         places = [place for choice in choices for place in choice.places]

@@ -277,15 +277,6 @@ def is_among(rows: ArrayLike, among: np.ndarray) -> np.ndarray:
     return among[at] == rows
 
 
-def _extend(request: RecommendRequest, stored: list[str], done: list[str]) -> RecommendRequest:
-    """The request of a user who has `done` something since the bundle was made, or sends recent items."""
-    if not done and not request.recent:
-        return request
-    history = [*stored, *done] if request.history is None else request.history
-    changes = {"history": [*history, *request.recent], "exclude": [*request.exclude, *done]}
-    return request.model_copy(update=changes)
-
-
 @dataclass(frozen=True, eq=False)
 class Engine:
     """A loaded pair and its catalogue."""
@@ -361,24 +352,41 @@ class Engine:
     ) -> Iterator[Choice]:
         """What `recommend` answers to each request, as rows of the catalogue and without descriptions."""
         start = time.perf_counter()
-        found = self.backend.answer(
-            [request.user_id or "" for request in requests],
-            [request.history for request in requests],
-            [request.exclude for request in requests],
-            [self._excludes_seen(request) for request in requests],
-        )
+        found = self.find(requests)
         called = time.perf_counter()
         self.observer.stage("model", called - start)
         self.observer.cold_starts(int(found.cold.sum()))
         yield from self._choose(requests, found, between or do_nothing)
         self.observer.stage("answer", time.perf_counter() - called)
 
+    def find(self, requests: Sequence[RecommendRequest]) -> Candidates:
+        """What the models find for each request, before anything is chosen."""
+        return self.backend.answer(
+            [request.user_id or "" for request in requests],
+            [request.history for request in requests],
+            [request.exclude for request in requests],
+            [self._excludes_seen(request) for request in requests],
+        )
+
     def _complete(self, requests: Sequence[RecommendRequest]) -> list[RecommendRequest]:
         """The requests, with the whole history of those that do not rest on what the bundle stores alone."""
         live = self.live.since([request.user_id or "" for request in requests])
         pairs = list(zip(requests, live, strict=True))
         stored = self._stored(request for request, done in pairs if done or request.recent)
-        return [_extend(request, stored.get(request.user_id, []), done) for request, done in pairs]
+        return [
+            self._extend(request, stored.get(request.user_id, []), done) for request, done in pairs
+        ]
+
+    def _extend(
+        self, request: RecommendRequest, stored: list[str], done: list[str]
+    ) -> RecommendRequest:
+        """The request of a user who has `done` something since the bundle was made, or sends recent items."""
+        if not done and not request.recent:
+            return request
+        history = [*stored, *done] if request.history is None else request.history
+        exclude = [*request.exclude, *done] if self._excludes_seen(request) else request.exclude
+        changes = {"history": [*history, *request.recent], "exclude": exclude}
+        return request.model_copy(update=changes)
 
     def _choose(
         self, requests: Sequence[RecommendRequest], found: Candidates, between: Callable[[], None]

@@ -93,6 +93,22 @@ def test_a_history_in_the_request_replaces_and_recent_appends(client: TestClient
     assert history(ask(client, history=["i1"], recent=["i2"])) == ["i1", "i2"]
 
 
+def test_what_a_user_has_done_follows_the_rule_of_the_request(client: TestClient) -> None:
+    def answer(item: str, rule: bool) -> list[dict[str, Any]]:
+        given = ask(client, history=[item], exclude_seen=rule, k=50)
+        items: list[dict[str, Any]] = given["items"]
+        return items
+
+    def is_found_again(item: str) -> bool:
+        return item in [each["item_id"] for each in answer(item, False)]
+
+    item = next(f"i{number}" for number in range(120) if is_found_again(f"i{number}"))
+    post(client, {"user_id": "session-4", "item_id": item})
+    for rule in (True, False):
+        live = ask(client, user_id="session-4", exclude_seen=rule, k=50)
+        assert live["items"] == answer(item, rule)
+
+
 def test_what_is_answered_together_has_histories_of_its_own(client: TestClient) -> None:
     post(client, {"user_id": "session-3", "item_id": "i8"})
     requests = [{"user_id": name, "explain": True} for name in ("session-3", "nobody", USER)]
